@@ -1,0 +1,21 @@
+"""LookSAM for DeepSpeed: sharpness-aware training on ZeRO shards at nearly the price of the base optimizer.
+
+``import ds_looksam`` makes DeepSpeed answer to ``"optimizer": {"type": "LookSAM"}``; nothing else changes.
+"""
+
+from ._versions import __version__, check_versions
+
+check_versions()
+
+from .config import LookSAMConfig  # noqa: E402
+from .engine import LookSAMEngine  # noqa: E402
+from .errors import LookSAMConfigError, LookSAMError, LookSAMReplayError  # noqa: E402
+from .registration import initialize, is_registered, register, unregister  # noqa: E402
+from .status import LookSAMStatus  # noqa: E402
+
+register()
+
+__all__ = [
+    "LookSAMConfig", "LookSAMConfigError", "LookSAMEngine", "LookSAMError", "LookSAMReplayError", "LookSAMStatus",
+    "__version__", "initialize", "is_registered", "register", "unregister"
+]

@@ -1,0 +1,148 @@
+"""The mathematics of LookSAM on this rank's shards. No DeepSpeed, no torch.distributed, no host synchronisation.
+
+A *shard* is a list of flat fp32 tensors ([numel_local] each, one per param group or sub-group); the lists g, g_s and v
+below have the same lengths and sizes. Scalars are 0-dim float64 tensors on the shards' device. Sums are per rank:
+the caller adds them up over ranks (reduction.py) before they mean anything.
+
+Source: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022
+(arXiv 2203.02714), Algorithm 1. ``beta`` of alpha "auto" is not in the paper.
+
+Everything is written with d = g_s - g instead of g_s: d is of the size of the perturbation's effect, and
+<g, g_s> - ‖g‖² or ‖g_s‖² - <g, g_s>²/‖g‖² in fp32 would lose it to cancellation when rho is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shard = list[Tensor]
+
+CHUNK_CPU = 1 << 18
+"""Elements per pass on a CPU: 1 MiB of fp32, so that a chunk read by several operations stays in the cache."""
+CHUNK_DEVICE = 1 << 28
+"""Elements per pass on an accelerator: few launches, and below the 2^31 that BLAS dot products can index."""
+
+BETA_DECAY = 0.8
+
+
+def chunks(numel: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """[lo, hi) ranges that cover ``numel`` elements."""
+    step = CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE
+    for lo in range(0, numel, step):
+        yield lo, min(lo + step, numel)
+
+
+def squared_norm(x: Shard, device: torch.device) -> Tensor:
+    """‖x‖² of this rank's part, float64 0-dim. An empty shard gives 0."""
+    parts = [torch.dot(t[lo:hi], t[lo:hi]) for t in x for lo, hi in chunks(t.numel(), t.device)]
+    return _add_up(parts, device)
+
+
+def replay_sums(g: Shard, g_s: Shard, v: Shard | None, device: torch.device) -> Tensor:
+    """The four sums a SAM step needs after the second evaluation, in one pass over g, g_s and v.
+
+    Returns:
+        float64 [4]: <g, d>, ‖d‖², <v, d>, <v, g> with d = g_s - g; the last two are 0 while there is no v.
+    """
+    columns: tuple[list[Tensor], ...] = ([], [], [], [])
+    for i, (g_i, s_i) in enumerate(zip(g, g_s, strict=True)):
+        for lo, hi in chunks(g_i.numel(), g_i.device):
+            g_c = g_i[lo:hi]
+            d_c = s_i[lo:hi] - g_c
+            columns[0].append(torch.dot(g_c, d_c))
+            columns[1].append(torch.dot(d_c, d_c))
+            if v is not None:
+                v_c = v[i][lo:hi]
+                columns[2].append(torch.dot(v_c, d_c))
+                columns[3].append(torch.dot(v_c, g_c))
+    return torch.stack([_add_up(parts, device) for parts in columns])
+
+
+def project_out_(g: Shard, g_s: Shard, along: Tensor) -> Shard:
+    """g_v = d - (<g, d> / ‖g‖²) g, written over g. ``along`` is <g, d> / ‖g‖².
+
+    Equal to Algorithm 1's g_s - (<g, g_s> / ‖g‖²) g, because g's own part cancels.
+    """
+    along = along.float()
+    for g_i, s_i in zip(g, g_s, strict=True):
+        for lo, hi in chunks(g_i.numel(), g_i.device):
+            g_c = g_i[lo:hi]
+            torch.sub(s_i[lo:hi] - g_c, g_c * along, out=g_c)
+    return g
+
+
+def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
+    """u = g + coefficient v, written over g; one coefficient per flat tensor, None leaves it alone."""
+    for g_i, v_i, coefficient in zip(g, v, coefficients, strict=True):
+        if coefficient is not None:
+            for lo, hi in chunks(g_i.numel(), g_i.device):
+                g_i[lo:hi].addcmul_(v_i[lo:hi], coefficient.float())
+    return g
+
+
+def perturbation_scale(rho: float, g_squared: Tensor) -> Tensor:
+    """rho / ‖g‖, fp32 0-dim: eps = rho g / ‖g‖. 0 where ‖g‖ is 0, not finite or too small to divide by."""
+    scale = (rho * g_squared.rsqrt()).float()
+    return torch.where(torch.isfinite(scale), scale, torch.zeros_like(scale))
+
+
+def reuse_strength(alpha: float | None, beta: Tensor, g_squared: Tensor, v_squared: Tensor) -> Tensor:
+    """The factor of v in u = g + factor v, float64 0-dim.
+
+    alpha ‖g‖ / ‖v‖ (Algorithm 1), with max(beta, 0) in alpha's place for alpha "auto" (None).
+    0 where ‖v‖ is 0 or anything is not finite.
+    """
+    strength = torch.clamp(beta, min=0) if alpha is None else alpha
+    factor = strength * (g_squared / v_squared).sqrt()
+    usable = torch.isfinite(factor.float()) & (v_squared > 0)
+    return torch.where(usable, factor, torch.zeros_like(factor))
+
+
+@dataclass(frozen=True)
+class ReplayScalars:
+    """What a SAM step knows of the whole model after its two evaluations. Every field is a float64 0-dim tensor.
+
+    ``along``: <g, d> / ‖g‖² (0 where g is 0). ``g_s_squared``: ‖g_s‖². ``g_v_squared``: ‖g_v‖².
+    ``g_dot_g_s``: <g, g_s>. ``v_dot_g_v``: <v, g_v> with the v that was stored before this step.
+    """
+
+    along: Tensor
+    g_s_squared: Tensor
+    g_v_squared: Tensor
+    g_dot_g_s: Tensor
+    v_dot_g_v: Tensor
+
+    @classmethod
+    def from_sums(cls, g_squared: Tensor, sums: Tensor) -> ReplayScalars:
+        """From ‖g‖² and :func:`replay_sums`, both summed over ranks."""
+        g_dot_d, d_squared, v_dot_d, v_dot_g = sums.unbind()
+        along = torch.where(g_squared > 0, g_dot_d / g_squared, torch.zeros_like(g_dot_d))
+        return cls(
+            along=along,
+            g_s_squared=g_squared + 2 * g_dot_d + d_squared,
+            g_v_squared=torch.clamp(d_squared - along * g_dot_d, min=0),
+            g_dot_g_s=g_squared + g_dot_d,
+            v_dot_g_v=v_dot_d - along * v_dot_g,
+        )
+
+
+def update_beta(beta: Tensor | None, v_dot_g_v: Tensor, v_squared: Tensor, g_squared: Tensor) -> Tensor:
+    """beta <- 0.8 beta + 0.2 b with b = <v, g_v> / (‖v‖ ‖g‖), float64 0-dim; b itself where beta is None.
+
+    b says how much of the fresh g_v the stored v would have given, in units of ‖g‖. Where it is not defined
+    (‖v‖ or ‖g‖ is 0) it counts as 0.
+    """
+    b = v_dot_g_v / (v_squared * g_squared).sqrt()
+    b = torch.where(torch.isfinite(b), b, torch.zeros_like(b))
+    return b if beta is None else BETA_DECAY * beta + (1 - BETA_DECAY) * b
+
+
+def _add_up(parts: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of 0-dim fp32 partial sums, in float64 so that many chunks lose nothing."""
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(parts).sum(dtype=torch.float64).to(device)

@@ -1,0 +1,133 @@
+"""The JSON ``optimizer.params`` block as a validated model.
+
+The block is flat: the keys of :class:`LookSAMConfig` are LookSAM's, every other key belongs to the base optimizer
+and is handed to DeepSpeed's own code under the name DeepSpeed or torch.optim knows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import LookSAMConfigError
+
+AUTO = "auto"
+OPTIMIZER_TYPES = ("LookSAM",)
+"""Values of the JSON key ``optimizer.type`` that this package answers to."""
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be finite")
+    return value
+
+
+NonNegative = Annotated[float, Field(ge=0, strict=True), AfterValidator(_finite)]
+Alpha = Literal["auto"] | NonNegative
+_BetaPair = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+
+
+class LookSAMConfig(BaseModel):
+    """LookSAM's own keys of ``optimizer.params``.
+
+    Attributes:
+        k: a SAM step (two gradient evaluations) is taken on every k-th update; k = 1 is SAM.
+        rho: radius of the perturbation, in units of the weights' Euclidean norm over the whole model.
+        alpha: strength of the reuse, a number (Liu et al. 2022, Algorithm 1) or ``"auto"`` (calibrated at every
+            SAM step, not in the paper).
+        base_optimizer: name of the optimizer that takes the step, any that DeepSpeed's config accepts.
+
+    ``rho`` and ``alpha`` are defaults of the param groups: a group may bring its own, and both may be changed during
+    training through ``engine.optimizer.param_groups``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    k: Annotated[int, Field(ge=1, strict=True)] = 5
+    rho: NonNegative = 0.05
+    alpha: Alpha = "auto"
+    base_optimizer: Annotated[str, Field(min_length=1)] = "AdamW"
+
+
+class _CommonBaseParams(BaseModel):
+    """Range checks of the hyper-parameters most base optimizers share; FusedAdam itself checks none of them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    lr: NonNegative | None = None
+    betas: _BetaPair | None = None
+    eps: NonNegative | None = None
+    weight_decay: NonNegative | None = None
+    momentum: NonNegative | None = None
+
+
+class _GroupSettings(BaseModel):
+    """LookSAM's keys of one entry of ``param_groups``."""
+
+    rho: NonNegative
+    alpha: Alpha
+
+
+def parse_params(params: dict[str, Any] | None) -> tuple[LookSAMConfig, dict[str, Any]]:
+    """Split a flat ``optimizer.params`` block into LookSAM's part and the base optimizer's.
+
+    Returns:
+        The validated settings, and a new dict with every other key, unchanged.
+
+    Raises:
+        LookSAMConfigError: a value has the wrong type or is out of range. The message names the JSON key.
+    """
+    params = dict(params or {})
+    own = {key: params.pop(key) for key in LookSAMConfig.model_fields if key in params}
+    with _naming("optimizer.params"):
+        config = LookSAMConfig(**own)
+        _CommonBaseParams(**params)
+    return config, params
+
+
+def parse_group(group: dict[str, Any], index: int) -> tuple[float, float | None]:
+    """``rho`` and ``alpha`` in force for one param group; alpha is None where it is ``"auto"``.
+
+    Raises:
+        LookSAMConfigError: a value set through ``param_groups`` has the wrong type or is out of range.
+    """
+    with _naming(f"param_groups[{index}]"):
+        settings = _GroupSettings(rho=group["rho"], alpha=group["alpha"])
+    return settings.rho, None if isinstance(settings.alpha, str) else settings.alpha
+
+
+def explain_unknown_key(error: TypeError, base_params: dict[str, Any], base_optimizer: str) -> LookSAMConfigError:
+    """Turn a base optimizer's ``unexpected keyword argument`` into an error that names the JSON key."""
+    unknown = next((key for key in base_params if f"'{key}'" in str(error)), None)
+    if unknown is None:
+        return LookSAMConfigError(f"optimizer.params: the base optimizer {base_optimizer!r} refused its parameters: "
+                                  f"{error}")
+    close = difflib.get_close_matches(unknown, LookSAMConfig.model_fields, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return LookSAMConfigError(
+        f"optimizer.params.{unknown}: neither a key of LookSAM ({', '.join(LookSAMConfig.model_fields)}) nor one that "
+        f"the base optimizer {base_optimizer!r} knows.{hint}")
+
+
+class _naming:
+    """Reraise pydantic's errors as LookSAMConfigError, each line naming the JSON key."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, exc_type: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, ValidationError):
+            lines = []
+            for detail in error.errors():
+                key = ".".join([self.prefix, *(str(part) for part in detail["loc"][:1])])
+                hint = ""
+                if detail["input"] == AUTO:
+                    hint = ' ("auto" here is a placeholder that Hugging Face integrations fill in; give a number)'
+                lines.append(f"{key}: {detail['msg']}, got {detail['input']!r}{hint}")
+            raise LookSAMConfigError("; ".join(dict.fromkeys(lines))) from None

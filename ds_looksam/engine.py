@@ -1,0 +1,295 @@
+"""The DeepSpeed engine that trains with LookSAM: decides at the accumulation boundary, reads like the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.utils import log_dist
+from torch import Tensor
+
+from . import algebra
+from .algebra import Shard
+from .config import LookSAMConfig, explain_unknown_key, parse_group, parse_params
+from .errors import LookSAMReplayError
+from .reduction import sum_over_ranks
+from .replay import Forward, LossFn, Window, loss_again
+from .shards import GradientShards, HostEngine, open_shards
+from .snapshot import ModelSnapshot
+from .status import LookSAMStatus, StepKind
+from .support import deepspeed_name, refuse_model, refuse_unsupported
+
+Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """What a SAM step brings, to be kept if its update is applied. ``g_v`` lies in the memory that held g."""
+
+    g_v: Shard
+    g_squared: Tensor
+    v_squared: Tensor
+    scalars: algebra.ReplayScalars
+
+
+class LookSAMEngine(HostEngine):
+    """A DeepSpeedEngine whose updates follow LookSAM (Liu et al. 2022, Algorithm 1).
+
+    Made by ``deepspeed.initialize`` when the JSON says ``"optimizer": {"type": "LookSAM"}``. The base optimizer, the
+    ZeRO wrapper around it and the user's loop stay DeepSpeed's own.
+
+    Attributes:
+        loss_fn: ``f(outputs, *inputs, **kwargs) -> loss``, to be set where the loss is computed outside the model.
+            It gets the model's output and the recorded inputs of its forward, and returns what the user hands to
+            ``engine.backward``.
+    """
+
+    loss_fn: LossFn | None
+
+    def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
+        settings, base_params = parse_params(config_class.optimizer_params)
+        refuse_unsupported(config_class, settings, client_optimizer=kwargs.get("optimizer"))
+        self._settings: LookSAMConfig = settings
+        # From here on DeepSpeed sees the configuration of a run with the base optimizer alone.
+        config_class.optimizer_name = deepspeed_name(settings.base_optimizer)
+        config_class.optimizer_params = base_params
+
+        self.loss_fn = None
+        self._status = LookSAMStatus(k=settings.k)
+        self._window = Window()
+        self._closure: Closure | None = None
+        self._replaying = False
+        self._perturbed = False
+        self._replayed_forwards = self._replayed_backwards = 0
+        self._v: Shard | None = None
+        self._v_squared_local: Tensor | None = None  # this rank's part of ‖v‖²
+
+        super().__init__(*args, config_class=config_class, **kwargs)
+        self._shards: GradientShards = open_shards(self)
+        log_dist(f"LookSAM: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, base optimizer "
+                 f"{type(self.basic_optimizer).__name__} in {type(self.optimizer).__name__}", ranks=[0])
+
+    @property
+    def looksam(self) -> LookSAMStatus:
+        """Counters and measurements. Read only."""
+        return self._status
+
+    def prepare_base_optimizer(self, build: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        refuse_model(self)
+        try:
+            optimizer = build()
+        except TypeError as error:
+            raise explain_unknown_key(error, self.optimizer_params() or {}, self._settings.base_optimizer) from error
+        for i, group in enumerate(optimizer.param_groups):
+            group.setdefault("rho", self._settings.rho)
+            group.setdefault("alpha", self._settings.alpha)
+            parse_group(group, i)
+        return optimizer
+
+    # The user's loop ------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; in a window that ends in a SAM step the inputs and the RNG state are remembered."""
+        if self._replaying:
+            return self._forward_again(*inputs, **kwargs)
+        if not (self._status.next_is_sam and torch.is_grad_enabled()):
+            return super().forward(*inputs, **kwargs)
+        record = Forward.capture(self.module, inputs, kwargs)
+        output = super().forward(*inputs, **kwargs)
+        self._window.add_forward(record, output)
+        return output
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """As DeepSpeed's; in a window that ends in a SAM step it is remembered how ``loss`` was formed."""
+        if self._replaying:
+            return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if self._status.next_is_sam:
+            self._window.add_backward(loss, self.is_gradient_accumulation_boundary(), scale_wrt_gas)
+        return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None, closure: Closure | None = None) -> None:
+        """As DeepSpeed's; at the boundary of a SAM step the window is evaluated a second time, at w + eps.
+
+        Args:
+            lr_kwargs: handed to the LR scheduler, as in DeepSpeed.
+            closure: runs ``engine(...)`` and ``engine.backward(...)`` for every micro-batch of the window again. Only
+                called in SAM steps, and only needed where the loss can neither be replayed nor recomputed by
+                ``loss_fn``.
+
+        Raises:
+            LookSAMReplayError: the second evaluation cannot be run. Weights, gradients, RNG and statistics are as
+                before the call.
+        """
+        self._refuse_if_perturbed("step")
+        self._closure = closure
+        try:
+            super().step(lr_kwargs)
+        except BaseException:
+            self.leave_failed_step()
+            raise
+        finally:
+            self._closure = None
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's."""
+        self._refuse_if_perturbed("save_checkpoint")
+        return super().save_checkpoint(*args, **kwargs)
+
+    # One update -----------------------------------------------------------------------------------------------------
+
+    def update_at_boundary(self, apply_update: Callable[[], None]) -> None:
+        """Algorithm 1, one turn. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step."""
+        status = self._status
+        groups = [parse_group(group, i) for i, group in enumerate(self.optimizer.param_groups)]
+        rhos = [rho for rho, _ in groups]
+        alphas = [alpha for _, alpha in groups]
+
+        fresh: _Fresh | None = None
+        kind: StepKind
+        if status.next_is_sam:
+            if self._closure is None:
+                self._window.check(self.loss_fn)
+            fresh = self._sam_step(rhos)
+            kind = "sam" if fresh is not None else "base"
+        else:
+            kind = self._reuse_step(alphas)
+        status.evaluations += 1
+
+        apply_update()
+
+        if self.was_step_applied():
+            status.updates += 1
+            status.step_kind = kind
+            if fresh is not None:
+                self._keep(fresh)
+        else:
+            status.step_kind = "skipped"
+            if fresh is not None:
+                self._shards.restore_weights()
+        self._perturbed = False
+        self._window = Window()
+
+    def _reuse_step(self, alphas: list[float | None]) -> StepKind:
+        """u = g + alpha (‖g‖ / ‖v‖) v, in the gradient's own memory."""
+        if self._v is None or all(self._adds_nothing(alpha) for alpha in alphas):
+            return "base"
+        g = self._shards.take_gradient(survives_evaluation=False)
+        g_squared, v_squared = self._sum_norms(g)
+        beta = self._status.beta if self._status.beta is not None else torch.zeros_like(g_squared)
+        strengths = [None if self._adds_nothing(alpha) else algebra.reuse_strength(alpha, beta, g_squared, v_squared)
+                     for alpha in alphas]
+        algebra.add_reused_(g, self._v, [strengths[group] for group in self._shards.group_of])
+        self._shards.give_gradient(g)
+        return "reuse"
+
+    def _adds_nothing(self, alpha: float | None) -> bool:
+        return alpha == 0 or (alpha is None and self._status.beta is None)
+
+    def _sam_step(self, rhos: list[float]) -> _Fresh | None:
+        """Evaluate the window at w + eps and leave u = g_s with the wrapper. None if g is not finite: u = g then."""
+        shards, status = self._shards, self._status
+        g = shards.take_gradient(survives_evaluation=True)
+        g_squared, v_squared = self._sum_norms(g)
+        # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
+        if not torch.isfinite(g_squared).item():
+            shards.give_gradient(g)
+            return None
+
+        scales = [algebra.perturbation_scale(rho, g_squared) for rho in rhos]
+        snapshot = ModelSnapshot.take(self.module, optimized=shards.parameters())
+        try:
+            self._perturbed = True
+            shards.perturb_weights(g, lambda i, lo, hi: scales[shards.group_of[i]])
+            self._evaluate_again()
+            g_s = shards.take_gradient(survives_evaluation=False)
+        except Exception:
+            # Any other BaseException ends the process: restoring is collective, and the other ranks may not be told.
+            shards.abort_evaluation()
+            shards.restore_weights()
+            shards.give_gradient(g)
+            self._perturbed = False
+            raise
+        finally:
+            snapshot.restore()
+        shards.unperturb_local()
+        status.evaluations += 1
+
+        sums = sum_over_ranks(algebra.replay_sums(g, g_s, self._v, shards.device), shards.process_group)
+        scalars = algebra.ReplayScalars.from_sums(g_squared, sums)
+        g_v = algebra.project_out_(g, g_s, scalars.along)
+        shards.give_gradient(g_s)
+        return _Fresh(g_v, g_squared, v_squared, scalars)
+
+    def _sum_norms(self, g: Shard) -> tuple[Tensor, Tensor]:
+        """‖g‖² and ‖v‖² of the whole model, in one all-reduce."""
+        device = self._shards.device
+        parts = [algebra.squared_norm(g, device)]
+        parts.append(self._v_squared_local if self._v_squared_local is not None else torch.zeros_like(parts[0]))
+        g_squared, v_squared = sum_over_ranks(torch.stack(parts), self._shards.process_group).unbind()
+        return g_squared, v_squared
+
+    def _keep(self, fresh: _Fresh) -> None:
+        """The update was applied: the fresh g_v replaces v, beta and the measurements follow.
+
+        A g_v that is not finite (in a wrapper that applies such updates) is dropped, on every rank alike.
+        """
+        scalars, g_squared, status = fresh.scalars, fresh.g_squared, self._status
+        if not torch.isfinite(scalars.g_v_squared + scalars.v_dot_g_v).item():
+            return
+        if self._v is not None:
+            status.beta = algebra.update_beta(status.beta, scalars.v_dot_g_v, fresh.v_squared, g_squared)
+        self._v = fresh.g_v
+        self._v_squared_local = algebra.squared_norm(fresh.g_v, self._shards.device)
+        status.gradient_norm = g_squared.sqrt()
+        status.perturbed_gradient_norm = scalars.g_s_squared.sqrt()
+        status.orthogonal_norm = scalars.g_v_squared.sqrt()
+        status.gradient_cosine = scalars.g_dot_g_s / (g_squared * scalars.g_s_squared).sqrt()
+
+    # The second evaluation ------------------------------------------------------------------------------------------
+
+    def _evaluate_again(self) -> None:
+        """Forward and backward of every micro-batch of the window, with its own RNG state and training flags."""
+        self._replaying, self._replayed_forwards, self._replayed_backwards = True, 0, 0
+        try:
+            with self.running_again(), torch.enable_grad():
+                if self._closure is not None:
+                    self._call_closure(self._closure)
+                else:
+                    for micro_batch in self._window.micro_batches:
+                        args, kwargs = micro_batch.forward.inputs()
+                        loss = loss_again(micro_batch, self._forward_again(*args, **kwargs), self.loss_fn)
+                        self._backward_again(loss, scale_wrt_gas=micro_batch.scale_wrt_gas)
+                self.finish_unmanaged_window()
+        finally:
+            self._replaying = False
+
+    def _call_closure(self, closure: Closure) -> None:
+        closure()
+        if self._replayed_backwards != self._window.backwards:
+            raise LookSAMReplayError(
+                f"engine.step(closure=...): the closure called engine.backward() {self._replayed_backwards} times, the "
+                f"window had {self._window.backwards}. It must evaluate the whole accumulation window.")
+
+    def _forward_again(self, *inputs: Any, **kwargs: Any) -> Any:
+        recorded = self._window.micro_batches
+        if self._replayed_forwards < len(recorded):
+            forward = recorded[self._replayed_forwards].forward
+            forward.mode.apply(self.module)
+            forward.random.restore()
+        self._replayed_forwards += 1
+        return super().forward(*inputs, **kwargs)
+
+    def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        recorded = self._window.micro_batches
+        if self._replayed_backwards < len(recorded):
+            self.set_boundary_of_next_backward(recorded[self._replayed_backwards].is_boundary)
+        self._replayed_backwards += 1
+        return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    def _refuse_if_perturbed(self, what: str) -> None:
+        if self._perturbed:
+            raise LookSAMReplayError(f"engine.{what}() was called while the weights are perturbed: from inside the "
+                                     "second evaluation of a SAM step (a forward hook, say), or after it was "
+                                     "interrupted. Call it after step(); load a checkpoint after an interruption.")

@@ -1,0 +1,13 @@
+"""The exceptions users see. Each message names what is wrong and the way out."""
+
+
+class LookSAMError(Exception):
+    """Base of every error raised by ds_looksam."""
+
+
+class LookSAMConfigError(LookSAMError, ValueError):
+    """The DeepSpeed JSON, or a value set through ``param_groups``, is wrong or not supported."""
+
+
+class LookSAMReplayError(LookSAMError, RuntimeError):
+    """The second gradient evaluation of a SAM step cannot be run. Nothing has been changed."""

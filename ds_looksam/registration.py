@@ -1,0 +1,58 @@
+"""The one place that changes anything in DeepSpeed: which engine class a configuration gets.
+
+``deepspeed.initialize`` constructs ``DeepSpeedEngine``. Registration gives that class a ``__new__`` that looks at the
+parsed configuration: one whose optimizer type is LookSAM's gets a :class:`LookSAMEngine` (a subclass, so ``isinstance``
+checks hold), every other one exactly the object it would have got. It works for whatever way ``initialize`` was
+imported, and :func:`unregister` leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from .config import OPTIMIZER_TYPES
+from .engine import LookSAMEngine
+from .errors import LookSAMConfigError
+
+
+def _engine_for_configuration(cls: type[DeepSpeedEngine], *args: Any, **kwargs: Any) -> DeepSpeedEngine:
+    name = getattr(kwargs.get("config_class"), "optimizer_name", None)
+    if name in OPTIMIZER_TYPES and not issubclass(cls, LookSAMEngine):
+        if cls is not DeepSpeedEngine:
+            raise LookSAMConfigError(
+                f"optimizer.type {name!r} is not supported by {cls.__name__}; it needs a plain DeepSpeedEngine: a "
+                "model that is no PipelineModule, and hybrid_engine.enabled false")
+        cls = LookSAMEngine
+    return object.__new__(cls)
+
+
+def register() -> None:
+    """Make DeepSpeed answer to ``"optimizer": {"type": "LookSAM"}``. Importing ds_looksam does this."""
+    DeepSpeedEngine.__new__ = staticmethod(_engine_for_configuration)
+
+
+def unregister() -> None:
+    """Undo :func:`register`. Engines that exist go on as they are."""
+    if is_registered():
+        del DeepSpeedEngine.__new__
+
+
+def is_registered() -> bool:
+    return "__new__" in vars(DeepSpeedEngine)
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize``, knowing LookSAM for this one call whether or not it is registered.
+
+    Same arguments and results as ``deepspeed.initialize``. Collective, as that is.
+    """
+    registered_before = is_registered()
+    register()
+    try:
+        return deepspeed.initialize(*args, **kwargs)
+    finally:
+        if not registered_before:
+            unregister()

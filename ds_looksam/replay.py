@@ -1,0 +1,125 @@
+"""Remembers the micro-batches of an accumulation window, so that they can be evaluated again at w + eps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .errors import LookSAMReplayError
+from .loss_path import LossPath, UnknownLoss, follow, mark, model_loss, trace
+from .snapshot import ComputeMode, RandomState
+
+LossFn = Callable[..., Tensor]
+
+WAYS_OUT = ("Either let the model return its loss (a tensor; a mapping or object with `loss`; a tuple whose first "
+            "element is it) and pass that, times constants, to engine.backward(); or set engine.loss_fn = "
+            "f(outputs, *inputs, **kwargs) -> loss; or call engine.step(closure=...) with a function that runs "
+            "forward and engine.backward() for every micro-batch of the window again.")
+
+
+@dataclass
+class Forward:
+    """One forward of the user's loop and all that is needed to run it again."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random: RandomState
+    mode: ComputeMode
+    input_versions: list[tuple[Tensor, int]]
+
+    @classmethod
+    def capture(cls, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_inference()]
+        return cls(args, kwargs, RandomState.capture(), ComputeMode.capture(module),
+                   [(t, t._version) for t in tensors])
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The recorded inputs, detached: the replay must not reach what lies upstream of them.
+
+        Raises:
+            LookSAMReplayError: an input was changed in place since the forward.
+        """
+        for tensor, version in self.input_versions:
+            if tensor._version != version:
+                raise LookSAMReplayError(
+                    f"an input of the model (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in place after "
+                    "its forward, so the second evaluation would see another micro-batch. Give each forward its own "
+                    "tensors, or call engine.step(closure=...).")
+        return tree_map_only(Tensor, lambda t: t.detach().requires_grad_() if t.requires_grad else t,
+                             (self.args, self.kwargs))
+
+
+@dataclass
+class MicroBatch:
+    """One forward and the backward that followed it. ``loss_path`` is the reason where there is no path."""
+
+    forward: Forward
+    is_boundary: bool
+    scale_wrt_gas: bool
+    loss_path: LossPath | UnknownLoss
+
+
+@dataclass
+class Window:
+    """The forwards and backwards since the last update. Empty, and not filled, in a window without a SAM step."""
+
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    backwards: int = 0
+    last_forward: Forward | None = None
+    forwards_since_backward: int = 0
+    unmatched: UnknownLoss | None = None
+
+    def add_forward(self, forward: Forward, output: Any) -> None:
+        """Remember a forward. Its inputs are kept by the graph of its loss, so one whose loss is dropped (metrics,
+        an evaluation without no_grad) is forgotten with it; only the newest is held here, for ``loss_fn``."""
+        mark(output, forward)
+        self.last_forward = forward
+        self.forwards_since_backward += 1
+
+    def add_backward(self, loss: Tensor, is_boundary: bool, scale_wrt_gas: bool) -> None:
+        """Match a backward with its forward. Problems are kept, and told by :meth:`check`, at the boundary."""
+        self.backwards += 1
+        forward = self.last_forward
+        path: LossPath | UnknownLoss
+        try:
+            forward, path = trace(loss)
+        except UnknownLoss as reason:
+            path = reason
+            if self.forwards_since_backward != 1:
+                self.unmatched = UnknownLoss(f"{self.forwards_since_backward} forwards of the engine came before one "
+                                             f"backward(), and {reason}")
+        if forward is not None:
+            self.micro_batches.append(MicroBatch(forward, is_boundary, scale_wrt_gas, path))
+        self.last_forward, self.forwards_since_backward = None, 0
+
+    def check(self, loss_fn: LossFn | None) -> None:
+        """Raise LookSAMReplayError if the window cannot be evaluated again without a closure."""
+        reasons = [self.unmatched] if self.unmatched else []
+        if not self.micro_batches:
+            reasons.append(UnknownLoss("no engine.backward() was seen in this window"))
+        if loss_fn is None:
+            reasons += [mb.loss_path for mb in self.micro_batches if isinstance(mb.loss_path, UnknownLoss)]
+        if reasons:
+            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reasons[0]}. {WAYS_OUT}")
+        for micro_batch in self.micro_batches:
+            micro_batch.forward.inputs()
+
+
+def loss_again(micro_batch: MicroBatch, output: Any, loss_fn: LossFn | None) -> Tensor:
+    """The loss of a replayed forward, formed as the user formed the first one."""
+    if loss_fn is not None:
+        args, kwargs = micro_batch.forward.inputs()
+        loss = loss_fn(output, *args, **kwargs)
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+            raise LookSAMReplayError("engine.loss_fn must return a one-element tensor that requires grad, "
+                                     f"got {type(loss).__name__}")
+        return loss
+    replayed = model_loss(output)
+    if replayed is None or isinstance(micro_batch.loss_path, UnknownLoss):
+        raise LookSAMReplayError(f"the model returned no loss in the second evaluation. {WAYS_OUT}")
+    return follow(micro_batch.loss_path, replayed)

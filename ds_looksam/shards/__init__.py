@@ -1,0 +1,35 @@
+"""One small room per DeepSpeed optimizer wrapper; the only code that touches DeepSpeed's private attributes."""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ..errors import LookSAMConfigError
+from .base import GradientShards, ScaleOf
+from .host import HostEngine
+from .replicated import ReplicatedShards
+from .zero3 import Zero3Shards
+from .zero12 import Zero12Shards
+
+__all__ = ["GradientShards", "HostEngine", "ScaleOf", "open_shards"]
+
+
+def open_shards(engine: HostEngine) -> GradientShards:
+    """The room for the wrapper that DeepSpeed has put around the base optimizer.
+
+    Raises:
+        LookSAMConfigError: the wrapper is one that LookSAM does not know. Exact types are asked for: a subclass
+            (ZenFlow, SuperOffload) keeps its gradients elsewhere.
+    """
+    optimizer = engine.optimizer
+    if type(optimizer) is DeepSpeedZeroOptimizer:
+        return Zero12Shards(optimizer)
+    if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        return Zero3Shards(optimizer)
+    if optimizer is engine.basic_optimizer and isinstance(optimizer, torch.optim.Optimizer):
+        return ReplicatedShards(optimizer, engine.device)
+    raise LookSAMConfigError(
+        f"LookSAM does not support the DeepSpeed optimizer wrapper {type(optimizer).__name__}. Use ZeRO stage 1, 2 or "
+        f"3 (\"zero_optimization\": {{\"stage\": ...}}) with fp32 or bf16.")

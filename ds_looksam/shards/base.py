@@ -1,0 +1,92 @@
+"""What LookSAM asks of a DeepSpeed optimizer wrapper: hand out the gradient, move the weights, start over.
+
+One subclass per wrapper; they and ``host.py`` are the only places that touch DeepSpeed's private attributes. The way of
+a gradient: wrapper -> take_gradient -> algebra -> give_gradient -> the wrapper's own step.
+
+A picture of the flat tensors for two ranks (one param group, three tensors a b c, padding .)::
+
+    rank 0: [ a a a a b b ]      rank 1: [ b b c c c . ]
+
+b straddles the ranks, each element lives on exactly one rank, padding is zero in gradient and weights and so adds
+nothing to any sum. A rank may own nothing of a group (all padding, or an empty tensor).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra import Shard, chunks
+
+ScaleOf = Callable[[int, int, int], Tensor]
+"""(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
+
+
+class GradientShards(ABC):
+    """This rank's part of the gradient and of the weights, as lists of flat fp32 tensors ([numel_local] each).
+
+    Attributes:
+        process_group: the ranks over which the parts add up to the whole model; None where every rank holds it all.
+        device: where the shards, and the sums over them, live.
+        group_of: for each flat tensor, the index of its param group.
+    """
+
+    process_group: Any | None
+    device: torch.device
+    group_of: list[int]
+
+    @abstractmethod
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters that the base optimizer trains."""
+
+    @abstractmethod
+    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
+        """Take the window's averaged gradient out of the wrapper, which is then ready to accumulate a new one.
+
+        Args:
+            survives_evaluation: True if the caller still needs these values while another evaluation writes into
+                the wrapper's gradient buffers; False lets the wrapper hand out the buffers themselves.
+
+        Returns:
+            Flat fp32 gradients with the loss scale still in them. The caller owns them until give_gradient.
+        """
+
+    @abstractmethod
+    def give_gradient(self, gradient: Shard) -> None:
+        """Make ``gradient`` (sizes as taken) the one that the wrapper clips and hands to the base optimizer."""
+
+    @abstractmethod
+    def master_weights(self) -> Shard:
+        """The clean fp32 weights of this rank's part. While they are perturbed in place, the saved copies."""
+
+    @abstractmethod
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
+        """Make every rank's model compute with w + eps, eps = scale * gradient formed in fp32. Collective on ZeRO."""
+
+    @abstractmethod
+    def unperturb_local(self) -> None:
+        """Bring back what the base optimizer's step reads. Sends nothing: that step publishes the new weights."""
+
+    @abstractmethod
+    def restore_weights(self) -> None:
+        """Bring back the clean weights for good, everywhere. Collective on ZeRO.
+
+        Needed where no update follows that would publish them: the update was skipped, or the replay raised.
+        """
+
+    @abstractmethod
+    def abort_evaluation(self) -> None:
+        """Forget a half-done forward or backward, so that the next one starts clean. Not collective."""
+
+
+def add_scaled(weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor) -> None:
+    """out = weights + scale * gradient, summed in fp32 and cast once into out's dtype. All flat and of one size.
+
+    Chunked: the fp32 sum never exists as a whole beside ``out``.
+    """
+    for lo, hi in chunks(weights.numel(), weights.device):
+        out[lo:hi].copy_(torch.addcmul(weights[lo:hi], gradient[lo:hi], scale_of(index, lo, hi)))

@@ -1,0 +1,71 @@
+"""DeepSpeedEngine's private surface, under names that say what it is. LookSAMEngine builds on this and touches none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+
+class HostEngine(DeepSpeedEngine):
+    """A DeepSpeedEngine whose update can be surrounded, and whose forward and backward can be run again.
+
+    Subclasses override :meth:`prepare_base_optimizer` and :meth:`update_at_boundary`.
+    """
+
+    # DeepSpeed's own, for the type checker.
+    _is_gradient_accumulation_boundary: bool | None
+    _unmanaged_backward_count: int
+    _running_engine_step: bool
+    warn_unscaled_loss: bool
+
+    def prepare_base_optimizer(self, build: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        """Build the base optimizer with DeepSpeed's own code, before any wrapper takes its parameters."""
+        return build()
+
+    def update_at_boundary(self, apply_update: Callable[[], None]) -> None:
+        """Called once per accumulation window, with the averaged gradient in place. ``apply_update`` is
+        DeepSpeed's clipping, optimizer step, publication of the weights and LR schedule."""
+        apply_update()
+
+    @contextmanager
+    def running_again(self) -> Iterator[None]:
+        """Forward and backward inside do not count as micro-batches, samples or throughput of the user's loop."""
+        boundary = self._is_gradient_accumulation_boundary
+        backwards = self._unmanaged_backward_count
+        timer = (self.tput_timer.started, self.tput_timer.start_time)
+        unscaled_loss_warning = self.warn_unscaled_loss
+        try:
+            yield
+        finally:
+            self.warn_unscaled_loss = unscaled_loss_warning
+            self.tput_timer.started, self.tput_timer.start_time = timer
+            self._unmanaged_backward_count = backwards
+            self._is_gradient_accumulation_boundary = boundary
+
+    def set_boundary_of_next_backward(self, is_boundary: bool) -> None:
+        """Override the engine's accumulation counter for one backward of a replay."""
+        self._is_gradient_accumulation_boundary = is_boundary
+
+    def finish_unmanaged_window(self) -> None:
+        """Reduce what ``managed_gradient_accumulation: false`` leaves for step() to reduce. Collective."""
+        if self.managed_gradient_accumulation():
+            return
+        self._is_gradient_accumulation_boundary = True
+        if self.zero_optimization_partition_gradients():
+            self.optimizer.finalize_gradient_accumulation_boundary()
+        else:
+            self.allreduce_gradients()
+
+    def leave_failed_step(self) -> None:
+        """step() raised: put back the flags that its normal end resets, so that it can be called again."""
+        self._running_engine_step = False
+
+    def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
+        return self.prepare_base_optimizer(lambda: super(HostEngine, self)._configure_basic_optimizer(model_parameters))
+
+    def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+        self.update_at_boundary(lambda: super(HostEngine, self)._take_model_step(lr_kwargs))

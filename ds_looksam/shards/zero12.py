@@ -1,0 +1,119 @@
+"""ZeRO stages 1 and 2: DeepSpeedZeroOptimizer, without offload.
+
+What DeepSpeed keeps per param group i, on this rank:
+
+- ``single_partition_of_fp32_groups[i]``: the fp32 master weights of this rank's partition, [partition_size]. LookSAM
+  never writes to them, so taking w + eps back costs nothing: the step casts the master and gathers.
+- ``parallel_partitioned_bit16_groups[i][rank]``: the same elements in the model's dtype (a separate copy in fp32 too),
+  a view of the flat buffer whose views are the model's parameters.
+- ``averaged_gradients[i]``: this partition's averaged gradient as a list of fragments, padding included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.stage_1_and_2 import (
+    INITIAL_MICRO_STEP_ID,
+    DeepSpeedZeroOptimizer,
+    GradPartitionBufferGroup,
+)
+from torch import Tensor
+
+from ..algebra import Shard
+from .base import GradientShards, ScaleOf, add_scaled
+
+
+class Zero12Shards(GradientShards):
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        self._zero = optimizer
+        self.process_group: Any | None = optimizer.dp_process_group
+        self.device = optimizer.single_partition_of_fp32_groups[0].device
+        self.group_of = list(range(len(optimizer.single_partition_of_fp32_groups)))
+        self._fragment_shapes: dict[int, list[tuple[torch.Size, bool]]] = {}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self._zero.bit16_groups for p in group]
+
+    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
+        gradient = [self._flat_fp32(i) for i in self.group_of]
+        self._start_window()
+        return gradient
+
+    def give_gradient(self, gradient: Shard) -> None:
+        # DeepSpeed's step takes a group that owns its flat partition as it is, where it would otherwise flatten and
+        # cast the fragments. The fragments stay visible in their shapes: the clipping norm is summed over them, in
+        # DeepSpeed's order.
+        for i, flat in enumerate(gradient):
+            self._zero.averaged_gradients[i] = GradPartitionBufferGroup(self._fragments_of(i, flat), flat)
+
+    def master_weights(self) -> Shard:
+        return [w.detach() for w in self._zero.single_partition_of_fp32_groups]
+
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
+        with torch.no_grad():
+            for i, master in enumerate(self.master_weights()):
+                add_scaled(master, gradient[i], i, scale_of, out=self._own_model_partition(i))
+        self._gather_model_weights()
+
+    def unperturb_local(self) -> None:
+        """Nothing to do: the step reads the master weights only, and those were never perturbed."""
+
+    def restore_weights(self) -> None:
+        self._zero.update_lp_params()
+
+    def abort_evaluation(self) -> None:
+        zero = self._zero
+        for bucket in zero.ipg_buckets.values():
+            bucket.clear()
+        zero.extra_large_param_to_reduce.clear()
+        zero.previous_reduced_grads.clear()
+        zero.params_already_reduced = [False] * len(zero.params_already_reduced)
+        zero._release_ipg_buffers()
+        zero.zero_grad(set_to_none=True)
+        zero._backward_hook_state.backward_active_depth = 0
+        zero._backward_hook_state.reset_for_new_step()
+        self._start_window()
+
+    def _flat_fp32(self, i: int) -> Tensor:
+        """Group i's averaged gradient as one fp32 tensor [partition_size]; a copy, unless LookSAM gave it."""
+        fragments = self._zero.averaged_gradients[i]
+        flat = getattr(fragments, "flat_partition", None)
+        self._fragment_shapes[i] = [(f.shape, getattr(f, "_zero_padding", False)) for f in fragments]
+        if flat is None or flat.dtype != torch.float32:
+            flat = torch.empty(sum(f.numel() for f in fragments), dtype=torch.float32, device=self.device)
+            torch._foreach_copy_(self._fragments_of(i, flat), [f.detach() for f in fragments])
+        return flat
+
+    def _fragments_of(self, i: int, flat: Tensor) -> list[Tensor]:
+        """Views of ``flat`` with the shapes and padding marks of the fragments last taken for group i."""
+        views, offset = [], 0
+        for shape, is_padding in self._fragment_shapes[i]:
+            view = flat.narrow(0, offset, shape.numel()).view(shape)
+            if is_padding:
+                view._zero_padding = True  # type: ignore[attr-defined]
+            views.append(view)
+            offset += shape.numel()
+        return views
+
+    def _start_window(self) -> None:
+        """Without this the next evaluation would be added onto the last one."""
+        self._zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        for i in self.group_of:
+            self._zero.averaged_gradients[i] = None
+            self._zero.all_grad_tensors[i] = None
+
+    def _own_model_partition(self, i: int) -> Tensor:
+        rank = dist.get_rank(group=self._zero.real_dp_process_group[i])
+        return self._zero.parallel_partitioned_bit16_groups[i][rank].data
+
+    def _gather_model_weights(self) -> None:
+        zero = self._zero
+        all_gather_dp_groups(groups_flat=zero.bit16_groups_flat,
+                             partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+                             dp_process_group=zero.real_dp_process_group,
+                             start_alignment_factor=zero.nccl_start_alignment_factor,
+                             allgather_bucket_size=zero.allgather_bucket_size)

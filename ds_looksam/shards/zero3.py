@@ -1,0 +1,141 @@
+"""ZeRO stage 3: DeepSpeedZeroOptimizer_Stage3, without offload.
+
+What DeepSpeed keeps per sub-group i, on this rank:
+
+- ``fp32_partitioned_groups_flat[i]``: the fp32 master weights, the partitions of the sub-group's parameters one after
+  another, each with its own padding at the end. In fp32 training this is the same tensor as
+- ``fp16_partitioned_groups_flat[i]``: the partitions in the model's dtype, from which every forward gathers.
+- ``averaged_gradients[i]``: one partition per parameter, views of one buffer that lives as long as the optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from ..algebra import Shard
+from .base import GradientShards, ScaleOf, add_scaled
+
+
+class Zero3Shards(GradientShards):
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+        self._zero = optimizer
+        self.process_group: Any | None = optimizer.dp_process_group
+        self.device = optimizer.fp32_partitioned_groups_flat[0].device
+        self.group_of = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
+        self._model_flat_is_master = [
+            master.data_ptr() == model.data_ptr()
+            for master, model in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat,
+                                     strict=True)
+        ]
+        self._clean: dict[int, torch.Tensor] = {}
+        self._given = False
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self._zero.fp16_groups for p in group]
+
+    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
+        if not self._given:
+            self._clear_partitions_without_gradient()
+        gradient = []
+        for i in range(len(self.group_of)):
+            partitions = self._zero.averaged_gradients[i]
+            flat = self._contiguous(partitions)
+            if flat is None:
+                flat = torch.cat([p.reshape(-1) for p in partitions])
+            # .to copies where the dtype differs; only an fp32 alias of DeepSpeed's buffer must be copied by hand.
+            alias = flat.dtype == torch.float32
+            gradient.append(flat.clone() if alias and survives_evaluation else flat.to(torch.float32))
+        self._start_window()
+        return gradient
+
+    def give_gradient(self, gradient: Shard) -> None:
+        # One tensor per sub-group: DeepSpeed's step flattens a list of one without copying it.
+        for i, flat in enumerate(gradient):
+            self._zero.averaged_gradients[i] = [flat]
+        self._given = True
+
+    def master_weights(self) -> Shard:
+        masters = self._zero.fp32_partitioned_groups_flat
+        return [self._clean.get(i, master.detach()) for i, master in enumerate(masters)]
+
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
+        zero = self._zero
+        with torch.no_grad():
+            for i, master in enumerate(zero.fp32_partitioned_groups_flat):
+                if self._model_flat_is_master[i]:
+                    # fp32 training: model and master are one tensor, so a clean copy must outlive the replay.
+                    self._clean[i] = master.detach().clone()
+                add_scaled(master.detach(), gradient[i], i, scale_of, out=zero.fp16_partitioned_groups_flat[i].data)
+        self._republish()
+
+    def unperturb_local(self) -> None:
+        for i, clean in self._clean.items():
+            self._zero.fp32_partitioned_groups_flat[i].data.copy_(clean)
+        self._clean = {}
+
+    def restore_weights(self) -> None:
+        self.unperturb_local()
+        for i, master in enumerate(self._zero.fp32_partitioned_groups_flat):
+            if not self._model_flat_is_master[i]:
+                self._zero.fp16_partitioned_groups_flat[i].data.copy_(master.data)
+        self._republish()
+
+    def abort_evaluation(self) -> None:
+        zero = self._zero
+        for param_id in zero.params_already_reduced:
+            zero.params_already_reduced[param_id] = False
+        zero.zero_grad(set_to_none=True)
+        zero._backward_hook_state.backward_active_depth = 0
+        zero._backward_hook_state.reset_for_new_step()
+        coordinator = zero._get_param_coordinator()
+        coordinator.release_backward_leftovers()
+        # A trace that was being recorded ends in the middle of the model; a complete one is replayed from its start
+        # by the next forward.
+        if not coordinator.is_complete_trace():
+            coordinator._invalidate_trace()
+        self._start_window()
+
+    def _start_window(self) -> None:
+        """The next evaluation overwrites the gradient buffer instead of adding to it, as after a step."""
+        self._zero.micro_step_id = 0
+        self._zero._epilogue_ran_this_backward = False
+        self._zero._offload_boundary_param_ids = set()
+        self._zero.averaged_gradients = {}
+        self._given = False
+        for bucket in self._zero.ipg_buckets.values():
+            bucket.clear_params()
+
+    def _clear_partitions_without_gradient(self) -> None:
+        """Zero the partitions that no backward of this window wrote.
+
+        DeepSpeed's buffer outlives the step, so a parameter that took no part in this window's loss would show the
+        gradient of an earlier one.
+        """
+        zero = self._zero
+        for i, params in enumerate(zero.fp16_groups):
+            for param, partition in zip(params, zero.averaged_gradients[i], strict=True):
+                owns_elements = param.partition_numel() * zero._get_param_partition_rank(param) < param.ds_numel
+                if owns_elements and param.ds_id not in zero._offload_boundary_param_ids:
+                    partition.zero_()
+
+    def _republish(self) -> None:
+        """Drop every gathered copy of the old weights, and gather again what DeepSpeed keeps gathered. Collective."""
+        zero = self._zero
+        zero._partition_all_parameters()
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+
+    @staticmethod
+    def _contiguous(partitions: list[torch.Tensor]) -> torch.Tensor | None:
+        """The one flat tensor whose consecutive views ``partitions`` are, or None if they are not."""
+        first, offset = partitions[0], partitions[0].storage_offset()
+        for p in partitions:
+            if (p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or p.storage_offset() != offset
+                    or not p.is_contiguous()):
+                return None
+            offset += p.numel()
+        return first.as_strided((offset - first.storage_offset(), ), (1, ))

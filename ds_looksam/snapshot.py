@@ -1,0 +1,99 @@
+"""What an evaluation of the user's model changes besides gradients, saved and put back around the replay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """States of every generator a model is likely to draw from: torch on CPU and device, NumPy, Python."""
+
+    cpu: Tensor
+    device: Tensor | None
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def capture(cls) -> RandomState:
+        on_device = get_accelerator().device_name() != "cpu"
+        return cls(cpu=torch.get_rng_state(),
+                   device=get_accelerator().get_rng_state() if on_device else None,
+                   numpy=np.random.get_state(),
+                   python=random.getstate())
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            get_accelerator().set_rng_state(self.device)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+
+@dataclass(frozen=True)
+class ComputeMode:
+    """The training flags of every submodule and the caller's autocast state during one forward."""
+
+    training: tuple[bool, ...]
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast_cache: bool
+
+    @classmethod
+    def capture(cls, module: nn.Module) -> ComputeMode:
+        devices = dict.fromkeys(("cpu", torch.device(get_accelerator().device_name()).type))
+        return cls(training=tuple(m.training for m in module.modules()),
+                   autocast=tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+                   autocast_cache=torch.is_autocast_cache_enabled())
+
+    def apply(self, module: nn.Module) -> None:
+        """Set the training flags (without calling user code in ``train()``) and the autocast state."""
+        for m, flag in zip(module.modules(), self.training, strict=True):
+            m.training = flag
+        for device, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self.autocast_cache)
+
+
+@dataclass
+class ModelSnapshot:
+    """Everything of the model but its optimized weights: buffers, flags, gradients of parameters nobody optimizes."""
+
+    module: nn.Module
+    random: RandomState
+    mode: ComputeMode
+    buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
+    outside_gradients: list[tuple[nn.Parameter, Tensor | None]] = field(default_factory=list)
+
+    @classmethod
+    def take(cls, module: nn.Module, optimized: Iterable[nn.Parameter]) -> ModelSnapshot:
+        """Copies the buffers (BatchNorm-like running statistics), and sets aside ``.grad`` of trainable parameters
+        that are not in ``optimized``, so that the replay does not add to them."""
+        known = {id(p) for p in optimized}
+        outside = [(p, p.grad) for p in module.parameters() if p.requires_grad and id(p) not in known]
+        for p, _ in outside:
+            p.grad = None
+        return cls(module=module,
+                   random=RandomState.capture(),
+                   mode=ComputeMode.capture(module),
+                   buffers=[(owner, name, buffer, buffer.detach().clone()) for owner in module.modules()
+                            for name, buffer in owner.named_buffers(recurse=False)],
+                   outside_gradients=outside)
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for owner, name, buffer, saved in self.buffers:
+                buffer.copy_(saved)
+                owner._buffers[name] = buffer
+        for p, gradient in self.outside_gradients:
+            p.grad = gradient
+        self.mode.apply(self.module)
+        self.random.restore()

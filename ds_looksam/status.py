@@ -1,0 +1,46 @@
+"""What LookSAM has done and measured, for user code: ``engine.looksam``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+StepKind = Literal["sam", "reuse", "base", "skipped"]
+
+
+@dataclass
+class LookSAMStatus:
+    """Counters and the measurements of the last SAM step.
+
+    The counters are plain ints. The measurements stay on the device, as float64 0-dim tensors, until somebody reads
+    them: ``.item()`` is the reader's synchronisation, never the step's. Norms carry the loss scale of their step.
+
+    Attributes:
+        k: period of the SAM steps, in updates.
+        updates: updates applied so far; a skipped one (overflow) does not count.
+        evaluations: gradient evaluations so far, in accumulation windows: updates + SAM steps, skipped ones included.
+        step_kind: what the last boundary did: "sam", "reuse", "base" (no correction was available or wanted) or
+            "skipped" (DeepSpeed applied no update).
+        gradient_norm: ‖g‖ of the last SAM step.
+        perturbed_gradient_norm: ‖g_s‖ of the last SAM step.
+        orthogonal_norm: ‖g_v‖ of the last SAM step.
+        gradient_cosine: cosine of g and g_s of the last SAM step.
+        beta: strength of the reuse under alpha "auto", None until the second SAM step has measured it.
+    """
+
+    k: int
+    updates: int = 0
+    evaluations: int = 0
+    step_kind: StepKind = "base"
+    gradient_norm: Tensor | None = None
+    perturbed_gradient_norm: Tensor | None = None
+    orthogonal_norm: Tensor | None = None
+    gradient_cosine: Tensor | None = None
+    beta: Tensor | None = None
+
+    @property
+    def next_is_sam(self) -> bool:
+        """Whether the window now running ends in a SAM step."""
+        return self.updates % self.k == 0

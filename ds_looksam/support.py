@@ -1,0 +1,93 @@
+"""What is supported, and the refusals of what is not: at initialize, naming the JSON key and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+from .config import OPTIMIZER_TYPES, LookSAMConfig
+from .errors import LookSAMConfigError
+
+_BASES_REFUSED = {
+    "lamb": "its trust ratio needs whole tensors, ZeRO's flat partitions have none",
+    "muon": "it orthogonalises whole matrices while gradients are being partitioned, before LookSAM sees them",
+    "lbfgs": "it evaluates the loss itself",
+    "sparseadam": "it takes sparse gradients",
+}
+
+
+def deepspeed_name(optimizer: str) -> str:
+    """The spelling DeepSpeed's engine compares with: its own optimizers in lower case, torch.optim's as they are."""
+    return optimizer.lower() if optimizer.lower() in DEEPSPEED_OPTIMIZERS else optimizer
+
+
+def refuse_unsupported(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> None:
+    """Check a parsed DeepSpeedConfig before an engine is built from it.
+
+    Raises:
+        LookSAMConfigError: listing everything that LookSAM does not support in it.
+    """
+    problems = list(_problems(config, settings, client_optimizer))
+    if problems:
+        raise LookSAMConfigError("LookSAM cannot train with this configuration:\n  - " + "\n  - ".join(problems))
+
+
+def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> Iterator[str]:
+    name = deepspeed_name(settings.base_optimizer)
+    base = name.lower()
+    if settings.base_optimizer in OPTIMIZER_TYPES:
+        yield f"optimizer.params.base_optimizer: {settings.base_optimizer!r} cannot be its own base; use \"AdamW\""
+    elif name not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
+        yield (f"optimizer.params.base_optimizer: {settings.base_optimizer!r} is known neither to DeepSpeed "
+               f"({', '.join(DEEPSPEED_OPTIMIZERS)}) nor to torch.optim")
+    if base in _BASES_REFUSED:
+        yield (f"optimizer.params.base_optimizer: {settings.base_optimizer!r} is not supported "
+               f"({_BASES_REFUSED[base]}); use \"AdamW\", \"SGD\" or another element-wise optimizer")
+    if client_optimizer is not None:
+        yield ("deepspeed.initialize(optimizer=...) would override the JSON's optimizer block: leave it out, and name "
+               "the base in optimizer.params.base_optimizer")
+    zero, stage = config.zero_config, int(config.zero_config.stage)
+    if config.float16_config.enabled:
+        yield "fp16.enabled: not supported; use \"bf16\": {\"enabled\": true} or fp32"
+    if config.bfloat16_config.enabled and stage == 0:
+        yield "bf16.enabled with zero_optimization.stage 0: not supported; use stage 1, 2 or 3"
+    if config.bfloat16_config.bf16_master_weights_and_grads or config.bfloat16_config.bf16_optimizer_states:
+        yield "bf16.bf16_master_weights_and_grads, bf16.bf16_optimizer_states: not supported; leave them off"
+    if config.grad_accum_dtype is not None:
+        yield "data_types.grad_accum_dtype: not supported; leave it out"
+    if config.torch_autocast_enabled:
+        yield "torch_autocast.enabled: not supported; use bf16 or fp32"
+    for key in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, key)
+        if offload is not None and offload.device != "none":
+            yield f"zero_optimization.{key}: not supported; leave it out"
+    if zero.zenflow is not None:
+        yield "zero_optimization.zenflow: not supported; leave it out"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if getattr(zero, key):
+            yield f"zero_optimization.{key}: not supported (ZeRO++ quantization); leave it out"
+    if zero.zero_hpz_partition_size > 1:
+        yield "zero_optimization.zero_hpz_partition_size: not supported; leave it at 1"
+    if config.compile_config.deepcompile:
+        yield "compile.deepcompile: not supported; use engine.compile() without it"
+    if config.tensor_parallel_config.autotp_size > 1:
+        yield "tensor_parallel.autotp_size: not supported; use data parallelism (ZeRO)"
+
+
+def refuse_model(engine: Any) -> None:
+    """Check what only shows once the engine knows its model and process groups.
+
+    Raises:
+        LookSAMConfigError: the model is parallel in another way than by data, or its gradients are sparse.
+    """
+    if engine.has_moe_layers:
+        raise LookSAMConfigError("LookSAM does not support MoE layers: norms over expert groups are not implemented")
+    if engine.sequence_parallel_size > 1:
+        raise LookSAMConfigError("LookSAM does not support sequence_parallel_size > 1; use data parallelism (ZeRO)")
+    if any(getattr(module, "sparse", False) is True for module in engine.module.modules()):
+        raise LookSAMConfigError("LookSAM does not support sparse gradients; build embeddings with sparse=False")
+    if engine.mp_world_size > 1:
+        raise LookSAMConfigError("LookSAM does not support model parallelism (mpu); use data parallelism (ZeRO)")

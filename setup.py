@@ -1,0 +1,43 @@
+"""Packaging. The version and the tested ranges are read from ds_looksam/_versions.py, without importing DeepSpeed."""
+
+import ast
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def constants(path: Path) -> dict:
+    """Module-level literals of a Python file."""
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+
+
+versions = constants(HERE / "ds_looksam" / "_versions.py")
+
+setup(
+    name="ds_looksam",
+    version=versions["__version__"],
+    description="LookSAM (sharpness-aware minimization) as a DeepSpeed optimizer that works on ZeRO shards",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["ds_looksam", "ds_looksam.*"]),
+    package_data={"ds_looksam": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        *(f"{package}{wanted}" for package, wanted in versions["TESTED"].items()),
+        "numpy",
+        "packaging",
+        "pydantic>=2",
+    ],
+    extras_require={
+        "train": ["matplotlib", "mlxtend", "pillow", "tqdm", "transformers>=5"],
+        "mpi": ["mpi4py"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "transformers>=5"],
+    },
+)
