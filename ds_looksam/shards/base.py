@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,21 @@ from ..algebra import Shard, chunks
 
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of elements of one parameter inside one of this rank's flat tensors.
+
+    ``parameter[param_offset : param_offset + numel]`` (flattened, row-major) lies at ``flat[start : start + numel]``.
+    ``param_numel`` is the parameter's full size, which zero.Init hides from ``parameter.shape``.
+    """
+
+    parameter: torch.nn.Parameter
+    start: int
+    param_offset: int
+    numel: int
+    param_numel: int
 
 
 class GradientShards(ABC):
@@ -42,6 +58,14 @@ class GradientShards(ABC):
     @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:
         """The model's parameters that the base optimizer trains."""
+
+    @abstractmethod
+    def layout(self) -> list[list[Segment]]:
+        """For each flat tensor, what lies in it: segments in ascending order of ``start``, padding left out.
+
+        Over all ranks of ``process_group`` (or on each rank, where that is None) every element of every trained
+        parameter appears exactly once. Linear in this rank's tensors.
+        """
 
     @abstractmethod
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:

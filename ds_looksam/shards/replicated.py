@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, add_scaled
+from .base import GradientShards, ScaleOf, Segment, add_scaled
 
 
 class ReplicatedShards(GradientShards):
@@ -25,6 +25,16 @@ class ReplicatedShards(GradientShards):
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for params in self._groups for p in params]
+
+    def layout(self) -> list[list[Segment]]:
+        flats = []
+        for params in self._groups:
+            start, segments = 0, []
+            for p in params:
+                segments.append(Segment(p, start, 0, p.numel(), p.numel()))
+                start += p.numel()
+            flats.append(segments)
+        return flats
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = [self._flatten([p.grad for p in params]) for params in self._groups]

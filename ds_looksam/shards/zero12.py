@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, add_scaled
+from .base import GradientShards, ScaleOf, Segment, add_scaled
 
 
 class Zero12Shards(GradientShards):
@@ -37,6 +37,20 @@ class Zero12Shards(GradientShards):
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.bit16_groups for p in group]
+
+    def layout(self) -> list[list[Segment]]:
+        zero, flats = self._zero, []
+        for i in self.group_of:
+            rank = dist.get_rank(group=zero.real_dp_process_group[i])
+            segments = []
+            for p in zero.params_in_partition[i]:
+                key = zero.get_param_id(p)
+                start = zero.grad_partition_insertion_offset[i][rank][key]
+                offset = zero.grad_start_offset[i][rank][key]
+                numel = min(p.numel() - offset, zero.partition_size[i] - start)
+                segments.append(Segment(p, start, offset, numel, p.numel()))
+            flats.append(segments)
+        return flats
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = [self._flat_fp32(i) for i in self.group_of]

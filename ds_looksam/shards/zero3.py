@@ -16,7 +16,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, add_scaled
+from .base import GradientShards, ScaleOf, Segment, add_scaled
 
 
 class Zero3Shards(GradientShards):
@@ -35,6 +35,19 @@ class Zero3Shards(GradientShards):
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.fp16_groups for p in group]
+
+    def layout(self) -> list[list[Segment]]:
+        flats = []
+        for params in self._zero.fp16_groups:
+            start, segments = 0, []
+            for p in params:
+                offset = p.partition_numel() * self._zero._get_param_partition_rank(p)
+                numel = min(p.ds_numel - offset, p.partition_numel())
+                if numel > 0:
+                    segments.append(Segment(p, start, offset, numel, p.ds_numel))
+                start += p.partition_numel()
+            flats.append(segments)
+        return flats
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         if not self._given:
