@@ -1,0 +1,43 @@
+"""Subsets of a grid in which every combination of ``strength`` settings still occurs (greedy covering arrays)."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+Grid = dict[str, list[Any]]
+
+
+def product(grid: Grid) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def covering(grid: Grid, strength: int, candidates: int = 30, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of ``grid`` such that every choice of ``strength`` keys and of one value for each is in some row.
+
+    Greedy: each row starts from a combination not covered yet and takes the best of ``candidates`` random completions.
+    The same arguments give the same rows.
+    """
+    draw = random.Random(seed)
+    keys = list(grid)
+    missing = {
+        (names, values)
+        for names in itertools.combinations(keys, strength) for values in itertools.product(*(grid[n] for n in names))
+    }
+    rows = []
+    while missing:
+        names, values = min(missing, key=repr)
+        best, best_covered = None, set()
+        for _ in range(candidates):
+            row = {key: draw.choice(grid[key]) for key in keys} | dict(zip(names, values, strict=True))
+            row = {key: row[key] for key in keys}
+            covered = {(some, tuple(row[n] for n in some)) for some in itertools.combinations(keys, strength)} & missing
+            if len(covered) > len(best_covered):
+                best, best_covered = row, covered
+        assert best is not None
+        rows.append(best)
+        missing -= best_covered
+    return rows

@@ -1,0 +1,168 @@
+"""LookSAM written down naively: the whole model is one float64 vector on one process.
+
+Shares nothing with the package, and knows nothing of ranks: a window is the list of every rank's micro-batches. Each line
+below is a line of Algorithm 1 (Liu et al. 2022, arXiv 2203.02714), or of the definition of alpha "auto".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Gradient = Callable[[Tensor, Any], Tensor]
+"""(weights float64 [n], window) -> gradient float64 [n] of the window's loss."""
+
+
+@dataclass
+class Group:
+    """Hyper-parameters of one param group, and the names of its parameters."""
+
+    names: Sequence[str]
+    lr: float
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    rho: float = 0.05
+    alpha: float | str = "auto"
+
+
+class Base:
+    """AdamW and SGD with (heavy-ball) momentum, on one vector with per-element hyper-parameters."""
+
+    def __init__(self, name: str, groups: Sequence[Group], group_of: Tensor) -> None:
+        self.name, self.groups, self.group_of = name, groups, group_of
+        self.m: Tensor | None = None
+        self.s: Tensor | None = None
+        self.steps = 0
+
+    def of_group(self, value: Callable[[Group], float]) -> Tensor:
+        return torch.tensor([value(g) for g in self.groups], dtype=torch.float64)[self.group_of]
+
+    def step(self, w: Tensor, u: Tensor) -> Tensor:
+        self.steps += 1
+        lr, decay = self.of_group(lambda g: g.lr), self.of_group(lambda g: g.weight_decay)
+        if self.name == "SGD":
+            u = u + decay * w
+            self.m = u if self.m is None else self.of_group(lambda g: g.momentum) * self.m + u
+            return w - lr * self.m
+        if self.name == "AdamW":
+            b1, b2 = self.of_group(lambda g: g.betas[0]), self.of_group(lambda g: g.betas[1])
+            if self.m is None or self.s is None:
+                self.m, self.s = torch.zeros_like(w), torch.zeros_like(w)
+            self.m = b1 * self.m + (1 - b1) * u
+            self.s = b2 * self.s + (1 - b2) * u * u
+            m_hat, s_hat = self.m / (1 - b1**self.steps), self.s / (1 - b2**self.steps)
+            return w - lr * decay * w - lr * m_hat / (s_hat.sqrt() + self.of_group(lambda g: g.eps))
+        raise ValueError(self.name)
+
+
+@dataclass
+class Oracle:
+    """w, and everything that Algorithm 1 carries from one update to the next."""
+
+    w: Tensor
+    gradient: Gradient
+    base: Base
+    k: int
+    clipping: float = 0.0
+    t: int = 0
+    v: Tensor | None = None
+    beta: float | None = None
+    evaluations: int = 0
+    clipped: int = 0
+    history: list[Tensor] = field(default_factory=list)
+
+    def update(self, window: Any) -> None:
+        g = self.evaluate(self.w, window)
+        norm = g.norm()
+        if self.t % self.k == 0:
+            u = self.sam(g, norm, window)
+        else:
+            u = self.reuse(g, norm)
+        if self.clipping > 0 and u.norm() > self.clipping:
+            u = u * (self.clipping / (u.norm() + 1e-6))  # the 1e-6 is DeepSpeed's and torch's
+            self.clipped += 1
+        self.w = self.base.step(self.w, u)
+        self.t += 1
+        self.history.append(self.w)
+
+    def sam(self, g: Tensor, norm: Tensor, window: Any) -> Tensor:
+        rho = self.base.of_group(lambda group: group.rho)
+        eps = rho * g / norm if norm > 0 else torch.zeros_like(g)
+        g_s = self.evaluate(self.w + eps, window)
+        g_h = (g @ g_s) / norm**2 * g if norm > 0 else torch.zeros_like(g)
+        g_v = g_s - g_h
+        if self.v is not None:
+            divisor = self.v.norm() * norm
+            b = float(self.v @ g_v / divisor) if divisor > 0 else 0.0
+            self.beta = b if self.beta is None else 0.8 * self.beta + 0.2 * b
+        self.v = g_v
+        return g_s
+
+    def reuse(self, g: Tensor, norm: Tensor) -> Tensor:
+        if self.v is None or self.v.norm() == 0:
+            return g
+        beta = max(self.beta, 0.0) if self.beta is not None else 0.0
+        alpha = self.base.of_group(lambda group: beta if group.alpha == "auto" else float(group.alpha))
+        return g + alpha * (norm / self.v.norm()) * self.v
+
+    def evaluate(self, w: Tensor, window: Any) -> Tensor:
+        self.evaluations += 1
+        return self.gradient(w, window)
+
+
+class ModuleGradient:
+    """The gradient of a torch module's loss over a window, as one float64 vector.
+
+    Args:
+        module: gives its loss when called with a micro-batch. It is converted to ``dtype``.
+        names: the parameters that make up the vector, in this order.
+        dtype: float64 for the exact gradient. A lower one computes as a mixed-precision run does: weights are cast to it,
+            the loss is multiplied by ``loss_scale`` and each micro-batch's gradient comes out in it.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str], dtype: torch.dtype = torch.float64,
+                 loss_scale: float = 1.0) -> None:
+        self.module = module.to(dtype)
+        parameters = dict(module.named_parameters())
+        self.parameters = [parameters[name] for name in names]
+        self.dtype, self.loss_scale = dtype, loss_scale
+
+    def __call__(self, w: Tensor, window: Sequence[Sequence[Tensor]]) -> Tensor:
+        offset = 0
+        for p in self.parameters:
+            p.data = w[offset:offset + p.numel()].view_as(p).to(self.dtype)
+            offset += p.numel()
+        total = torch.zeros_like(w)
+        for micro_batch in window:
+            inputs = [t.to(self.dtype) if t.is_floating_point() else t for t in micro_batch]
+            loss = self.module(*inputs) * self.loss_scale
+            grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            total += torch.cat([
+                torch.zeros(p.numel(), dtype=torch.float64) if g is None else g.double().reshape(-1)
+                for p, g in zip(self.parameters, grads, strict=True)
+            ]) / self.loss_scale
+        return total / len(window)
+
+
+def build(module: nn.Module, groups: Sequence[Group], *, base: str, k: int, clipping: float = 0.0,
+          dtype: torch.dtype = torch.float64, loss_scale: float = 1.0) -> Oracle:
+    """An oracle for the trainable parameters of ``module`` that ``groups`` name; starts from the module's weights."""
+    parameters = dict(module.named_parameters())
+    names = [name for group in groups for name in group.names]
+    w = torch.cat([parameters[name].detach().double().reshape(-1) for name in names])
+    group_of = torch.cat([torch.full((parameters[name].numel(), ), i) for i, g in enumerate(groups) for name in g.names])
+    return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale), base=Base(base, groups, group_of), k=k,
+                  clipping=clipping)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """‖got - expected‖ / ‖expected‖ over all elements; infinite where anything is not finite."""
+    error = float((got.double() - expected).norm() / expected.norm())
+    return error if math.isfinite(error) else math.inf

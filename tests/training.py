@@ -1,0 +1,248 @@
+"""One training case, run twice: by DeepSpeed with LookSAM on several ranks, and by the oracle. The one comparator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import oracle
+from .models import CLASSES, FEATURES, make_model
+from .ranks import run_on_ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that decides a run. ``zero`` and ``config`` are merged into the DeepSpeed JSON."""
+
+    model: str = "mlp"
+    world: int = 2
+    stage: int = 2
+    accumulation: int = 1
+    clipping: float = 0.0
+    k: int = 3
+    rho: float = 0.1
+    alpha: float | str = "auto"
+    base: str = "AdamW"
+    two_groups: bool = False
+    precision: str = "fp32"
+    loss_scale: float = 1.0
+    updates: int = 12
+    micro_batch: int = 4
+    seed: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_params(self) -> dict[str, Any]:
+        if self.base == "SGD":
+            return {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+        return {"lr": 1e-2, "weight_decay": 0.1}
+
+    def json(self, looksam: bool = True) -> dict[str, Any]:
+        """The DeepSpeed configuration; without ``looksam`` that of the base optimizer alone."""
+        own = {"k": self.k, "rho": self.rho, "alpha": self.alpha, "base_optimizer": self.base, **self.params}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clipping,
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            "optimizer": {"type": "LookSAM", "params": {**own, **self.base_params}} if looksam else
+                         {"type": self.base, "params": self.base_params},
+            # DeepSpeed asks for this flag with SGD, with or without LookSAM.
+            "zero_allow_untested_optimizer": True,
+        }
+        if self.precision == "bf16":
+            config["bf16"] = {"enabled": True}
+        if self.precision == "fp16":
+            config["fp16"] = {"enabled": True, "loss_scale": self.loss_scale}
+        config.update(self.config)
+        return config
+
+    def model_parameters(self, module: nn.Module) -> Any:
+        """What the user hands to deepspeed.initialize."""
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not self.two_groups:
+            return [p for _, p in trained]
+        return [{"params": [p for name, p in trained if _first_group(name)]},
+                {"params": [p for name, p in trained if not _first_group(name)], **self.second_group}]
+
+    @property
+    def second_group(self) -> dict[str, Any]:
+        return {"lr": 3 * self.base_params["lr"], "weight_decay": 0.0, "rho": self.rho / 2}
+
+    def oracle_groups(self, module: nn.Module) -> list[oracle.Group]:
+        names = [name for name, p in module.named_parameters() if p.requires_grad]
+        common = {**self.base_params, "rho": self.rho, "alpha": self.alpha}
+        if not self.two_groups:
+            return [oracle.Group(names=names, **common)]
+        return [oracle.Group(names=[n for n in names if _first_group(n)], **common),
+                oracle.Group(names=[n for n in names if not _first_group(n)], **{**common, **self.second_group})]
+
+    def micro_batches(self, update: int, rank: int) -> list[tuple[Tensor, Tensor]]:
+        """This rank's micro-batches of one accumulation window, x in float64."""
+        return [self._micro_batch(update, rank, i) for i in range(self.accumulation)]
+
+    def window(self, update: int) -> list[tuple[Tensor, Tensor]]:
+        return [mb for rank in range(self.world) for mb in self.micro_batches(update, rank)]
+
+    def _micro_batch(self, update: int, rank: int, i: int) -> tuple[Tensor, Tensor]:
+        # Numbered over the whole window, so that world x accumulation sees the same samples however it is split.
+        number = rank * self.accumulation + i
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + 1009 * update + number)
+        x = torch.randn(self.micro_batch, FEATURES, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, CLASSES, (self.micro_batch, ), generator=generator)
+        y[0] = update // 2 % 2  # what the model "sometimes" looks at
+        return x, y
+
+
+def _first_group(name: str) -> bool:
+    return not name.endswith("bias")
+
+
+@dataclass
+class Result:
+    """Of one rank. Weights are fp32 and whole: the fp32 master's, and the model's own in its dtype."""
+
+    weights: dict[str, Tensor]
+    model_weights: dict[str, Tensor]
+    history: list[dict[str, Tensor]]
+    forwards: int
+    evaluations: int
+    updates: int
+    extra: Any = None
+
+
+@contextmanager
+def engine_for(case: Case, looksam: bool = True, module: nn.Module | None = None,
+               adapt: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Any]:
+    """A DeepSpeed engine on this rank, destroyed afterwards. Collective."""
+    import deepspeed
+
+    import ds_looksam  # noqa: F401 - the import is what a user writes
+
+    if module is None:
+        module = make_model(case.model, case.seed)
+    config = case.json(looksam)
+    if adapt is not None:
+        adapt(config)
+    parameters = case.model_parameters(module)
+    if not looksam and isinstance(parameters[0], dict):
+        parameters[1].pop("rho", None)
+    engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=parameters)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def train_window(engine: Any, case: Case, update: int) -> None:
+    """One accumulation window of an ordinary user's loop."""
+    for x, y in case.micro_batches(update, torch.distributed.get_rank()):
+        loss = engine(x.to(DTYPES[case.precision]), y)
+        engine.backward(loss)
+        engine.step()
+
+
+def master_weights(engine: Any) -> dict[str, Tensor]:
+    """The fp32 weights by name, whole on every rank. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            full = safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") else p.detach()
+            weights[name] = full.detach().float().clone()
+    return weights
+
+
+def visible_weights(engine: Any) -> dict[str, Tensor]:
+    """The weights the model computes with, in its dtype: what user code sees. Collective."""
+    import deepspeed
+
+    named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    with deepspeed.zero.GatheredParameters([p for _, p in named if hasattr(p, "ds_id")]):
+        return {name: p.detach().clone() for name, p in named}
+
+
+def train(case: Case, looksam: bool = True, keep_history: bool = False) -> Result:
+    """Run a case on this rank of the process group that is there. Collective."""
+    with engine_for(case, looksam) as engine:
+        calls: list[None] = []
+        engine.module.register_forward_hook(lambda *_: calls.append(None))
+        history = []
+        for update in range(case.updates):
+            train_window(engine, case, update)
+            if keep_history:
+                history.append(master_weights(engine))
+        status = getattr(engine, "looksam", None)
+        return Result(weights=master_weights(engine), model_weights=visible_weights(engine), history=history,
+                      forwards=len(calls), evaluations=status.evaluations if status else case.updates,
+                      updates=status.updates if status else engine.global_steps)
+
+
+def run_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.Oracle, dict[str, Tensor]]:
+    """The same case by the oracle: the oracle itself, and its weights by name."""
+    module = make_model(case.model, case.seed)
+    if case.precision != "fp32":
+        module.to(DTYPES[case.precision])  # DeepSpeed's master starts from the model's rounded weights
+    groups = case.oracle_groups(module)
+    groups = [g for g in groups if g.names]
+    reference = oracle.build(module, groups, base=case.base, k=case.k, clipping=case.clipping, dtype=dtype,
+                             loss_scale=case.loss_scale if case.precision == "fp16" else 1.0)
+    for update in range(case.updates):
+        reference.update(case.window(update))
+    return reference, named(reference.w, module, groups)
+
+
+def named(w: Tensor, module: nn.Module, groups: list[oracle.Group]) -> dict[str, Tensor]:
+    """The oracle's vector as tensors by name."""
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    weights, offset = {}, 0
+    for name in (n for group in groups for n in group.names):
+        numel = shapes[name].numel()
+        weights[name] = w[offset:offset + numel].view(shapes[name])
+        offset += numel
+    return weights
+
+
+def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Relative error over all weights as one vector. The names and shapes must be the same."""
+    assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
+    for name in expected:
+        assert got[name].shape == expected[name].shape, name
+    return oracle.relative_error(torch.cat([got[n].double().reshape(-1) for n in expected]),
+                                 torch.cat([expected[n].double().reshape(-1) for n in expected]))
+
+
+def check_against_oracle(case: Case, tolerance: float, dtype: torch.dtype = torch.float64) -> oracle.Oracle:
+    """Train on ``case.world`` ranks, and compare every rank's weights with the oracle's.
+
+    Also: the model computes with the master's weights (nothing perturbed is left behind), every rank holds the same
+    bits, and the evaluations are those of Algorithm 1.
+    """
+    reference, expected = run_oracle(case, dtype)
+    results = run_on_ranks(case.world, train, case)
+    for rank, result in enumerate(results):
+        error = distance(result.weights, expected)
+        assert error <= tolerance, f"rank {rank}: relative error {error:.2e} > {tolerance:.0e} for {case}"
+        for name, weight in result.weights.items():
+            assert torch.equal(weight, results[0].weights[name]), f"rank {rank} differs from rank 0 in {name}"
+            assert torch.equal(result.model_weights[name], weight.to(DTYPES[case.precision])), \
+                f"rank {rank}: the model's {name} is not the master's"
+        assert result.updates == case.updates
+        assert result.evaluations == reference.evaluations == case.updates + -(-case.updates // case.k)
+        assert result.forwards == result.evaluations * case.accumulation
+    return reference
+
+
+def as_plain(case: Case) -> Case:
+    """The case whose LookSAM is its base optimizer: rho 0 and alpha 0."""
+    return replace(case, rho=0.0, alpha=0.0)
