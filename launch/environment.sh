@@ -1,0 +1,83 @@
+# Sets up .venv once and enters it. Shared by launch/quickstart.sh and tests/run.sh, which source it from the root of
+# the repository. What is installed is pinned in constraints.txt; where it comes from is the machine's own pip settings.
+#
+#   PYTHON=python3.12 bash launch/quickstart.sh    another interpreter (3.11 or newer)
+
+PYTHON=${PYTHON:-python3}
+VENV=$PWD/.venv
+DATASET=/usr/share/datasets/fashion-mnist  # Debian's package dataset-fashion-mnist
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+may_apt() { [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; }
+
+# apt_install PACKAGE...: as root on Debian, otherwise returns 1
+apt_install() {
+    may_apt || return 1
+    echo "Installing Debian packages: $*"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get install -y -qq --no-install-recommends "$@" > /dev/null 2>&1 ||
+        { apt-get update -qq > /dev/null && apt-get install -y -qq --no-install-recommends "$@" > /dev/null; }
+}
+
+# What an interpreter needs beside itself: venv with pip, and headers for the C++ operators DeepSpeed compiles.
+python_lacks() {
+    "$PYTHON" - << 'PY'
+import importlib.util, os, sysconfig
+if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+    print("python3-venv")
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    print("python3-dev")
+PY
+}
+
+install_into_venv() {
+    local missing pip
+    command -v "$PYTHON" > /dev/null || fail "$PYTHON not found; Debian: apt-get install python3"
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "Python 3.11 or newer is needed, $PYTHON is $("$PYTHON" -V); choose one with PYTHON=python3.12"
+    missing=$(python_lacks)
+    command -v g++ > /dev/null || missing="$missing g++"
+    if [ -n "$missing" ]; then
+        # shellcheck disable=SC2086  # a list of package names
+        apt_install $missing || fail "missing, ask for: apt-get install" $missing
+        missing=$(python_lacks)
+        [ -z "$missing" ] || fail "$PYTHON has no venv, pip or headers of its own; choose another with PYTHON=..."
+    fi
+
+    echo "Setting up .venv: PyTorch, DeepSpeed and what training and tests need (some minutes, once)"
+    "$PYTHON" -m venv --clear "$VENV"
+    pip="$VENV/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt"
+    $pip setuptools wheel numpy torch
+    # DeepSpeed is a source package whose build looks at the installed torch.
+    $pip --no-build-isolation deepspeed
+    $pip --no-build-isolation --editable ".[train,test]"
+}
+
+# Two ranks that compile DeepSpeed's CPU operators at the same moment wait for each other; a killed one leaves its lock.
+compile_cpu_operators() {
+    rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
+    python - << 'PY' > "$VENV/operators.log" 2>&1 || { tail -n 20 "$VENV/operators.log" >&2; fail "see $VENV/operators.log"; }
+from deepspeed.ops.op_builder.cpu import FusedAdamBuilder, ShareMemCommBuilder
+
+for builder in FusedAdamBuilder, ShareMemCommBuilder:
+    builder().load()
+PY
+}
+
+wanted=$(cat constraints.txt setup.py ds_looksam/_versions.py | sha256sum)
+if [ "$(cat "$VENV/installed" 2> /dev/null)" != "$wanted" ] || ! "$VENV/bin/python" -c '' 2> /dev/null; then
+    install_into_venv
+    fresh_venv=1
+fi
+
+export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
+export TORCH_EXTENSIONS_DIR=$VENV/torch_extensions
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" = 0 ]; then
+    export DS_ACCELERATOR=cpu
+fi
+if [ -n "${fresh_venv:-}" ]; then
+    [ "$gpus" != 0 ] || compile_cpu_operators
+    echo "$wanted" > "$VENV/installed"
+fi
