@@ -1,7 +1,7 @@
 """Small models with the shapes that break sharded optimizers. Each is called with (x, y) and returns its loss.
 
-Nothing here has an exactly flat direction (a softmax's shift, say): there the true gradient is 0, what a run computes is
-rounding noise, and Adam turns noise into steps of the full learning rate.
+Nothing here has an exactly flat direction (a softmax's shift, say): there the true gradient is 0, what a run computes
+is rounding noise, and Adam turns noise into steps of the full learning rate.
 """
 
 from __future__ import annotations

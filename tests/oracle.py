@@ -1,7 +1,7 @@
 """LookSAM written down naively: the whole model is one float64 vector on one process.
 
-Shares nothing with the package, and knows nothing of ranks: a window is the list of every rank's micro-batches. Each line
-below is a line of Algorithm 1 (Liu et al. 2022, arXiv 2203.02714), or of the definition of alpha "auto".
+Shares nothing with the package, and knows nothing of ranks: a window is the list of every rank's micro-batches. Each
+line below is a line of Algorithm 1 (Liu et al. 2022, arXiv 2203.02714), or of the definition of alpha "auto".
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class ModuleGradient:
     Args:
         module: gives its loss when called with a micro-batch. It is converted to ``dtype``.
         names: the parameters that make up the vector, in this order.
-        dtype: float64 for the exact gradient. A lower one computes as a mixed-precision run does: weights are cast to it,
-            the loss is multiplied by ``loss_scale`` and each micro-batch's gradient comes out in it.
+        dtype: float64 for the exact gradient. A lower one computes as a mixed-precision run does: weights are cast to
+            it, the loss is multiplied by ``loss_scale`` and each micro-batch's gradient comes out in it.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str], dtype: torch.dtype = torch.float64,
@@ -157,9 +157,10 @@ def build(module: nn.Module, groups: Sequence[Group], *, base: str, k: int, clip
     parameters = dict(module.named_parameters())
     names = [name for group in groups for name in group.names]
     w = torch.cat([parameters[name].detach().double().reshape(-1) for name in names])
-    group_of = torch.cat([torch.full((parameters[name].numel(), ), i) for i, g in enumerate(groups) for name in g.names])
-    return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale), base=Base(base, groups, group_of), k=k,
-                  clipping=clipping)
+    group_of = torch.cat([torch.full((parameters[name].numel(), ), i)
+                          for i, group in enumerate(groups) for name in group.names])
+    return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale), base=Base(base, groups, group_of),
+                  k=k, clipping=clipping)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
