@@ -14,6 +14,7 @@ from . import algebra
 from .algebra import Shard
 from .config import LookSAMConfig, explain_unknown_key, parse_group, parse_params
 from .errors import LookSAMReplayError
+from .rank_check import check_ranks
 from .reduction import sum_over_ranks
 from .replay import Forward, LossFn, Window, loss_again
 from .shards import GradientShards, HostEngine, open_shards
@@ -75,6 +76,9 @@ class LookSAMEngine(HostEngine):
     def looksam(self) -> LookSAMStatus:
         """Counters and measurements. Read only."""
         return self._status
+
+    def before_first_communication(self, device: torch.device) -> None:
+        check_ranks(device)
 
     def prepare_base_optimizer(self, build: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         refuse_model(self)

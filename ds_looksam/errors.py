@@ -11,3 +11,7 @@ class LookSAMConfigError(LookSAMError, ValueError):
 
 class LookSAMReplayError(LookSAMError, RuntimeError):
     """The second gradient evaluation of a SAM step cannot be run. Nothing has been changed."""
+
+
+class LookSAMVersionError(LookSAMError, RuntimeError):
+    """The ranks of a job run different versions of ds_looksam, DeepSpeed or torch."""

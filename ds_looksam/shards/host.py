@@ -13,7 +13,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 class HostEngine(DeepSpeedEngine):
     """A DeepSpeedEngine whose update can be surrounded, and whose forward and backward can be run again.
 
-    Subclasses override :meth:`prepare_base_optimizer` and :meth:`update_at_boundary`.
+    Subclasses override :meth:`before_first_communication`, :meth:`prepare_base_optimizer` and
+    :meth:`update_at_boundary`.
     """
 
     # DeepSpeed's own, for the type checker.
@@ -21,10 +22,14 @@ class HostEngine(DeepSpeedEngine):
     _unmanaged_backward_count: int
     _running_engine_step: bool
     warn_unscaled_loss: bool
+    device: torch.device
 
     def prepare_base_optimizer(self, build: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         """Build the base optimizer with DeepSpeed's own code, before any wrapper takes its parameters."""
         return build()
+
+    def before_first_communication(self, device: torch.device) -> None:
+        """Called when this rank has its device and DeepSpeed has sent nothing yet."""
 
     def update_at_boundary(self, apply_update: Callable[[], None]) -> None:
         """Called once per accumulation window, with the averaged gradient in place. ``apply_update`` is
@@ -63,6 +68,10 @@ class HostEngine(DeepSpeedEngine):
     def leave_failed_step(self) -> None:
         """step() raised: put back the flags that its normal end resets, so that it can be called again."""
         self._running_engine_step = False
+
+    def _set_distributed_vars(self, args: Any) -> None:
+        super()._set_distributed_vars(args)
+        self.before_first_communication(self.device)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
         return self.prepare_base_optimizer(lambda: super(HostEngine, self)._configure_basic_optimizer(model_parameters))
