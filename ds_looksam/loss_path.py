@@ -7,6 +7,7 @@ is read off the autograd graph, so a loss that also depends on the logits, or on
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def _operation(node: Node, output: int) -> Callable[[Tensor], Tensor]:
     """The operation whose backward is ``node``, if it takes one one-element tensor to a multiple of itself."""
     name, result = node.name(), node._input_metadata[output]
     arguments = [i for i, (upstream, _) in enumerate(node.next_functions) if upstream is not None]
-    if len(arguments) == 1 and result.shape.numel() == 1:
+    if len(arguments) == 1 and prod(result.shape) == 1:
         if name in _IDENTITY:
             return lambda x: x
         if name == "NegBackward0":
