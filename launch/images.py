@@ -174,8 +174,11 @@ class FolderImages(Images):
         return Batch(pixels, torch.tensor([self.labels[index] for index in indices]))
 
     def _image(self, index: int) -> Tensor:
-        with Image.open(self._files[index]) as file:
-            image = file.convert("RGB")
+        try:
+            with Image.open(self._files[index]) as file:
+                image = file.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{self._files[index]}: {error}") from error
         if self._augment:
             image = self._random_crop(image, random.Random(f"{self._seed} {self.epoch} {index}"))
         else:
