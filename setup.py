@@ -34,6 +34,7 @@ setup(
         "numpy",
         "packaging",
         "pydantic>=2",
+        "safetensors>=0.5",
     ],
     extras_require={
         "train": ["matplotlib", "mlxtend", "pillow", "tqdm", "transformers>=5"],

@@ -99,6 +99,11 @@ def parse_group(group: dict[str, Any], index: int) -> tuple[float, float | None]
     return settings.rho, None if isinstance(settings.alpha, str) else settings.alpha
 
 
+def group_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """LookSAM's keys of one entry of ``param_groups``, as they stand there."""
+    return {key: group[key] for key in _GroupSettings.model_fields if key in group}
+
+
 def explain_unknown_key(error: TypeError, base_params: dict[str, Any], base_optimizer: str) -> LookSAMConfigError:
     """Turn a base optimizer's ``unexpected keyword argument`` into an error that names the JSON key."""
     unknown = next((key for key in base_params if f"'{key}'" in str(error)), None)

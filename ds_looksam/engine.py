@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from . import algebra
+from . import algebra, checkpoint
 from .algebra import Shard
-from .config import LookSAMConfig, explain_unknown_key, parse_group, parse_params
+from .config import LookSAMConfig, explain_unknown_key, group_settings, parse_group, parse_params
 from .errors import LookSAMReplayError
+from .guard import PerturbedWeights
 from .rank_check import check_ranks
 from .reduction import sum_over_ranks
 from .replay import Forward, LossFn, Window, loss_again
@@ -62,13 +64,14 @@ class LookSAMEngine(HostEngine):
         self._window = Window()
         self._closure: Closure | None = None
         self._replaying = False
-        self._perturbed = False
+        self._evaluating_again = False  # inside one forward or backward of a replay
         self._replayed_forwards = self._replayed_backwards = 0
         self._v: Shard | None = None
         self._v_squared_local: Tensor | None = None  # this rank's part of ‖v‖²
 
         super().__init__(*args, config_class=config_class, **kwargs)
         self._shards: GradientShards = open_shards(self)
+        self._perturbed = PerturbedWeights(self.module)
         log_dist(f"LookSAM: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, base optimizer "
                  f"{type(self.basic_optimizer).__name__} in {type(self.optimizer).__name__}", ranks=[0])
 
@@ -90,13 +93,15 @@ class LookSAMEngine(HostEngine):
             group.setdefault("rho", self._settings.rho)
             group.setdefault("alpha", self._settings.alpha)
             parse_group(group, i)
+        self._configured_groups = [group_settings(group) for group in optimizer.param_groups]
         return optimizer
 
     # The user's loop ------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; in a window that ends in a SAM step the inputs and the RNG state are remembered."""
-        if self._replaying:
+        if self._perturbed:
+            self._refuse_unless_in_closure("forward")
             return self._forward_again(*inputs, **kwargs)
         if not (self._status.next_is_sam and torch.is_grad_enabled()):
             return super().forward(*inputs, **kwargs)
@@ -107,7 +112,8 @@ class LookSAMEngine(HostEngine):
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """As DeepSpeed's; in a window that ends in a SAM step it is remembered how ``loss`` was formed."""
-        if self._replaying:
+        if self._perturbed:
+            self._refuse_unless_in_closure("backward")
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         if self._status.next_is_sam:
             self._window.add_backward(loss, self.is_gradient_accumulation_boundary(), scale_wrt_gas)
@@ -126,7 +132,7 @@ class LookSAMEngine(HostEngine):
             LookSAMReplayError: the second evaluation cannot be run. Weights, gradients, RNG and statistics are as
                 before the call.
         """
-        self._refuse_if_perturbed("step")
+        self._perturbed.refuse("engine.step()")
         self._closure = closure
         try:
             super().step(lr_kwargs)
@@ -136,10 +142,82 @@ class LookSAMEngine(HostEngine):
         finally:
             self._closure = None
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's."""
-        self._refuse_if_perturbed("save_checkpoint")
-        return super().save_checkpoint(*args, **kwargs)
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
+                        *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; LookSAM's files are written first, so ``latest`` never names a checkpoint without them.
+
+        Raises:
+            LookSAMReplayError: the weights are perturbed.
+            LookSAMCheckpointError: on every rank, if one of them could not write LookSAM's part.
+        """
+        self._perturbed.refuse("engine.save_checkpoint()")
+        client_state = dict(client_state or {})
+        if save_dir:  # DeepSpeed refuses an empty one
+            tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+            client_state |= checkpoint.save(
+                Path(save_dir) / tag, v=self._v, module=self.module, shards=self._shards, status=self._status,
+                settings=self._settings, configured_groups=self._configured_groups,
+                groups=[group_settings(group) for group in self.optimizer.param_groups], device=self.device,
+                writes_common_files=(self.local_rank if self.use_node_local_storage() else self.global_rank) == 0)
+        return super().save_checkpoint(save_dir, tag, client_state, *args, **kwargs)
+
+    def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
+                        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
+                        load_module_only: bool = False, custom_load_fn: Any = None, *,
+                        load_looksam_states: bool = True) -> tuple[Any, Any]:
+        """As DeepSpeed's; LookSAM's files are read and checked before anything is changed.
+
+        Where there is nothing of LookSAM's to go on with (a checkpoint of a plain run, ``load_module_only``,
+        ``load_optimizer_states`` or ``load_looksam_states`` false), the counters start at 0: the next update is a SAM
+        step. k, rho, alpha and LookSAM's other settings are those of the configuration; the log says which of them
+        differ from the checkpoint's.
+
+        Raises:
+            LookSAMReplayError: called from inside a second evaluation.
+            LookSAMCheckpointError: on every rank, before anything is changed: LookSAM's part is missing, damaged, of
+                another save, model or base optimizer.
+        """
+        if self._replaying:
+            self._perturbed.refuse("engine.load_checkpoint()")
+        universal = self.load_universal_checkpoint()
+        tag = checkpoint.from_rank_0(lambda: checkpoint.resolve_tag(load_dir, tag, universal), self.device)
+        goes_on = load_optimizer_states and load_looksam_states and not load_module_only
+        saved = None
+        if goes_on and tag is not None:
+            saved = checkpoint.load(Path(load_dir) / tag, module=self.module, shards=self._shards,
+                                    settings=self._settings, device=self.device, universal=universal)
+        if self._perturbed:  # a step was cut off; what it left behind would come back over the loaded weights
+            self._shards.abort_evaluation()
+            self._shards.unperturb_local()
+        path, client_state = super().load_checkpoint(load_dir, tag, load_module_strict, load_optimizer_states,
+                                                     load_lr_scheduler_states, load_module_only, custom_load_fn)
+        if path is not None:
+            client_state.pop(checkpoint.MARK, None)
+            self._go_on_with(saved, path)
+        return path, client_state
+
+    def _go_on_with(self, saved: checkpoint.Saved | None, path: str) -> None:
+        manifest = None if saved is None else saved.manifest
+        self._v = None if saved is None else saved.v
+        self._v_squared_local = None if self._v is None else algebra.squared_norm(self._v, self._shards.device)
+        checkpoint.restore_status(self._status, {} if manifest is None else manifest.status, self._shards.device)
+        changes = checkpoint.restore_groups(self.optimizer.param_groups, self._configured_groups, manifest)
+        if manifest is not None:
+            changes = checkpoint.changed_settings(manifest, self._settings) + changes
+        self._window = Window()
+        self._perturbed.end()
+        state = "goes on" if saved is not None else "starts anew, there is nothing of its own to load,"
+        step = "a SAM step" if self._status.next_is_sam else "a reuse step"
+        log_dist(f"LookSAM {state} at update {self._status.updates} with {step}; weights from {path}", ranks=[0])
+        if changes:
+            log_dist("LookSAM: the configuration wins over the checkpoint: " + "; ".join(changes), ranks=[0])
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's. Raises LookSAMReplayError while the weights are perturbed."""
+        self._perturbed.refuse("engine.save_16bit_model()")
+        return super().save_16bit_model(*args, **kwargs)
 
     # One update -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +250,7 @@ class LookSAMEngine(HostEngine):
             status.step_kind = "skipped"
             if fresh is not None:
                 self._shards.restore_weights()
-        self._perturbed = False
+        self._perturbed.end()
         self._window = Window()
 
     def _reuse_step(self, alphas: list[float | None]) -> StepKind:
@@ -204,7 +282,7 @@ class LookSAMEngine(HostEngine):
         scales = [algebra.perturbation_scale(rho, g_squared) for rho in rhos]
         snapshot = ModelSnapshot.take(self.module, optimized=shards.parameters())
         try:
-            self._perturbed = True
+            self._perturbed.begin()
             shards.perturb_weights(g, lambda i, lo, hi: scales[shards.group_of[i]])
             self._evaluate_again()
             g_s = shards.take_gradient(survives_evaluation=False)
@@ -213,7 +291,7 @@ class LookSAMEngine(HostEngine):
             shards.abort_evaluation()
             shards.restore_weights()
             shards.give_gradient(g)
-            self._perturbed = False
+            self._perturbed.end()
             raise
         finally:
             snapshot.restore()
@@ -283,17 +361,25 @@ class LookSAMEngine(HostEngine):
             forward.mode.apply(self.module)
             forward.random.restore()
         self._replayed_forwards += 1
-        return super().forward(*inputs, **kwargs)
+        self._evaluating_again = True
+        try:
+            return super().forward(*inputs, **kwargs)
+        finally:
+            self._evaluating_again = False
 
     def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         recorded = self._window.micro_batches
         if self._replayed_backwards < len(recorded):
             self.set_boundary_of_next_backward(recorded[self._replayed_backwards].is_boundary)
         self._replayed_backwards += 1
-        return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        self._evaluating_again = True
+        try:
+            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        finally:
+            self._evaluating_again = False
 
-    def _refuse_if_perturbed(self, what: str) -> None:
-        if self._perturbed:
-            raise LookSAMReplayError(f"engine.{what}() was called while the weights are perturbed: from inside the "
-                                     "second evaluation of a SAM step (a forward hook, say), or after it was "
-                                     "interrupted. Call it after step(); load a checkpoint after an interruption.")
+    def _refuse_unless_in_closure(self, what: str) -> None:
+        """Only the user's closure runs the engine at perturbed weights: not a hook, not an evaluation without grad."""
+        by_closure = self._replaying and self._closure is not None and not self._evaluating_again
+        if not (by_closure and torch.is_grad_enabled()):
+            self._perturbed.refuse(f"engine.{what}()")

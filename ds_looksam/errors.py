@@ -15,3 +15,10 @@ class LookSAMReplayError(LookSAMError, RuntimeError):
 
 class LookSAMVersionError(LookSAMError, RuntimeError):
     """The ranks of a job run different versions of ds_looksam, DeepSpeed or torch."""
+
+
+class LookSAMCheckpointError(LookSAMError, RuntimeError):
+    """LookSAM's part of a checkpoint cannot be written, or cannot be loaded. Raised on every rank alike.
+
+    At load, raised before anything has been changed.
+    """

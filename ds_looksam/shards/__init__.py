@@ -7,13 +7,13 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ..errors import LookSAMConfigError
-from .base import GradientShards, ScaleOf, Segment
+from .base import GradientShards, ScaleOf, Segment, full_shape
 from .host import HostEngine
 from .replicated import ReplicatedShards
 from .zero3 import Zero3Shards
 from .zero12 import Zero12Shards
 
-__all__ = ["GradientShards", "HostEngine", "ScaleOf", "Segment", "open_shards"]
+__all__ = ["GradientShards", "HostEngine", "ScaleOf", "Segment", "full_shape", "open_shards"]
 
 
 def open_shards(engine: HostEngine) -> GradientShards:

@@ -42,6 +42,11 @@ class Segment:
     param_numel: int
 
 
+def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has partitioned it and ``parameter.shape`` is (0,)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 class GradientShards(ABC):
     """This rank's part of the gradient and of the weights, as lists of flat fp32 tensors ([numel_local] each).
 
@@ -86,6 +91,10 @@ class GradientShards(ABC):
     @abstractmethod
     def master_weights(self) -> Shard:
         """The clean fp32 weights of this rank's part. While they are perturbed in place, the saved copies."""
+
+    def new_shard(self) -> Shard:
+        """Zeros of the sizes and on the devices of this rank's gradient, padding included."""
+        return [torch.zeros(w.numel(), dtype=torch.float32, device=w.device) for w in self.master_weights()]
 
     @abstractmethod
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:

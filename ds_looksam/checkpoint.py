@@ -1,0 +1,370 @@
+"""LookSAM's state in a checkpoint, beside DeepSpeed's: saved by parameter name, loaded at any world size and stage.
+
+Saving: every rank writes its part of g_v and rank 0 what they have in common (see ``checkpoint_files.py``), then
+DeepSpeed saves its own and makes ``latest`` point there. Loading: everything of LookSAM's is found, read and checked
+before DeepSpeed's ``load_checkpoint`` changes anything. In both, ranks agree on how it went by one small all-reduce per
+phase, so that all of them go on or all of them raise.
+
+At the world size and stage that saved, a rank reads its own file and no other. Otherwise the ranks share out the work
+of reading the files' headers, tell each other which ranges lie where, and each reads the blocks that overlap its part.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from .algebra import Shard
+from .checkpoint_files import MANIFEST, Manifest, Range, RankFile, write_rank_file
+from .config import OPTIMIZER_TYPES, LookSAMConfig
+from .errors import LookSAMCheckpointError
+from .shards import GradientShards, full_shape
+from .status import LookSAMStatus
+from .support import deepspeed_name
+
+MARK = "ds_looksam"
+"""Key of DeepSpeed's model states file (through client_state) that names the save to which LookSAM's files belong."""
+
+WITHOUT = ("To do without LookSAM's saved state (the next update is then a SAM step): "
+           "engine.load_checkpoint(..., load_looksam_states=False).")
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Trained:
+    """Which parameters LookSAM trains, by name, and where this rank's elements of them lie in its flat tensors."""
+
+    shapes: dict[str, list[int]]
+    layout: list[list[tuple[int, Range]]]
+    """For each flat tensor: (start, range of a parameter that lies there)."""
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, shards: GradientShards) -> Trained:
+        names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+        unnamed = [p for p in shards.parameters() if id(p) not in names]
+        if unnamed:
+            raise LookSAMCheckpointError(
+                f"a parameter of shape {full_shape(unnamed[0])} is optimized but is no parameter of the model, so its "
+                "part of LookSAM's state has no name to be saved or loaded by")
+        layout = [[(s.start, Range(names[id(s.parameter)], s.param_offset, s.param_offset + s.numel))
+                   for s in segments] for segments in shards.layout()]
+        return cls({names[id(p)]: list(full_shape(p)) for p in shards.parameters()}, layout)
+
+
+@dataclass
+class Saved:
+    """LookSAM's state out of a checkpoint, checked and on this rank, but not yet in force."""
+
+    manifest: Manifest
+    v: Shard | None
+
+
+# Saving -------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, *, v: Shard | None, module: torch.nn.Module, shards: GradientShards, status: LookSAMStatus,
+         settings: LookSAMConfig, configured_groups: list[dict[str, Any]], groups: list[dict[str, Any]],
+         device: torch.device, writes_common_files: bool) -> dict[str, Any]:
+    """Write LookSAM's files into ``folder``, flushed to the disk. Collective.
+
+    Args:
+        device: where collectives take their tensors.
+        writes_common_files: whether this rank writes what all ranks have in common: true on rank 0, or on one rank
+            per node where nodes have their own storage.
+
+    Returns:
+        What DeepSpeed's file has to say about them, for ``client_state``.
+
+    Raises:
+        LookSAMCheckpointError: on every rank, if one of them could not write.
+    """
+    save_id = from_rank_0(lambda: secrets.token_hex(8), device)
+    group = shards.process_group
+    files = 0 if v is None else 1 if group is None else dist.get_world_size(group=group)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = Trained.of(module, shards)
+        if v is not None and (group is not None or writes_common_files):
+            parts = [(part, flat[start:start + part.hi - part.lo])
+                     for flat, segments in zip(v, trained.layout, strict=True) for start, part in segments]
+            write_rank_file(folder, 0 if group is None else dist.get_rank(group=group), save_id, parts)
+        if writes_common_files:
+            Manifest(save_id, files, settings.model_dump(), configured_groups, groups, _plain_status(status),
+                     trained.shapes).write(folder)
+
+    together(write, device, f"LookSAM's part of checkpoint {folder} could not be written")
+    return {MARK: {"save_id": save_id}}
+
+
+def _plain_status(status: LookSAMStatus) -> dict[str, Any]:
+    values = {field.name: getattr(status, field.name) for field in fields(status)}
+    return {name: {"float64": value.item()} if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+# Loading ------------------------------------------------------------------------------------------------------------
+
+
+def resolve_tag(load_dir: str, tag: Any, universal: bool) -> str | None:
+    """The checkpoint's folder in ``load_dir``, found as DeepSpeed finds it; None where DeepSpeed finds none."""
+    if tag is not None:
+        return str(tag)
+    latest = Path(load_dir) / ("latest_universal" if universal else "latest")
+    return latest.read_text().strip() if latest.is_file() else None
+
+
+def load(folder: Path, *, module: torch.nn.Module, shards: GradientShards, settings: LookSAMConfig,
+         device: torch.device, universal: bool) -> Saved | None:
+    """Find, read and check LookSAM's part of a checkpoint. Changes nothing. Collective.
+
+    Args:
+        folder: the checkpoint's folder, ``load_dir/tag``.
+        device: where collectives take their tensors.
+        universal: it was made by DeepSpeed's ds_to_universal. LookSAM's files are then looked for in it, and in the
+            folders beside it, where the checkpoint lies that was converted.
+
+    Returns:
+        None if the checkpoint is not from a LookSAM run.
+
+    Raises:
+        LookSAMCheckpointError: on every rank, naming file and parameter: something is missing, damaged or foreign,
+            or does not belong to this model or base optimizer.
+    """
+    found = from_rank_0(lambda: _find(folder, settings, universal), device)
+    if found is None:
+        return None
+    at, manifest = found
+
+    def check() -> Trained:
+        trained = Trained.of(module, shards)
+        _check_belongs(at / MANIFEST, manifest, settings, trained)
+        return trained
+
+    where = f"LookSAM's part of checkpoint {at} cannot be loaded"
+    trained = together(check, device, where)
+    if manifest.files == 0:
+        return Saved(manifest, None)
+
+    group = shards.process_group
+    rank = 0 if group is None else dist.get_rank(group=group)
+    wanted = {part for segments in trained.layout for _, part in segments}
+    own = together(lambda: RankFile(at, rank, manifest.save_id) if rank < manifest.files else None, device, where)
+    if _all_ranks(own is not None and _covers(own.ranges, wanted), device):
+        stored = {part: rank for part in own.ranges} if own is not None else {}
+    else:
+        stored = _index_of_all_files(at, manifest, device, where)
+    v = together(lambda: _read(at, manifest, stored, trained, shards.new_shard()), device, where)
+    return Saved(manifest, v)
+
+
+def restore_status(status: LookSAMStatus, values: dict[str, Any], device: torch.device) -> None:
+    """Put back counters and measurements. The period is the configuration's."""
+    defaults = LookSAMStatus(k=status.k)
+    for field in fields(status):
+        value = values.get(field.name, getattr(defaults, field.name))
+        if isinstance(value, dict):
+            value = torch.tensor(value["float64"], dtype=torch.float64, device=device)
+        if field.name != "k":
+            setattr(status, field.name, value)
+
+
+def restore_groups(param_groups: list[dict[str, Any]], configured: list[dict[str, Any]],
+                   saved: Manifest | None) -> list[str]:
+    """Settle LookSAM's keys of ``param_groups``, which DeepSpeed has just overwritten or dropped.
+
+    The configuration wins. Where it says what it said when the checkpoint was saved, the value that was in force then
+    goes on (a schedule of rho, say).
+
+    Returns:
+        What changed, for the log.
+    """
+    changes = []
+    for i, (group, now) in enumerate(zip(param_groups, configured, strict=True)):
+        then, last = {}, {}
+        if saved is not None and len(saved.groups) == len(configured):
+            then, last = saved.configured_groups[i], saved.groups[i]
+        for key, value in now.items():
+            same = key in last and then.get(key) == value
+            group[key] = last[key] if same else value
+            if key in last and not same:
+                changes.append(f"param_groups[{i}].{key}: {last[key]!r} -> {value!r}")
+    return changes
+
+
+def changed_settings(saved: Manifest, settings: LookSAMConfig) -> list[str]:
+    """Which keys of ``optimizer.params`` differ from those of the run that saved, for the log."""
+    return [f"{key}: {saved.settings[key]!r} -> {value!r}" for key, value in settings.model_dump().items()
+            if key in saved.settings and saved.settings[key] != value]
+
+
+def _find(folder: Path, settings: LookSAMConfig, universal: bool) -> tuple[Path, Manifest] | None:
+    """The folder with LookSAM's files that belong to a checkpoint, and what they say. None: no LookSAM checkpoint."""
+    states = sorted(folder.glob("*model_states.pt"))
+    if not states:
+        return None  # DeepSpeed says best what it misses
+    described = _describe(states[0])
+    mark = described.get(MARK)
+    if mark is None:
+        _check_plain_base(states[0], described, settings)
+        return None
+    folders = [folder]
+    if universal:
+        folders += sorted(path.parent for path in folder.parent.glob(f"*/{MANIFEST}") if path.parent != folder)
+    foreign = None
+    for candidate in folders:
+        path = candidate / MANIFEST
+        if path.exists():
+            manifest = Manifest.read(path)
+            if manifest.save_id == mark["save_id"]:
+                return candidate, manifest
+            foreign = foreign or path
+    if foreign is not None and not universal:
+        raise LookSAMCheckpointError(f"{foreign} belongs to another save than {states[0]} beside it. {WITHOUT}")
+    advice = (f"Copy looksam* from the checkpoint that was converted into {folder}, or leave that checkpoint beside it."
+              if universal else "Put back the looksam* files that were saved there.")
+    raise LookSAMCheckpointError(f"{folder / MANIFEST} is missing, but {states[0].name} is of a LookSAM run. {advice} "
+                                 f"{WITHOUT}")
+
+
+def _describe(states: Path) -> dict[str, Any]:
+    """DeepSpeed's model states file, without reading the weights where its format allows that."""
+    try:
+        try:
+            return torch.load(states, map_location="cpu", mmap=True, weights_only=False)
+        except RuntimeError:  # not a zip file: "checkpoint_serialization" false, or damaged
+            return torch.load(states, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise LookSAMCheckpointError(f"{states} is damaged: {error}") from error
+
+
+def _check_plain_base(states: Path, described: dict[str, Any], settings: LookSAMConfig) -> None:
+    config = described.get("ds_config")
+    block = config.get("optimizer") if isinstance(config, dict) else None
+    saved = block.get("type") if isinstance(block, dict) else None
+    if isinstance(saved, str) and saved not in OPTIMIZER_TYPES and _differ(saved, settings.base_optimizer):
+        raise _other_base(states, saved, settings)
+
+
+def _check_belongs(path: Path, manifest: Manifest, settings: LookSAMConfig, trained: Trained) -> None:
+    if _differ(manifest.settings["base_optimizer"], settings.base_optimizer):
+        raise _other_base(path, manifest.settings["base_optimizer"], settings)
+    for name in sorted(trained.shapes.keys() | manifest.shapes.keys()):
+        saved, here = manifest.shapes.get(name), trained.shapes.get(name)
+        if saved != here:
+            reason = (f"is {saved} in the checkpoint and {here} in the model" if saved and here else
+                      "is trained by the model but not in the checkpoint" if saved is None else
+                      "is in the checkpoint but not trained by the model")
+            raise LookSAMCheckpointError(f"{path}: parameter {name!r} {reason}. {WITHOUT}")
+
+
+def _differ(optimizer: str, other: str) -> bool:
+    return deepspeed_name(optimizer).lower() != deepspeed_name(other).lower()
+
+
+def _other_base(path: Path, saved: str, settings: LookSAMConfig) -> LookSAMCheckpointError:
+    return LookSAMCheckpointError(
+        f"{path}: the checkpoint's base optimizer is {saved!r}, the configuration's is {settings.base_optimizer!r}, "
+        f"and one cannot go on with the state of the other. Set optimizer.params.base_optimizer to {saved!r}, or load "
+        "the weights alone: engine.load_checkpoint(..., load_module_only=True).")
+
+
+def _covers(ranges: list[Range], wanted: set[Range]) -> bool:
+    """Whether every range of ``wanted`` is made up of ``ranges``, which may be cut into blocks."""
+    by_name = _by_name({part: 0 for part in ranges})
+    return all(sum(min(hi, part.hi) - max(lo, part.lo) for lo, hi, _ in by_name.get(part.name, [])
+                   if lo < part.hi and hi > part.lo) == part.hi - part.lo for part in wanted)
+
+
+def _by_name(stored: dict[Range, int]) -> dict[str, list[tuple[int, int, int]]]:
+    by_name: dict[str, list[tuple[int, int, int]]] = {}
+    for part, file in stored.items():
+        by_name.setdefault(part.name, []).append((part.lo, part.hi, file))
+    return by_name
+
+
+def _index_of_all_files(folder: Path, manifest: Manifest, device: torch.device, where: str) -> dict[Range, int]:
+    """Range -> number of the file it lies in, over all files. Collective; a rank reads every world-size-th header."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def headers() -> list[tuple[str, int]]:
+        return [(part.key, i) for i in range(rank, manifest.files, world)
+                for part in RankFile(folder, i, manifest.save_id).ranges]
+
+    mine = together(headers, device, where)
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, mine)
+    return {Range.from_key(key, folder): i for part in gathered for key, i in part}
+
+
+def _read(folder: Path, manifest: Manifest, stored: dict[Range, int], trained: Trained, v: Shard) -> Shard:
+    """Fill this rank's flat tensors from the files' blocks; what is no parameter's element stays as it is."""
+    by_name, files = _by_name(stored), dict[int, RankFile]()
+    for flat, segments in zip(v, trained.layout, strict=True):
+        for start, part in segments:
+            missing = part.hi - part.lo
+            for lo, hi, i in by_name.get(part.name, []):
+                first, last = max(lo, part.lo), min(hi, part.hi)
+                if first < last:
+                    if i not in files:
+                        files[i] = RankFile(folder, i, manifest.save_id)
+                    elements = files[i].read(Range(part.name, lo, hi))[first - lo:last - lo]
+                    flat[start + first - part.lo:start + last - part.lo].copy_(elements)
+                    missing -= last - first
+            if missing != 0:
+                raise LookSAMCheckpointError(f"{folder}: the files do not hold every element of {part.key} once")
+    return v
+
+
+# Agreement ----------------------------------------------------------------------------------------------------------
+
+
+def together(function: Callable[[], Result], device: torch.device, what: str) -> Result:
+    """Call ``function`` on this rank; if it raises on any rank, raise on every rank. Collective: one small all-reduce.
+
+    Without it a rank with a broken file would raise, and the others would wait for it in the next collective.
+
+    Raises:
+        LookSAMCheckpointError: beginning with ``what``, and saying what went wrong on which ranks.
+    """
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    if _all_ranks(error is None, device):
+        return result
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else
+                           str(error) if isinstance(error, LookSAMCheckpointError) else
+                           f"{type(error).__name__}: {error}")
+    failed: dict[str, list[int]] = {}
+    for rank, message in enumerate(messages):
+        if message is not None:
+            failed.setdefault(message, []).append(rank)
+    reasons = [message if len(ranks) == len(messages) else f"{message} (on rank {', '.join(map(str, ranks[:4]))})"
+               for message, ranks in list(failed.items())[:4]]
+    raise LookSAMCheckpointError(f"{what}: " + "; ".join(reasons)) from error
+
+
+def _all_ranks(yes: bool, device: torch.device) -> bool:
+    """Whether it is so on every rank. Collective."""
+    flag = torch.tensor([0 if yes else 1], dtype=torch.int32, device=device)
+    dist.all_reduce(flag)
+    return int(flag.item()) == 0
+
+
+def from_rank_0(function: Callable[[], Result], device: torch.device) -> Result:
+    """The result of ``function`` on rank 0, on every rank; what it raises there, everywhere. Collective."""
+    rank = dist.get_rank()
+    result = together(lambda: function() if rank == 0 else None, device, "LookSAM's part of the checkpoint")
+    box: list[Any] = [result]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
