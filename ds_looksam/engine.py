@@ -250,6 +250,7 @@ class LookSAMEngine(HostEngine):
             status.step_kind = "skipped"
             if fresh is not None:
                 self._shards.restore_weights()
+        self._shards.end_window()
         self._perturbed.end()
         self._window = Window()
 

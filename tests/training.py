@@ -99,7 +99,7 @@ class Case:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + 1009 * update + number)
         x = torch.randn(self.micro_batch, FEATURES, generator=generator, dtype=torch.float64)
         y = torch.randint(0, CLASSES, (self.micro_batch, ), generator=generator)
-        y[0] = update // 2 % 2  # what the model "sometimes" looks at
+        y[0] = (update // 2 + i) % 2  # what the model "sometimes" looks at
         return x, y
 
 

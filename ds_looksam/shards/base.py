@@ -88,6 +88,12 @@ class GradientShards(ABC):
     def give_gradient(self, gradient: Shard) -> None:
         """Make ``gradient`` (sizes as taken) the one that the wrapper clips and hands to the base optimizer."""
 
+    def end_window(self) -> None:  # noqa: B027 - most wrappers have nothing to forget
+        """The update is over, applied or skipped: nothing of this window's gradient may show in the next one.
+
+        For wrappers whose gradient buffers outlive the step; the others drop theirs. Not collective.
+        """
+
     @abstractmethod
     def master_weights(self) -> Shard:
         """The clean fp32 weights of this rank's part. While they are perturbed in place, the saved copies."""

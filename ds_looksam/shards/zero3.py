@@ -5,7 +5,10 @@ What DeepSpeed keeps per sub-group i, on this rank:
 - ``fp32_partitioned_groups_flat[i]``: the fp32 master weights, the partitions of the sub-group's parameters one after
   another, each with its own padding at the end. In fp32 training this is the same tensor as
 - ``fp16_partitioned_groups_flat[i]``: the partitions in the model's dtype, from which every forward gathers.
-- ``averaged_gradients[i]``: one partition per parameter, views of one buffer that lives as long as the optimizer.
+- ``averaged_gradients[i]``: one partition per parameter, views of one buffer that lives as long as the optimizer. The
+  first micro-batch of a window that has a gradient for a parameter overwrites its partition, later ones add to it, and
+  a parameter that takes no part in the window's loss still shows the gradient of an earlier one: DeepSpeed 0.19.8 alone
+  trains on that. So LookSAM zeroes the buffer before each evaluation.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ class Zero3Shards(GradientShards):
                                      strict=True)
         ]
         self._clean: dict[int, torch.Tensor] = {}
-        self._given = False
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.fp16_groups for p in group]
@@ -50,8 +52,6 @@ class Zero3Shards(GradientShards):
         return flats
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
-        if not self._given:
-            self._clear_partitions_without_gradient()
         gradient = []
         for i in range(len(self.group_of)):
             partitions = self._zero.averaged_gradients[i]
@@ -62,13 +62,17 @@ class Zero3Shards(GradientShards):
             alias = flat.dtype == torch.float32
             gradient.append(flat.clone() if alias and survives_evaluation else flat.to(torch.float32))
         self._start_window()
+        if survives_evaluation:
+            self._zero.grad_partitions_flat_buffer.zero_()
         return gradient
 
     def give_gradient(self, gradient: Shard) -> None:
         # One tensor per sub-group: DeepSpeed's step flattens a list of one without copying it.
         for i, flat in enumerate(gradient):
             self._zero.averaged_gradients[i] = [flat]
-        self._given = True
+
+    def end_window(self) -> None:
+        self._zero.grad_partitions_flat_buffer.zero_()
 
     def master_weights(self) -> Shard:
         masters = self._zero.fp32_partitioned_groups_flat
@@ -110,29 +114,16 @@ class Zero3Shards(GradientShards):
         if not coordinator.is_complete_trace():
             coordinator._invalidate_trace()
         self._start_window()
+        self.end_window()
 
     def _start_window(self) -> None:
-        """The next evaluation overwrites the gradient buffer instead of adding to it, as after a step."""
+        """The next backward is the first of a window, as after a step."""
         self._zero.micro_step_id = 0
         self._zero._epilogue_ran_this_backward = False
         self._zero._offload_boundary_param_ids = set()
         self._zero.averaged_gradients = {}
-        self._given = False
         for bucket in self._zero.ipg_buckets.values():
             bucket.clear_params()
-
-    def _clear_partitions_without_gradient(self) -> None:
-        """Zero the partitions that no backward of this window wrote.
-
-        DeepSpeed's buffer outlives the step, so a parameter that took no part in this window's loss would show the
-        gradient of an earlier one.
-        """
-        zero = self._zero
-        for i, params in enumerate(zero.fp16_groups):
-            for param, partition in zip(params, zero.averaged_gradients[i], strict=True):
-                owns_elements = param.partition_numel() * zero._get_param_partition_rank(param) < param.ds_numel
-                if owns_elements and param.ds_id not in zero._offload_boundary_param_ids:
-                    partition.zero_()
 
     def _republish(self) -> None:
         """Drop every gathered copy of the old weights, and gather again what DeepSpeed keeps gathered. Collective."""
