@@ -104,7 +104,8 @@ class Zero3Shards(GradientShards):
         zero = self._zero
         for param_id in zero.params_already_reduced:
             zero.params_already_reduced[param_id] = False
-        zero.zero_grad(set_to_none=True)
+        for p in self.parameters():
+            p.grad = None  # DeepSpeed's zero_grad(set_to_none=True) records streams, which fails on a CPU
         zero._backward_hook_state.backward_active_depth = 0
         zero._backward_hook_state.reset_for_new_step()
         coordinator = zero._get_param_coordinator()
