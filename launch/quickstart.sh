@@ -23,4 +23,4 @@ fi
 resuming=--overwrite
 case " $* " in *" --resume "*) resuming= ;; esac
 exec torchrun --standalone --nproc-per-node "$ranks" launch/train.py --data-dir "$data" --run-dir runs/quickstart \
-    --config configs/looksam_zero2.json --model micro/7 --epochs 6 $resuming "$@"
+    --config configs/looksam_zero2.json --model nano/7 --epochs 6 $resuming "$@"
