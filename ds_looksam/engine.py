@@ -44,9 +44,9 @@ class LookSAMEngine(HostEngine):
     ZeRO wrapper around it and the user's loop stay DeepSpeed's own.
 
     Attributes:
-        loss_fn: ``f(outputs, *inputs, **kwargs) -> loss``, to be set where the loss is computed outside the model.
-            It gets the model's output and the recorded inputs of its forward, and returns what the user hands to
-            ``engine.backward``.
+        loss_fn: ``f(outputs, *inputs, **kwargs) -> loss``, to be set where the loss is computed outside the model in
+            a way that cannot be recorded. It gets the model's output and the recorded inputs of its forward, and
+            returns what the user hands to ``engine.backward``.
     """
 
     loss_fn: LossFn | None
@@ -103,11 +103,12 @@ class LookSAMEngine(HostEngine):
         if self._perturbed:
             self._refuse_unless_in_closure("forward")
             return self._forward_again(*inputs, **kwargs)
-        if not (self._status.next_is_sam and torch.is_grad_enabled()):
-            return super().forward(*inputs, **kwargs)
-        record = Forward.capture(self.module, inputs, kwargs)
-        output = super().forward(*inputs, **kwargs)
-        self._window.add_forward(record, output)
+        with self._window.not_recording():
+            if not (self._status.next_is_sam and torch.is_grad_enabled()):
+                return super().forward(*inputs, **kwargs)
+            record = Forward.capture(self.module, inputs, kwargs)
+            output = super().forward(*inputs, **kwargs)
+        self._window.add_forward(record, self.module, output)
         return output
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -133,6 +134,7 @@ class LookSAMEngine(HostEngine):
                 before the call.
         """
         self._perturbed.refuse("engine.step()")
+        self._window.stop_recording()
         self._closure = closure
         try:
             super().step(lr_kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +13,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import LookSAMReplayError
 from .loss_path import LossPath, UnknownLoss, follow, mark, model_loss, trace
+from .loss_tape import LossTape, Recording
 from .snapshot import ComputeMode, RandomState
 
 LossFn = Callable[..., Tensor]
 
-WAYS_OUT = ("Either let the model return its loss (a tensor; a mapping or object with `loss`; a tuple whose first "
-            "element is it) and pass that, times constants, to engine.backward(); or set engine.loss_fn = "
-            "f(outputs, *inputs, **kwargs) -> loss; or call engine.step(closure=...) with a function that runs "
-            "forward and engine.backward() for every micro-batch of the window again.")
+WAYS_OUT = ("The second evaluation can form the loss again if the model returns it, or if torch functions make it of "
+            "the model's output between engine(...) and engine.backward(). Otherwise set engine.loss_fn = "
+            "f(outputs, *inputs, **kwargs) -> loss, or call engine.step(closure=...) with a function that runs "
+            "forward and engine.backward() for every micro-batch of the window again. (In a Hugging Face Trainer: "
+            "trainer.model_wrapped.loss_fn, from a TrainerCallback's on_train_begin.)")
 
 
 @dataclass
@@ -56,12 +59,13 @@ class Forward:
 
 @dataclass
 class MicroBatch:
-    """One forward and the backward that followed it. ``loss_path`` is the reason where there is no path."""
+    """One forward and the backward that followed it. ``loss`` tells how it came out of the forward's output, or why
+    that is not known."""
 
     forward: Forward
     is_boundary: bool
     scale_wrt_gas: bool
-    loss_path: LossPath | UnknownLoss
+    loss: LossPath | Recording | UnknownLoss
 
 
 @dataclass
@@ -73,19 +77,24 @@ class Window:
     last_forward: Forward | None = None
     forwards_since_backward: int = 0
     unmatched: UnknownLoss | None = None
+    tape: LossTape | None = None
 
-    def add_forward(self, forward: Forward, output: Any) -> None:
+    def add_forward(self, forward: Forward, module: torch.nn.Module, output: Any) -> None:
         """Remember a forward. Its inputs are kept by the graph of its loss, so one whose loss is dropped (metrics,
-        an evaluation without no_grad) is forgotten with it; only the newest is held here, for ``loss_fn``."""
+        an evaluation without no_grad) is forgotten with it; only the newest is held here. What is made of its output
+        is recorded from here on."""
         mark(output, forward)
         self.last_forward = forward
         self.forwards_since_backward += 1
+        self.stop_recording()
+        self.tape = LossTape.start(module, output)
 
     def add_backward(self, loss: Tensor, is_boundary: bool, scale_wrt_gas: bool) -> None:
         """Match a backward with its forward. Problems are kept, and told by :meth:`check`, at the boundary."""
         self.backwards += 1
+        tape = self.stop_recording()
         forward = self.last_forward
-        path: LossPath | UnknownLoss
+        path: LossPath | Recording | UnknownLoss
         try:
             forward, path = trace(loss)
         except UnknownLoss as reason:
@@ -93,9 +102,24 @@ class Window:
             if self.forwards_since_backward != 1:
                 self.unmatched = UnknownLoss(f"{self.forwards_since_backward} forwards of the engine came before one "
                                              f"backward(), and {reason}")
+            elif tape is not None:
+                try:
+                    path = tape.finish(loss)
+                except UnknownLoss as reason_of_tape:
+                    path = reason_of_tape
         if forward is not None:
             self.micro_batches.append(MicroBatch(forward, is_boundary, scale_wrt_gas, path))
         self.last_forward, self.forwards_since_backward = None, 0
+
+    def not_recording(self) -> AbstractContextManager[None]:
+        """What is called inside is not part of how the user forms the loss."""
+        return nullcontext() if self.tape is None else self.tape.paused()
+
+    def stop_recording(self) -> LossTape | None:
+        tape, self.tape = self.tape, None
+        if tape is not None:
+            tape.discard()
+        return tape
 
     def check(self, loss_fn: LossFn | None) -> None:
         """Raise LookSAMReplayError if the window cannot be evaluated again without a closure."""
@@ -103,11 +127,13 @@ class Window:
         if not self.micro_batches:
             reasons.append(UnknownLoss("no engine.backward() was seen in this window"))
         if loss_fn is None:
-            reasons += [mb.loss_path for mb in self.micro_batches if isinstance(mb.loss_path, UnknownLoss)]
+            reasons += [mb.loss for mb in self.micro_batches if isinstance(mb.loss, UnknownLoss)]
         if reasons:
             raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reasons[0]}. {WAYS_OUT}")
         for micro_batch in self.micro_batches:
             micro_batch.forward.inputs()
+            if loss_fn is None and isinstance(micro_batch.loss, Recording):
+                micro_batch.loss.check()
 
 
 def loss_again(micro_batch: MicroBatch, output: Any, loss_fn: LossFn | None) -> Tensor:
@@ -119,7 +145,9 @@ def loss_again(micro_batch: MicroBatch, output: Any, loss_fn: LossFn | None) -> 
             raise LookSAMReplayError("engine.loss_fn must return a one-element tensor that requires grad, "
                                      f"got {type(loss).__name__}")
         return loss
+    if isinstance(micro_batch.loss, Recording):
+        return micro_batch.loss.loss(output)
     replayed = model_loss(output)
-    if replayed is None or isinstance(micro_batch.loss_path, UnknownLoss):
+    if replayed is None or isinstance(micro_batch.loss, UnknownLoss):
         raise LookSAMReplayError(f"the model returned no loss in the second evaluation. {WAYS_OUT}")
-    return follow(micro_batch.loss_path, replayed)
+    return follow(micro_batch.loss, replayed)

@@ -14,28 +14,65 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class RandomState:
-    """States of every generator a model is likely to draw from: torch on CPU and device, NumPy, Python."""
+class TorchRandomState:
+    """States of torch's generators, on CPU and device. Reading them does not synchronise."""
 
     cpu: Tensor
     device: Tensor | None
-    numpy: Any
-    python: Any
 
     @classmethod
-    def capture(cls) -> RandomState:
+    def capture(cls) -> TorchRandomState:
         on_device = get_accelerator().device_name() != "cpu"
-        return cls(cpu=torch.get_rng_state(),
-                   device=get_accelerator().get_rng_state() if on_device else None,
-                   numpy=np.random.get_state(),
-                   python=random.getstate())
+        return cls(cpu=torch.get_rng_state(), device=get_accelerator().get_rng_state() if on_device else None)
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             get_accelerator().set_rng_state(self.device)
+
+    def is_current(self) -> bool:
+        """Whether nothing was drawn since."""
+        now = TorchRandomState.capture()
+        return torch.equal(now.cpu, self.cpu) and (self.device is None or now.device is None
+                                                   or torch.equal(now.device, self.device))
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """States of every generator a model is likely to draw from: torch on CPU and device, NumPy, Python."""
+
+    torch: TorchRandomState
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def capture(cls) -> RandomState:
+        return cls(torch=TorchRandomState.capture(), numpy=np.random.get_state(), python=random.getstate())
+
+    def restore(self) -> None:
+        self.torch.restore()
         np.random.set_state(self.numpy)
         random.setstate(self.python)
+
+
+@dataclass(frozen=True)
+class AutocastState:
+    """The caller's autocast settings: (device, enabled, dtype) each, and whether casts of weights are cached."""
+
+    settings: tuple[tuple[str, bool, torch.dtype], ...]
+    cache: bool
+
+    @classmethod
+    def capture(cls) -> AutocastState:
+        devices = dict.fromkeys(("cpu", torch.device(get_accelerator().device_name()).type))
+        return cls(settings=tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+                   cache=torch.is_autocast_cache_enabled())
+
+    def apply(self) -> None:
+        for device, enabled, dtype in self.settings:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self.cache)
 
 
 @dataclass(frozen=True)
@@ -43,24 +80,17 @@ class ComputeMode:
     """The training flags of every submodule and the caller's autocast state during one forward."""
 
     training: tuple[bool, ...]
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-    autocast_cache: bool
+    autocast: AutocastState
 
     @classmethod
     def capture(cls, module: nn.Module) -> ComputeMode:
-        devices = dict.fromkeys(("cpu", torch.device(get_accelerator().device_name()).type))
-        return cls(training=tuple(m.training for m in module.modules()),
-                   autocast=tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
-                   autocast_cache=torch.is_autocast_cache_enabled())
+        return cls(training=tuple(m.training for m in module.modules()), autocast=AutocastState.capture())
 
     def apply(self, module: nn.Module) -> None:
         """Set the training flags (without calling user code in ``train()``) and the autocast state."""
         for m, flag in zip(module.modules(), self.training, strict=True):
             m.training = flag
-        for device, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        torch.set_autocast_cache_enabled(self.autocast_cache)
+        self.autocast.apply()
 
 
 @dataclass
