@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from .errors import LookSAMConfigError
 
 AUTO = "auto"
-OPTIMIZER_TYPES = ("LookSAM",)
-"""Values of the JSON key ``optimizer.type`` that this package answers to."""
+LAYERWISE_TYPE = "LookLayerSAM"
+OPTIMIZER_TYPES = ("LookSAM", LAYERWISE_TYPE)
+"""Values of the JSON key ``optimizer.type`` that make a LookSAM engine."""
 
 
 def _finite(value: float) -> float:
@@ -27,6 +28,7 @@ def _finite(value: float) -> float:
 
 NonNegative = Annotated[float, Field(ge=0, strict=True), AfterValidator(_finite)]
 Alpha = Literal["auto"] | NonNegative
+LayerScale = Literal["norm", "relative", "gradient"]
 _BetaPair = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
@@ -39,9 +41,14 @@ class LookSAMConfig(BaseModel):
         alpha: strength of the reuse, a number (Liu et al. 2022, Algorithm 1) or ``"auto"`` (calibrated at every
             SAM step, not in the paper).
         base_optimizer: name of the optimizer that takes the step, any that DeepSpeed's config accepts.
+        layerwise: scale each layer's (parameter tensor's) part of the perturbation by its trust ratio ‖w_l‖/‖g_l‖:
+            Look-LayerSAM. ``"type": "LookLayerSAM"`` is ``"type": "LookSAM"`` with this set.
+        layer_scale: what divides the layer-wise direction, and so what ``rho`` means: ``"norm"``, ``"relative"`` or
+            ``"gradient"``, see :func:`ds_looksam.layers.perturbation_scales`.
 
-    ``rho`` and ``alpha`` are defaults of the param groups: a group may bring its own, and both may be changed during
-    training through ``engine.optimizer.param_groups``.
+    ``rho``, ``alpha`` and ``layerwise`` are defaults of the param groups: a group may bring its own, and they may be
+    changed during training through ``engine.optimizer.param_groups``. A group with ``"layerwise": false`` keeps trust
+    ratio 1, as biases and norms do in LAMB recipes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +57,8 @@ class LookSAMConfig(BaseModel):
     rho: NonNegative = 0.05
     alpha: Alpha = "auto"
     base_optimizer: Annotated[str, Field(min_length=1)] = "AdamW"
+    layerwise: StrictBool = False
+    layer_scale: LayerScale = "norm"
 
 
 class _CommonBaseParams(BaseModel):
@@ -64,14 +73,24 @@ class _CommonBaseParams(BaseModel):
     momentum: NonNegative | None = None
 
 
-class _GroupSettings(BaseModel):
+class _GroupKeys(BaseModel):
     """LookSAM's keys of one entry of ``param_groups``."""
 
     rho: NonNegative
     alpha: Alpha
+    layerwise: StrictBool
 
 
-def parse_params(params: dict[str, Any] | None) -> tuple[LookSAMConfig, dict[str, Any]]:
+class GroupSettings(NamedTuple):
+    """What is in force for one param group. ``alpha`` is None where it is ``"auto"``."""
+
+    rho: float
+    alpha: float | None
+    layerwise: bool
+
+
+def parse_params(params: dict[str, Any] | None,
+                 optimizer_type: str = OPTIMIZER_TYPES[0]) -> tuple[LookSAMConfig, dict[str, Any]]:
     """Split a flat ``optimizer.params`` block into LookSAM's part and the base optimizer's.
 
     Returns:
@@ -82,26 +101,36 @@ def parse_params(params: dict[str, Any] | None) -> tuple[LookSAMConfig, dict[str
     """
     params = dict(params or {})
     own = {key: params.pop(key) for key in LookSAMConfig.model_fields if key in params}
+    if optimizer_type == LAYERWISE_TYPE and own.setdefault("layerwise", True) is False:
+        raise LookSAMConfigError(f'optimizer.params.layerwise: false contradicts "type": "{LAYERWISE_TYPE}"; leave it '
+                                 'out, or use "type": "LookSAM"')
     with _naming("optimizer.params"):
         config = LookSAMConfig(**own)
         _CommonBaseParams(**params)
     return config, params
 
 
-def parse_group(group: dict[str, Any], index: int) -> tuple[float, float | None]:
-    """``rho`` and ``alpha`` in force for one param group; alpha is None where it is ``"auto"``.
+def set_group_defaults(group: dict[str, Any], settings: LookSAMConfig) -> None:
+    """Fill in what a param group does not say itself from the JSON's block."""
+    group.setdefault("rho", settings.rho)
+    group.setdefault("alpha", settings.alpha)
+    group.setdefault("layerwise", settings.layerwise)
+
+
+def parse_group(group: dict[str, Any], index: int) -> GroupSettings:
+    """LookSAM's settings in force for one param group.
 
     Raises:
         LookSAMConfigError: a value set through ``param_groups`` has the wrong type or is out of range.
     """
     with _naming(f"param_groups[{index}]"):
-        settings = _GroupSettings(rho=group["rho"], alpha=group["alpha"])
-    return settings.rho, None if isinstance(settings.alpha, str) else settings.alpha
+        keys = _GroupKeys(rho=group["rho"], alpha=group["alpha"], layerwise=group["layerwise"])
+    return GroupSettings(keys.rho, None if isinstance(keys.alpha, str) else keys.alpha, keys.layerwise)
 
 
 def group_settings(group: dict[str, Any]) -> dict[str, Any]:
     """LookSAM's keys of one entry of ``param_groups``, as they stand there."""
-    return {key: group[key] for key in _GroupSettings.model_fields if key in group}
+    return {key: group[key] for key in _GroupKeys.model_fields if key in group}
 
 
 def explain_unknown_key(error: TypeError, base_params: dict[str, Any], base_optimizer: str) -> LookSAMConfigError:

@@ -13,13 +13,22 @@ from torch import Tensor
 
 from . import algebra, checkpoint
 from .algebra import Shard
-from .config import LookSAMConfig, explain_unknown_key, group_settings, parse_group, parse_params
+from .config import (
+    GroupSettings,
+    LookSAMConfig,
+    explain_unknown_key,
+    group_settings,
+    parse_group,
+    parse_params,
+    set_group_defaults,
+)
 from .errors import LookSAMReplayError
 from .guard import PerturbedWeights
+from .layers import LayerMap, perturbation_scales
 from .rank_check import check_ranks
 from .reduction import sum_over_ranks
 from .replay import Forward, LossFn, Window, loss_again
-from .shards import GradientShards, HostEngine, open_shards
+from .shards import GradientShards, HostEngine, ScaleOf, open_shards
 from .snapshot import ModelSnapshot
 from .status import LookSAMStatus, StepKind
 from .support import deepspeed_name, refuse_model, refuse_unsupported
@@ -52,7 +61,7 @@ class LookSAMEngine(HostEngine):
     loss_fn: LossFn | None
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
-        settings, base_params = parse_params(config_class.optimizer_params)
+        settings, base_params = parse_params(config_class.optimizer_params, config_class.optimizer_name)
         refuse_unsupported(config_class, settings, client_optimizer=kwargs.get("optimizer"))
         self._settings: LookSAMConfig = settings
         # From here on DeepSpeed sees the configuration of a run with the base optimizer alone.
@@ -68,6 +77,8 @@ class LookSAMEngine(HostEngine):
         self._replayed_forwards = self._replayed_backwards = 0
         self._v: Shard | None = None
         self._v_squared_local: Tensor | None = None  # this rank's part of ‖v‖²
+        self._group_parameters: list[list[torch.nn.Parameter]] = []
+        self._layer_map: LayerMap | None = None
 
         super().__init__(*args, config_class=config_class, **kwargs)
         self._shards: GradientShards = open_shards(self)
@@ -90,10 +101,11 @@ class LookSAMEngine(HostEngine):
         except TypeError as error:
             raise explain_unknown_key(error, self.optimizer_params() or {}, self._settings.base_optimizer) from error
         for i, group in enumerate(optimizer.param_groups):
-            group.setdefault("rho", self._settings.rho)
-            group.setdefault("alpha", self._settings.alpha)
+            set_group_defaults(group, self._settings)
             parse_group(group, i)
         self._configured_groups = [group_settings(group) for group in optimizer.param_groups]
+        # Whole parameters, the same lists on every rank; the wrapper will put flat shards in their place.
+        self._group_parameters = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # The user's loop ------------------------------------------------------------------------------------------------
@@ -227,18 +239,16 @@ class LookSAMEngine(HostEngine):
         """Algorithm 1, one turn. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step."""
         status = self._status
         groups = [parse_group(group, i) for i, group in enumerate(self.optimizer.param_groups)]
-        rhos = [rho for rho, _ in groups]
-        alphas = [alpha for _, alpha in groups]
 
         fresh: _Fresh | None = None
         kind: StepKind
         if status.next_is_sam:
             if self._closure is None:
                 self._window.check(self.loss_fn)
-            fresh = self._sam_step(rhos)
+            fresh = self._sam_step(groups)
             kind = "sam" if fresh is not None else "base"
         else:
-            kind = self._reuse_step(alphas)
+            kind = self._reuse_step([group.alpha for group in groups])
         status.evaluations += 1
 
         apply_update()
@@ -272,21 +282,21 @@ class LookSAMEngine(HostEngine):
     def _adds_nothing(self, alpha: float | None) -> bool:
         return alpha == 0 or (alpha is None and self._status.beta is None)
 
-    def _sam_step(self, rhos: list[float]) -> _Fresh | None:
+    def _sam_step(self, groups: list[GroupSettings]) -> _Fresh | None:
         """Evaluate the window at w + eps and leave u = g_s with the wrapper. None if g is not finite: u = g then."""
         shards, status = self._shards, self._status
         g = shards.take_gradient(survives_evaluation=True)
-        g_squared, v_squared = self._sum_norms(g)
+        by_layer = any(group.layerwise for group in groups)
+        g_squared, v_squared, scale_of = (self._layer_scales if by_layer else self._scales)(g, groups)
         # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
         if not torch.isfinite(g_squared).item():
             shards.give_gradient(g)
             return None
 
-        scales = [algebra.perturbation_scale(rho, g_squared) for rho in rhos]
         snapshot = ModelSnapshot.take(self.module, optimized=shards.parameters())
         try:
             self._perturbed.begin()
-            shards.perturb_weights(g, lambda i, lo, hi: scales[shards.group_of[i]])
+            shards.perturb_weights(g, scale_of)
             self._evaluate_again()
             g_s = shards.take_gradient(survives_evaluation=False)
         except Exception:
@@ -306,6 +316,31 @@ class LookSAMEngine(HostEngine):
         g_v = algebra.project_out_(g, g_s, scalars.along)
         shards.give_gradient(g_s)
         return _Fresh(g_v, g_squared, v_squared, scalars)
+
+    def _scales(self, g: Shard, groups: list[GroupSettings]) -> tuple[Tensor, Tensor, ScaleOf]:
+        """‖g‖², ‖v‖² and the factor of g in eps = rho g / ‖g‖. One all-reduce of two scalars."""
+        g_squared, v_squared = self._sum_norms(g)
+        scales = [algebra.perturbation_scale(group.rho, g_squared) for group in groups]
+        return g_squared, v_squared, lambda i, lo, hi: scales[self._shards.group_of[i]]
+
+    def _layer_scales(self, g: Shard, groups: list[GroupSettings]) -> tuple[Tensor, Tensor, ScaleOf]:
+        """‖g‖², ‖v‖² and the factor of g in the layer-wise eps. One all-reduce of 2 L + 1 scalars for L layers."""
+        layers = self._layers()
+        parts = layers.squares(self._shards.master_weights(), g).reshape(-1)
+        v_squared = self._v_squared_local if self._v_squared_local is not None else parts.new_zeros(())
+        sums = sum_over_ranks(torch.cat([parts, v_squared.reshape(1)]), self._shards.process_group)
+        w_squared, g_squared = sums[:-1].view(-1, 2).unbind(1)
+        layerwise = torch.tensor([group.layerwise for group in groups], device=layers.device)
+        rho = torch.tensor([group.rho for group in groups], dtype=torch.float64, device=layers.device)
+        scales = perturbation_scales(w_squared, g_squared, layerwise[layers.group_of_layer], rho[layers.group_of_layer],
+                                     self._settings.layer_scale, self.gradient_loss_scale())
+        return g_squared.sum(), sums[-1], lambda i, lo, hi: layers.expand(scales, i, lo, hi)
+
+    def _layers(self) -> LayerMap:
+        if self._layer_map is None:
+            sizes = [weights.numel() for weights in self._shards.master_weights()]
+            self._layer_map = LayerMap(self._shards.layout(), sizes, self._group_parameters, self._shards.device)
+        return self._layer_map
 
     def _sum_norms(self, g: Shard) -> tuple[Tensor, Tensor]:
         """‖g‖² and ‖v‖² of the whole model, in one all-reduce."""

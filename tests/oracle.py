@@ -30,13 +30,23 @@ class Group:
     eps: float = 1e-8
     rho: float = 0.05
     alpha: float | str = "auto"
+    layerwise: bool = True
+    trust_ratio: bool = True
+    trust_coefficient: float = 0.001
+    bias_correction: bool = True
+    min_coeff: float = 0.0
+    max_coeff: float = math.inf
 
 
 class Base:
-    """AdamW and SGD with (heavy-ball) momentum, on one vector with per-element hyper-parameters."""
+    """AdamW, SGD with (heavy-ball) momentum, LAMB and LARS, on one vector with per-element hyper-parameters.
 
-    def __init__(self, name: str, groups: Sequence[Group], group_of: Tensor) -> None:
-        self.name, self.groups, self.group_of = name, groups, group_of
+    ``layers``: where each parameter tensor lies in the vector, and its group.
+    """
+
+    def __init__(self, name: str, groups: Sequence[Group], group_of: Tensor,
+                 layers: Sequence[tuple[slice, Group]] = ()) -> None:
+        self.name, self.groups, self.group_of, self.layers = name, groups, group_of, layers
         self.m: Tensor | None = None
         self.s: Tensor | None = None
         self.steps = 0
@@ -59,7 +69,42 @@ class Base:
             self.s = b2 * self.s + (1 - b2) * u * u
             m_hat, s_hat = self.m / (1 - b1**self.steps), self.s / (1 - b2**self.steps)
             return w - lr * decay * w - lr * m_hat / (s_hat.sqrt() + self.of_group(lambda g: g.eps))
+        if self.name == "Lamb":
+            return self.lamb(w, u)
+        if self.name == "Lars":
+            return self.lars(w, u)
         raise ValueError(self.name)
+
+    def lamb(self, w: Tensor, u: Tensor) -> Tensor:
+        """You et al. 2020 (arXiv 1904.00962), Algorithm 2, one tensor after the other."""
+        if self.m is None or self.s is None:
+            self.m, self.s = torch.zeros_like(w), torch.zeros_like(w)
+        new = w.clone()
+        for at, group in self.layers:
+            b1, b2 = group.betas
+            self.m[at] = b1 * self.m[at] + (1 - b1) * u[at]
+            self.s[at] = b2 * self.s[at] + (1 - b2) * u[at] ** 2
+            m, s = self.m[at], self.s[at]
+            if group.bias_correction:
+                m, s = m / (1 - b1**self.steps), s / (1 - b2**self.steps)
+            r = m / (s.sqrt() + group.eps) + group.weight_decay * w[at]
+            ratio = 1.0
+            if group.trust_ratio and w[at].norm() > 0 and r.norm() > 0:
+                ratio = min(max(float(w[at].norm() / r.norm()), group.min_coeff), group.max_coeff)
+            new[at] = w[at] - group.lr * ratio * r
+        return new
+
+    def lars(self, w: Tensor, u: Tensor) -> Tensor:
+        """You et al. 2017 (arXiv 1708.03888), Algorithm 1, one tensor after the other."""
+        if self.m is None:
+            self.m = torch.zeros_like(w)
+        for at, group in self.layers:
+            ratio = 1.0
+            if group.trust_ratio and w[at].norm() > 0 and u[at].norm() > 0:
+                ratio = group.trust_coefficient * float(
+                    w[at].norm() / (u[at].norm() + group.weight_decay * w[at].norm()))
+            self.m[at] = group.momentum * self.m[at] + group.lr * ratio * (u[at] + group.weight_decay * w[at])
+        return w - self.m
 
 
 @dataclass
@@ -71,6 +116,7 @@ class Oracle:
     base: Base
     k: int
     clipping: float = 0.0
+    layer_scale: str | None = None
     t: int = 0
     v: Tensor | None = None
     beta: float | None = None
@@ -95,6 +141,8 @@ class Oracle:
     def sam(self, g: Tensor, norm: Tensor, window: Any) -> Tensor:
         rho = self.base.of_group(lambda group: group.rho)
         eps = rho * g / norm if norm > 0 else torch.zeros_like(g)
+        if self.layer_scale is not None and norm > 0:
+            eps = rho * self.layerwise_direction(g)
         g_s = self.evaluate(self.w + eps, window)
         g_h = (g @ g_s) / norm**2 * g if norm > 0 else torch.zeros_like(g)
         g_v = g_s - g_h
@@ -104,6 +152,14 @@ class Oracle:
             self.beta = b if self.beta is None else 0.8 * self.beta + 0.2 * b
         self.v = g_v
         return g_s
+
+    def layerwise_direction(self, g: Tensor) -> Tensor:
+        """d / s of Look-LayerSAM, one tensor after the other."""
+        d = g.clone()
+        for at, group in self.base.layers:
+            if group.layerwise and self.w[at].norm() > 0 and g[at].norm() > 0:
+                d[at] = self.w[at].norm() / g[at].norm() * g[at]
+        return d / {"norm": d.norm(), "relative": 1.0, "gradient": g.norm()}[self.layer_scale]
 
     def reuse(self, g: Tensor, norm: Tensor) -> Tensor:
         if self.v is None or self.v.norm() == 0:
@@ -152,15 +208,20 @@ class ModuleGradient:
 
 
 def build(module: nn.Module, groups: Sequence[Group], *, base: str, k: int, clipping: float = 0.0,
-          dtype: torch.dtype = torch.float64, loss_scale: float = 1.0) -> Oracle:
+          dtype: torch.dtype = torch.float64, loss_scale: float = 1.0, layer_scale: str | None = None) -> Oracle:
     """An oracle for the trainable parameters of ``module`` that ``groups`` name; starts from the module's weights."""
     parameters = dict(module.named_parameters())
     names = [name for group in groups for name in group.names]
     w = torch.cat([parameters[name].detach().double().reshape(-1) for name in names])
     group_of = torch.cat([torch.full((parameters[name].numel(), ), i)
                           for i, group in enumerate(groups) for name in group.names])
-    return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale), base=Base(base, groups, group_of),
-                  k=k, clipping=clipping)
+    layers, offset = [], 0
+    for group in groups:
+        for name in group.names:
+            layers.append((slice(offset, offset + parameters[name].numel()), group))
+            offset += parameters[name].numel()
+    return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale), k=k, clipping=clipping,
+                  base=Base(base, groups, group_of, layers), layer_scale=layer_scale)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -30,6 +30,7 @@ class Case:
     rho: float = 0.1
     alpha: float | str = "auto"
     base: str = "AdamW"
+    layer_scale: str | None = None
     two_groups: bool = False
     precision: str = "fp32"
     loss_scale: float = 1.0
@@ -44,18 +45,26 @@ class Case:
     def base_params(self) -> dict[str, Any]:
         if self.base == "SGD":
             return {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+        if self.base == "Lars":
+            return {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02}
+        if self.base == "Lamb":
+            return {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6}
         return {"lr": 1e-2, "weight_decay": 0.1}
 
     def json(self, looksam: bool = True) -> dict[str, Any]:
         """The DeepSpeed configuration; without ``looksam`` that of the base optimizer alone."""
+        layerwise = self.layer_scale is not None
         own = {"k": self.k, "rho": self.rho, "alpha": self.alpha, "base_optimizer": self.base, **self.params}
+        if layerwise:
+            own["layer_scale"] = self.layer_scale
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.clipping,
             "zero_optimization": {"stage": self.stage, **self.zero},
-            "optimizer": {"type": "LookSAM", "params": {**own, **self.base_params}} if looksam else
-                         {"type": self.base, "params": self.base_params},
+            "optimizer": {"type": "LookLayerSAM" if layerwise else "LookSAM",
+                          "params": {**own, **self.base_params}} if looksam else
+                         {"type": f"Zero{self.base}" if self.by_layer else self.base, "params": self.base_params},
             # DeepSpeed asks for this flag with SGD, with or without LookSAM.
             "zero_allow_untested_optimizer": True,
         }
@@ -75,8 +84,19 @@ class Case:
                 {"params": [p for name, p in trained if not _first_group(name)], **self.second_group}]
 
     @property
+    def by_layer(self) -> bool:
+        """Whether the base optimizer has trust ratios."""
+        return self.base in ("Lamb", "Lars")
+
+    @property
     def second_group(self) -> dict[str, Any]:
-        return {"lr": 3 * self.base_params["lr"], "weight_decay": 0.0, "rho": self.rho / 2}
+        """Also left out of everything layer-wise; at a learning rate of its own, since that changes the step's size."""
+        group = {"lr": 3 * self.base_params["lr"], "weight_decay": 0.0, "rho": self.rho / 2}
+        if self.layer_scale is not None:
+            group["layerwise"] = False
+        if self.by_layer:
+            group.update(trust_ratio=False, lr=0.01)
+        return group
 
     def oracle_groups(self, module: nn.Module) -> list[oracle.Group]:
         names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -196,6 +216,7 @@ def run_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.O
     groups = case.oracle_groups(module)
     groups = [g for g in groups if g.names]
     reference = oracle.build(module, groups, base=case.base, k=case.k, clipping=case.clipping, dtype=dtype,
+                             layer_scale=case.layer_scale,
                              loss_scale=case.loss_scale if case.precision == "fp16" else 1.0)
     for update in range(case.updates):
         reference.update(case.window(update))

@@ -65,6 +65,10 @@ class HostEngine(DeepSpeedEngine):
         else:
             self.allreduce_gradients()
 
+    def gradient_loss_scale(self) -> float:
+        """What the gradients in the wrapper are multiplied by. 1 without a loss scale."""
+        return float(getattr(self.optimizer, "loss_scale", 1.0))
+
     def leave_failed_step(self) -> None:
         """step() raised: put back the flags that its normal end resets, so that it can be called again."""
         self._running_engine_step = False
