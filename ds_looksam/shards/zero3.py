@@ -3,7 +3,8 @@
 What DeepSpeed keeps per sub-group i, on this rank:
 
 - ``fp32_partitioned_groups_flat[i]``: the fp32 master weights, the partitions of the sub-group's parameters one after
-  another, each with its own padding at the end. In fp32 training this is the same tensor as
+  another, each with its own padding at the end. In fp32 training this can be the same tensor as (DeepSpeed shares them
+  where it finds them on one device; on a CPU it does not)
 - ``fp16_partitioned_groups_flat[i]``: the partitions in the model's dtype, from which every forward gathers.
 - ``averaged_gradients[i]``: one partition per parameter, views of one buffer that lives as long as the optimizer. The
   first micro-batch of a window that has a gradient for a parameter overwrites its partition, later ones add to it, and
