@@ -269,6 +269,7 @@ class LookSAMEngine(HostEngine):
     def _reuse_step(self, alphas: list[float | None]) -> StepKind:
         """u = g + alpha (‖g‖ / ‖v‖) v, in the gradient's own memory."""
         if self._v is None or all(self._adds_nothing(alpha) for alpha in alphas):
+            self._shards.keep_gradient()
             return "base"
         g = self._shards.take_gradient(survives_evaluation=False)
         g_squared, v_squared = self._sum_norms(g)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 
 
 def sum_over_ranks(partial_sums: torch.Tensor, process_group: Any | None) -> torch.Tensor:
-    """Add up per-rank partial sums, in place. Collective over ``process_group``.
+    """Add up per-rank partial sums. Collective over ``process_group``.
 
     Args:
         partial_sums: float64 [n], this rank's part of n scalars.
@@ -17,8 +18,11 @@ def sum_over_ranks(partial_sums: torch.Tensor, process_group: Any | None) -> tor
             then nothing is sent.
 
     Returns:
-        ``partial_sums``, now the same on every rank of the group.
+        The sums, on the device of ``partial_sums`` and the same on every rank of the group.
     """
-    if process_group is not None and dist.get_world_size(group=process_group) > 1:
-        dist.all_reduce(partial_sums, group=process_group)
-    return partial_sums
+    if process_group is None or dist.get_world_size(group=process_group) == 1:
+        return partial_sums
+    # Shards that are offloaded lie on the CPU, where NCCL cannot add them up.
+    on_accelerator = partial_sums.to(get_accelerator().current_device_name())
+    dist.all_reduce(on_accelerator, group=process_group)
+    return on_accelerator.to(partial_sums.device)

@@ -60,10 +60,12 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
         yield "data_types.grad_accum_dtype: not supported; leave it out"
     if config.torch_autocast_enabled:
         yield "torch_autocast.enabled: not supported; use bf16 or fp32"
-    for key in ("offload_optimizer", "offload_param"):
-        offload = getattr(zero, key)
-        if offload is not None and offload.device != "none":
-            yield f"zero_optimization.{key}: not supported; leave it out"
+    if zero.offload_param is not None and zero.offload_param.device == "nvme":
+        yield "zero_optimization.offload_param.device \"nvme\": not supported; use \"cpu\""
+    if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none" and stage == 3:
+        if zero.offload_optimizer.ratio != 1.0:
+            yield ("zero_optimization.offload_optimizer.ratio: not supported (a second optimizer updates the part that "
+                   "stays on the accelerator, out of the LR scheduler's sight); leave it at 1.0")
     if zero.zenflow is not None:
         yield "zero_optimization.zenflow: not supported; leave it out"
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):

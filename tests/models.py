@@ -93,6 +93,20 @@ class Tiny(Classifier):
         return torch.cat([hidden, hidden[:, :1] * hidden[:, 1:]], dim=1)
 
 
+class Wide(Classifier):
+    """Two tensors of more than a MiB per rank at world size 2: what DeepSpeed's swapper moves to NVMe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 700)
+        self.second = nn.Linear(700, 800)
+        self.third = nn.Linear(800, 700)
+        self.head = nn.Linear(700, CLASSES)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))))
+
+
 class Sometimes(Classifier):
     """A layer that takes part only in micro-batches whose first label is 0, which is so in one window and not in the
     next, on all ranks alike: where ranks disagree about it, DeepSpeed's own reduction deadlocks."""
@@ -145,7 +159,7 @@ class Random(Classifier):
 
 ZOO = {
     "mlp": Mlp, "dead_and_frozen": DeadAndFrozen, "tied": Tied, "straddling": Straddling, "tiny": Tiny,
-    "sometimes": Sometimes
+    "sometimes": Sometimes, "wide": Wide
 }
 
 

@@ -11,7 +11,9 @@ from .base import GradientShards, ScaleOf, Segment, full_shape
 from .host import HostEngine
 from .replicated import ReplicatedShards
 from .zero3 import Zero3Shards
+from .zero3_offload import Zero3OffloadShards
 from .zero12 import Zero12Shards
+from .zero12_offload import Zero12OffloadShards
 
 __all__ = ["GradientShards", "HostEngine", "ScaleOf", "Segment", "full_shape", "open_shards"]
 
@@ -25,9 +27,9 @@ def open_shards(engine: HostEngine) -> GradientShards:
     """
     optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer:
-        return Zero12Shards(optimizer)
+        return Zero12OffloadShards(optimizer) if optimizer.cpu_offload else Zero12Shards(optimizer)
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
-        return Zero3Shards(optimizer)
+        return Zero3OffloadShards(optimizer) if optimizer.offload_optimizer else Zero3Shards(optimizer)
     if optimizer is engine.basic_optimizer and isinstance(optimizer, torch.optim.Optimizer):
         return ReplicatedShards(optimizer, engine.device)
     raise LookSAMConfigError(

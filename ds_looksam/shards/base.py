@@ -94,6 +94,12 @@ class GradientShards(ABC):
         For wrappers whose gradient buffers outlive the step; the others drop theirs. Not collective.
         """
 
+    def keep_gradient(self) -> None:  # noqa: B027 - most wrappers need nothing
+        """Called instead of take_gradient and give_gradient where the update uses the averaged gradient as it is.
+
+        For wrappers that would step with another window's gradient where this window's loss has none. Not collective.
+        """
+
     @abstractmethod
     def master_weights(self) -> Shard:
         """The clean fp32 weights of this rank's part. While they are perturbed in place, the saved copies."""

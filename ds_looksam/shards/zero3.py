@@ -3,8 +3,7 @@
 What DeepSpeed keeps per sub-group i, on this rank:
 
 - ``fp32_partitioned_groups_flat[i]``: the fp32 master weights, the partitions of the sub-group's parameters one after
-  another, each with its own padding at the end. In fp32 training this can be the same tensor as (DeepSpeed shares them
-  where it finds them on one device; on a CPU it does not)
+  another, each with its own padding at the end. In fp32 training this is the same tensor as
 - ``fp16_partitioned_groups_flat[i]``: the partitions in the model's dtype, from which every forward gathers.
 - ``averaged_gradients[i]``: one partition per parameter, views of one buffer that lives as long as the optimizer. The
   first micro-batch of a window that has a gradient for a parameter overwrites its partition, later ones add to it, and
@@ -55,7 +54,7 @@ class Zero3Shards(GradientShards):
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = []
         for i in range(len(self.group_of)):
-            partitions = self._zero.averaged_gradients[i]
+            partitions = self._gradient_partitions(i)
             flat = self._contiguous(partitions)
             if flat is None:
                 flat = torch.cat([p.reshape(-1) for p in partitions])
@@ -117,6 +116,9 @@ class Zero3Shards(GradientShards):
             coordinator._invalidate_trace()
         self._start_window()
         self.end_window()
+
+    def _gradient_partitions(self, i: int) -> list[torch.Tensor]:
+        return self._zero.averaged_gradients[i]
 
     def _start_window(self) -> None:
         """The next backward is the first of a window, as after a step."""

@@ -1,0 +1,117 @@
+"""ZeRO stage 3 with ``offload_optimizer``: master weights and gradient in host memory, or the master weights on NVMe.
+
+What DeepSpeed keeps, on this rank, beside what :mod:`.zero3` lists:
+
+- ``grad_partitions_flat_buffer``: the averaged gradient of all sub-groups, one partition per parameter, on the CPU in
+  the gradient accumulation dtype. It lives as long as the optimizer, also where the optimizer's state is on NVMe.
+- ``fp32_partitioned_groups_flat[i].grad``: what the step reads. A copy of the sub-group's part of that buffer, made at
+  the boundary; for a sub-group on NVMe it is handed to ``optimizer_swapper`` instead, and exists while it is swapped
+  in.
+- ``norm_for_param_grads[param_id]``: the norm of each partition, taken when it was copied. The step clips with these
+  norms, so they must follow the gradient that LookSAM gives back.
+
+Sub-groups on NVMe (all but those under 1 MiB) have no master weights in memory between the steps; a SAM step reads
+them, one sub-group after another, and a reuse step touches NVMe no more often than the base optimizer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor
+
+from ..algebra import Shard
+from .base import ScaleOf, Segment, add_scaled
+from .zero3 import Zero3Shards
+
+
+class Zero3OffloadShards(Zero3Shards):
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+        super().__init__(optimizer)
+        self.device = torch.device("cpu")
+        self._segments = self.layout()
+
+    def give_gradient(self, gradient: Shard) -> None:
+        self._zero.norm_for_param_grads = {}
+        for i, (flat, segments) in enumerate(zip(gradient, self._segments, strict=True)):
+            self._hand_over(i, segments, [flat.narrow(0, s.start, s.numel) for s in segments])
+
+    def keep_gradient(self) -> None:
+        """Hand over what DeepSpeed has not: the partitions of parameters without a gradient in the last micro-batch.
+
+        The step would find the gradient of an earlier window in their place, and on NVMe, for a parameter that never
+        had one, whatever was last in the swap buffer.
+        """
+        zero = self._zero
+        for i, segments in enumerate(self._segments):
+            flat = self._flat_gradient(i)
+            missing = [s for s in segments if zero.get_param_id(s.parameter) not in zero.norm_for_param_grads]
+            self._hand_over(i, missing, [flat.narrow(0, s.start, s.numel).to(torch.float32) for s in missing])
+
+    def master_weights(self) -> Shard:
+        """As everywhere; a sub-group on NVMe is read into memory."""
+        masters = []
+        for i in range(len(self.group_of)):
+            with self._master(i) as master:
+                masters.append(master.clone() if self._zero._swappable_optimizer_subgroup(i) else master)
+        return masters
+
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
+        with torch.no_grad():
+            for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
+                with self._master(i) as master:
+                    add_scaled(master, gradient[i], i, scale_of, out=model.data)
+        self._republish()
+
+    def unperturb_local(self) -> None:
+        """Nothing to do: the step reads the master weights only, and those were never perturbed."""
+
+    def restore_weights(self) -> None:
+        for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
+            with self._master(i) as master:
+                model.data.copy_(master)
+        self._republish()
+
+    def _start_window(self) -> None:
+        super()._start_window()
+        self._zero.norm_for_param_grads = {}
+
+    def _gradient_partitions(self, i: int) -> list[Tensor]:
+        return [self._flat_gradient(i)]
+
+    def _flat_gradient(self, i: int) -> Tensor:
+        """Sub-group i's part of the gradient buffer, in the order of its master weights."""
+        sizes = self._zero.fp16_partitioned_groups_flat_numel
+        return self._zero.grad_partitions_flat_buffer.narrow(0, sum(sizes[:i]), sizes[i])
+
+    def _hand_over(self, i: int, segments: list[Segment], parts: list[Tensor]) -> None:
+        """Give sub-group i's optimizer step the gradient of some of its parameters, and its norms."""
+        if not segments:
+            return
+        zero, master = self._zero, self._zero.fp32_partitioned_groups_flat[i]
+        norms = torch._foreach_norm(parts)
+        zero.norm_for_param_grads.update(
+            {zero.get_param_id(s.parameter): norm for s, norm in zip(segments, norms, strict=True)})
+        if zero._swappable_optimizer_subgroup(i):
+            # Cut as DeepSpeed cuts them, so that they replace the pieces that it handed over at the boundary.
+            zero.optimizer_swapper.swap_out_gradients(parameter=master, gradient_tensors=parts,
+                                                      gradient_offsets=[s.start for s in segments])
+        else:
+            torch._foreach_copy_([master.grad.narrow(0, s.start, s.numel) for s in segments], parts)
+
+    @contextmanager
+    def _master(self, i: int) -> Iterator[Tensor]:
+        """Sub-group i's fp32 master weights, valid inside the block: read from NVMe where they are there."""
+        zero = self._zero
+        if not zero._swappable_optimizer_subgroup(i):
+            yield zero.fp32_partitioned_groups_flat[i].detach()
+            return
+        zero._optimizer_states_and_gradient_swap_in(i)
+        try:
+            yield zero.fp32_partitioned_groups_flat[i].detach()
+        finally:
+            zero._release_swap_buffers(i)

@@ -1,0 +1,74 @@
+"""Offload against the oracle: DeepSpeed's offload code paths, which the CPU accelerator takes as a GPU does.
+
+The clipping norm is taken from other places there, and gradient buffers outlive the step: cases where clipping binds,
+and models whose parameters come and go, are what found errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .covering import covering
+from .training import Case, check_against_oracle
+
+CPU = {"device": "cpu"}
+TOLERANCE = {"fp32": 3e-5, "bf16": 2e-2}
+"""fp32 as in test_oracle_grid, times 3: DeepSpeedCPUAdam keeps 1 - beta2 as a float, a relative error of 1.3e-5. bf16:
+a gradient rounds at 4e-3, and its noise is averaged over 12 updates of some 1e-2 each on weights of size 0.3."""
+
+COMMON = {
+    "world": [1, 2], "accumulation": [1, 3], "clipping": [0.0, 0.05], "alpha": [0.7, 0.0, "auto"], "k": [1, 3],
+    "two_groups": [False, True], "model": ["mlp", "dead_and_frozen", "straddling", "tiny", "sometimes"],
+    "precision": ["fp32", "bf16"]
+}
+STAGE_1_AND_2 = [
+    Case(zero={"offload_optimizer": CPU}, **settings) for settings in covering({"stage": [1, 2], **COMMON}, strength=2)
+]
+OFFLOADS = {"optimizer": {"offload_optimizer": CPU}, "param": {"offload_param": CPU},
+            "both": {"offload_optimizer": CPU, "offload_param": CPU}}
+STAGE_3 = [
+    Case(stage=3, zero={**OFFLOADS[settings.pop("offload")], "sub_group_size": settings.pop("sub_group_size")},
+         **settings)
+    for settings in covering({"offload": list(OFFLOADS), "sub_group_size": [40, 10**9], **COMMON}, strength=2)
+]
+
+
+def _id(case: Case) -> str:
+    return "-".join([str(case.stage), *(str(getattr(case, key)) for key in COMMON), *case.zero])
+
+
+@pytest.mark.parametrize("case", [*STAGE_1_AND_2, *STAGE_3], ids=_id)
+def test_offload_to_cpu(case: Case) -> None:
+    reference = check_against_oracle(case, TOLERANCE[case.precision])
+    assert not case.clipping or reference.clipped > 0, "clipping was meant to bind"
+
+
+def test_torch_optimizer_on_the_cpu() -> None:
+    """zero_force_ds_cpu_optimizer false: a base that is not one of DeepSpeed's CPU optimizers."""
+    check_against_oracle(Case(stage=2, base="SGD", clipping=0.05, zero={"offload_optimizer": CPU},
+                              config={"zero_force_ds_cpu_optimizer": False}), TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize("case", [
+    Case(clipping=0.05, accumulation=2),
+    Case(two_groups=True, zero={"sub_group_size": 300_000}),
+    Case(precision="bf16", zero={"pipeline": True}),
+], ids=["clipping", "sub_groups", "bf16-pipelined"])
+def test_optimizer_state_on_nvme(case: Case, tmp_path: Path) -> None:
+    """A directory as the NVMe. The model is wide enough for DeepSpeed's swapper, which leaves less than 1 MiB alone."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's async_io op needs libaio (Debian: libaio-dev)")
+    check_against_oracle(_on_nvme(case, tmp_path), TOLERANCE[case.precision])
+
+
+def _on_nvme(case: Case, folder: Path) -> Case:
+    from dataclasses import replace
+
+    zero = dict(case.zero)
+    pipeline = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 6} if zero.pop("pipeline", False) else {}
+    offload = {"device": "nvme", "nvme_path": str(folder), **pipeline}
+    return replace(case, model="wide", stage=3, updates=5, k=2, zero={**zero, "offload_optimizer": offload})
