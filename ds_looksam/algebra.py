@@ -29,9 +29,14 @@ CHUNK_DEVICE = 1 << 28
 BETA_DECAY = 0.8
 
 
+def chunk_size(device: torch.device) -> int:
+    """Elements worth working on in one pass."""
+    return CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE
+
+
 def chunks(numel: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """[lo, hi) ranges that cover ``numel`` elements."""
-    step = CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE
+    step = chunk_size(device)
     for lo in range(0, numel, step):
         yield lo, min(lo + step, numel)
 

@@ -110,6 +110,17 @@ def parse_params(params: dict[str, Any] | None,
     return config, params
 
 
+def parse_base_params(params: dict[str, Any] | None) -> dict[str, Any]:
+    """The ``optimizer.params`` block of a run without LookSAM, checked; a copy.
+
+    Raises:
+        LookSAMConfigError: a value has the wrong type or is out of range.
+    """
+    with _naming("optimizer.params"):
+        _CommonBaseParams(**(params or {}))
+    return dict(params or {})
+
+
 def set_group_defaults(group: dict[str, Any], settings: LookSAMConfig) -> None:
     """Fill in what a param group does not say itself from the JSON's block."""
     group.setdefault("rho", settings.rho)
@@ -133,12 +144,18 @@ def group_settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in _GroupKeys.model_fields if key in group}
 
 
-def explain_unknown_key(error: TypeError, base_params: dict[str, Any], base_optimizer: str) -> LookSAMConfigError:
-    """Turn a base optimizer's ``unexpected keyword argument`` into an error that names the JSON key."""
+def explain_unknown_key(error: TypeError, base_params: dict[str, Any], base_optimizer: str,
+                        looksam: bool = True) -> LookSAMConfigError:
+    """Turn a base optimizer's ``unexpected keyword argument`` into an error that names the JSON key.
+
+    ``looksam``: whether LookSAM's own keys would have been right there.
+    """
     unknown = next((key for key in base_params if f"'{key}'" in str(error)), None)
     if unknown is None:
         return LookSAMConfigError(f"optimizer.params: the base optimizer {base_optimizer!r} refused its parameters: "
                                   f"{error}")
+    if not looksam:
+        return LookSAMConfigError(f"optimizer.params.{unknown}: not a key that the optimizer {base_optimizer!r} knows")
     close = difflib.get_close_matches(unknown, LookSAMConfig.model_fields, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return LookSAMConfigError(

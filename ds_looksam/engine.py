@@ -24,11 +24,12 @@ from .config import (
 )
 from .errors import LookSAMReplayError
 from .guard import PerturbedWeights
-from .layers import LayerMap, perturbation_scales
+from .layers import perturbation_scales
+from .optimizers.engine import LayerwiseEngine
 from .rank_check import check_ranks
 from .reduction import sum_over_ranks
 from .replay import Forward, LossFn, Window, loss_again
-from .shards import GradientShards, HostEngine, ScaleOf, open_shards
+from .shards import ScaleOf
 from .snapshot import ModelSnapshot
 from .status import LookSAMStatus, StepKind
 from .support import deepspeed_name, refuse_model, refuse_unsupported
@@ -46,7 +47,7 @@ class _Fresh:
     scalars: algebra.ReplayScalars
 
 
-class LookSAMEngine(HostEngine):
+class LookSAMEngine(LayerwiseEngine):
     """A DeepSpeedEngine whose updates follow LookSAM (Liu et al. 2022, Algorithm 1).
 
     Made by ``deepspeed.initialize`` when the JSON says ``"optimizer": {"type": "LookSAM"}``. The base optimizer, the
@@ -77,11 +78,9 @@ class LookSAMEngine(HostEngine):
         self._replayed_forwards = self._replayed_backwards = 0
         self._v: Shard | None = None
         self._v_squared_local: Tensor | None = None  # this rank's part of ‖v‖²
-        self._group_parameters: list[list[torch.nn.Parameter]] = []
-        self._layer_map: LayerMap | None = None
 
         super().__init__(*args, config_class=config_class, **kwargs)
-        self._shards: GradientShards = open_shards(self)
+        self.open_shards()
         self._perturbed = PerturbedWeights(self.module)
         log_dist(f"LookSAM: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, base optimizer "
                  f"{type(self.basic_optimizer).__name__} in {type(self.optimizer).__name__}", ranks=[0])
@@ -97,15 +96,13 @@ class LookSAMEngine(HostEngine):
     def prepare_base_optimizer(self, build: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         refuse_model(self)
         try:
-            optimizer = build()
+            optimizer = super().prepare_base_optimizer(build)
         except TypeError as error:
             raise explain_unknown_key(error, self.optimizer_params() or {}, self._settings.base_optimizer) from error
         for i, group in enumerate(optimizer.param_groups):
             set_group_defaults(group, self._settings)
             parse_group(group, i)
         self._configured_groups = [group_settings(group) for group in optimizer.param_groups]
-        # Whole parameters, the same lists on every rank; the wrapper will put flat shards in their place.
-        self._group_parameters = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # The user's loop ------------------------------------------------------------------------------------------------
@@ -237,6 +234,7 @@ class LookSAMEngine(HostEngine):
 
     def update_at_boundary(self, apply_update: Callable[[], None]) -> None:
         """Algorithm 1, one turn. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step."""
+        self.start_update()
         status = self._status
         groups = [parse_group(group, i) for i, group in enumerate(self.optimizer.param_groups)]
 
@@ -326,7 +324,7 @@ class LookSAMEngine(HostEngine):
 
     def _layer_scales(self, g: Shard, groups: list[GroupSettings]) -> tuple[Tensor, Tensor, ScaleOf]:
         """‖g‖², ‖v‖² and the factor of g in the layer-wise eps. One all-reduce of 2 L + 1 scalars for L layers."""
-        layers = self._layers()
+        layers = self.layers()
         parts = layers.squares(self._shards.master_weights(), g).reshape(-1)
         v_squared = self._v_squared_local if self._v_squared_local is not None else parts.new_zeros(())
         sums = sum_over_ranks(torch.cat([parts, v_squared.reshape(1)]), self._shards.process_group)
@@ -336,12 +334,6 @@ class LookSAMEngine(HostEngine):
         scales = perturbation_scales(w_squared, g_squared, layerwise[layers.group_of_layer], rho[layers.group_of_layer],
                                      self._settings.layer_scale, self.gradient_loss_scale())
         return g_squared.sum(), sums[-1], lambda i, lo, hi: layers.expand(scales, i, lo, hi)
-
-    def _layers(self) -> LayerMap:
-        if self._layer_map is None:
-            sizes = [weights.numel() for weights in self._shards.master_weights()]
-            self._layer_map = LayerMap(self._shards.layout(), sizes, self._group_parameters, self._shards.device)
-        return self._layer_map
 
     def _sum_norms(self, g: Shard) -> tuple[Tensor, Tensor]:
         """‖g‖² and ‖v‖² of the whole model, in one all-reduce."""

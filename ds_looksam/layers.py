@@ -28,6 +28,9 @@ from .algebra import Shard, chunks
 from .config import LayerScale
 from .shards.base import Segment
 
+Range = tuple[int, int, int]
+"""Elements lo to hi of flat tensor i: (i, lo, hi)."""
+
 
 class LayerMap:
     """The pieces of layers in this rank's flat tensors.
@@ -68,31 +71,31 @@ class LayerMap:
             self._layers.append(layers)
         self._cached: dict[tuple[int, int, int], tuple[list[int], list[int], Tensor, Tensor]] = {}
 
-    def pieces(self, i: int, lo: int, hi: int) -> tuple[list[int], list[int]]:
-        """Lengths and layers of the pieces of flat tensor ``i`` between ``lo`` and ``hi``; layer L means padding."""
-        lengths, layers, _, _ = self._pieces(i, lo, hi)
-        return lengths, layers
-
     def zeros(self, columns: int) -> Tensor:
         """float64 [L + 1, columns] for :meth:`add_squares_`; the last row collects padding and is to be ignored."""
         return torch.zeros(self.count + 1, columns, dtype=torch.float64, device=self.device)
 
-    def add_squares_(self, out: Tensor, i: int, lo: int, x: Tensor) -> None:
+    def add_squares_(self, out: Tensor, ranges: Sequence[Range], x: Sequence[Tensor]) -> None:
         """Add the squared norms of the pieces of ``x`` to ``out``.
 
         Args:
             out: float64 [L + 1].
-            i, lo: ``x`` is flat tensor ``i`` from element ``lo`` on.
-            x: fp32 [n].
+            ranges: for each of ``x`` which flat tensor, from which element to which.
+            x: fp32 [hi - lo] each.
         """
-        if x.numel() == 0:
+        views, layers = [], []
+        for (i, lo, hi), part in zip(ranges, x, strict=True):
+            if hi > lo:
+                lengths, _, on_device, _ = self._pieces(i, lo, hi)
+                views += part.split(lengths)
+                layers.append(on_device)
+        if not views:
             return
-        lengths, _, layers, _ = self._pieces(i, lo, lo + x.numel())
         # A CPU adds up in the type it is told to, one element after the other: in fp32 a layer of a million elements
         # is 1e-5 off. A GPU adds up in a tree, and fp32 is enough.
-        dtype = torch.float64 if x.device.type == "cpu" else None
-        norms = torch.stack(torch._foreach_norm(x.split(lengths), 2, dtype=dtype))
-        out.index_add_(0, layers, norms.double().square())
+        dtype = torch.float64 if views[0].device.type == "cpu" else None
+        norms = torch.stack(torch._foreach_norm(views, 2, dtype=dtype))
+        out.index_add_(0, layers[0] if len(layers) == 1 else torch.cat(layers), norms.double().square())
 
     def squares(self, *shards: Shard) -> Tensor:
         """The squared norms of this rank's part of every layer, of each of ``shards``: float64 [L, len(shards)]."""
@@ -100,7 +103,7 @@ class LayerMap:
         for column, shard in enumerate(shards):
             for i, flat in enumerate(shard):
                 for lo, hi in chunks(flat.numel(), flat.device):
-                    self.add_squares_(out[:, column], i, lo, flat[lo:hi])
+                    self.add_squares_(out[:, column], [(i, lo, hi)], [flat[lo:hi]])
         return out[:-1]
 
     def expand(self, values: Tensor, i: int, lo: int, hi: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 ``deepspeed.initialize`` constructs ``DeepSpeedEngine``. Registration gives that class a ``__new__`` that looks at the
 parsed configuration: one whose optimizer type is LookSAM's gets a :class:`LookSAMEngine` (a subclass, so ``isinstance``
-checks hold), every other one exactly the object it would have got. It works for whatever way ``initialize`` was
-imported, and :func:`unregister` leaves nothing behind.
+checks hold), one with LAMB or LARS a :class:`ZeroOptimizerEngine`, every other one exactly the object it would have
+got. It works for whatever way ``initialize`` was imported, and :func:`unregister` leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,21 +16,30 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from .config import OPTIMIZER_TYPES
 from .engine import LookSAMEngine
 from .errors import LookSAMConfigError
+from .optimizers import LAYERWISE_OPTIMIZERS
+from .optimizers.engine import ZeroOptimizerEngine
+
+ENGINES: dict[str | None, type[DeepSpeedEngine]] = {
+    **dict.fromkeys(OPTIMIZER_TYPES, LookSAMEngine),
+    **dict.fromkeys(LAYERWISE_OPTIMIZERS, ZeroOptimizerEngine)
+}
+"""By JSON ``optimizer.type``."""
 
 
 def _engine_for_configuration(cls: type[DeepSpeedEngine], *args: Any, **kwargs: Any) -> DeepSpeedEngine:
     name = getattr(kwargs.get("config_class"), "optimizer_name", None)
-    if name in OPTIMIZER_TYPES and not issubclass(cls, LookSAMEngine):
+    ours = ENGINES.get(name)
+    if ours is not None and not issubclass(cls, ours):
         if cls is not DeepSpeedEngine:
             raise LookSAMConfigError(
                 f"optimizer.type {name!r} is not supported by {cls.__name__}; it needs a plain DeepSpeedEngine: a "
                 "model that is no PipelineModule, and hybrid_engine.enabled false")
-        cls = LookSAMEngine
+        cls = ours
     return object.__new__(cls)
 
 
 def register() -> None:
-    """Make DeepSpeed answer to ``"optimizer": {"type": "LookSAM"}``. Importing ds_looksam does this."""
+    """Make DeepSpeed answer to ``"optimizer": {"type": "LookSAM"}`` and our other types. Importing ds_looksam does."""
     DeepSpeedEngine.__new__ = staticmethod(_engine_for_configuration)
 
 

@@ -10,9 +10,9 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
 from .config import OPTIMIZER_TYPES, LookSAMConfig
 from .errors import LookSAMConfigError
+from .optimizers import LAYERWISE_OPTIMIZERS
 
 _BASES_REFUSED = {
-    "lamb": "its trust ratio needs whole tensors, ZeRO's flat partitions have none",
     "muon": "it orthogonalises whole matrices while gradients are being partitioned, before LookSAM sees them",
     "lbfgs": "it evaluates the loss itself",
     "sparseadam": "it takes sparse gradients",
@@ -20,7 +20,13 @@ _BASES_REFUSED = {
 
 
 def deepspeed_name(optimizer: str) -> str:
-    """The spelling DeepSpeed's engine compares with: its own optimizers in lower case, torch.optim's as they are."""
+    """The spelling DeepSpeed's engine compares with: its own optimizers in lower case, torch.optim's as they are.
+
+    "Lamb" and "Lars" are ours: DeepSpeed's FusedLamb would take one trust ratio for a whole flat shard.
+    """
+    ours = next((name for name in LAYERWISE_OPTIMIZERS if optimizer.lower() in (name.lower(), name[4:].lower())), None)
+    if ours is not None:
+        return ours
     return optimizer.lower() if optimizer.lower() in DEEPSPEED_OPTIMIZERS else optimizer
 
 
@@ -35,14 +41,43 @@ def refuse_unsupported(config: Any, settings: LookSAMConfig, client_optimizer: A
         raise LookSAMConfigError("LookSAM cannot train with this configuration:\n  - " + "\n  - ".join(problems))
 
 
+def refuse_layerwise_optimizer(config: Any, client_optimizer: Any) -> None:
+    """Check a parsed DeepSpeedConfig of a run with LAMB or LARS alone.
+
+    Raises:
+        LookSAMConfigError: listing everything in it that they do not support.
+    """
+    problems = list(_layerwise_problems(config))
+    if client_optimizer is not None:
+        problems.append("deepspeed.initialize(optimizer=...) would override the JSON's optimizer block: leave it out")
+    if problems:
+        raise LookSAMConfigError(f"{config.optimizer_name} cannot train with this configuration:\n  - " +
+                                 "\n  - ".join(problems))
+
+
+def _layerwise_problems(config: Any) -> Iterator[str]:
+    """What LAMB and LARS do not support, alone and under LookSAM: moments must be there for all shards at once."""
+    offload = config.zero_config.offload_optimizer
+    if offload is not None and offload.device == "nvme":
+        yield "zero_optimization.offload_optimizer.device: \"nvme\" is not supported with LAMB and LARS; use \"cpu\""
+    if offload is not None and offload.ratio < 1.0:
+        yield "zero_optimization.offload_optimizer.ratio: below 1 is not supported with LAMB and LARS; leave it out"
+    if config.zero_config.zenflow is not None:
+        yield "zero_optimization.zenflow: not supported with LAMB and LARS; leave it out"
+    if config.torch_autocast_enabled and config.torch_autocast_dtype == torch.float16:
+        yield "torch_autocast.dtype: \"float16\" is not supported with LAMB and LARS; use \"bfloat16\""
+
+
 def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> Iterator[str]:
     name = deepspeed_name(settings.base_optimizer)
     base = name.lower()
     if settings.base_optimizer in OPTIMIZER_TYPES:
         yield f"optimizer.params.base_optimizer: {settings.base_optimizer!r} cannot be its own base; use \"AdamW\""
+    elif name in LAYERWISE_OPTIMIZERS:
+        yield from _layerwise_problems(config)
     elif name not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
         yield (f"optimizer.params.base_optimizer: {settings.base_optimizer!r} is known neither to DeepSpeed "
-               f"({', '.join(DEEPSPEED_OPTIMIZERS)}) nor to torch.optim")
+               f"({', '.join(DEEPSPEED_OPTIMIZERS)}) nor to torch.optim, and is neither \"Lamb\" nor \"Lars\"")
     if base in _BASES_REFUSED:
         yield (f"optimizer.params.base_optimizer: {settings.base_optimizer!r} is not supported "
                f"({_BASES_REFUSED[base]}); use \"AdamW\", \"SGD\" or another element-wise optimizer")

@@ -19,7 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that decides a run. ``zero`` and ``config`` are merged into the DeepSpeed JSON."""
+    """Everything that decides a run. ``zero`` and ``config`` are merged into the DeepSpeed JSON, ``params`` into
+    LookSAM's keys, ``options`` into the base optimizer's."""
 
     model: str = "mlp"
     world: int = 2
@@ -38,18 +39,17 @@ class Case:
     micro_batch: int = 4
     seed: int = 0
     params: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base_params(self) -> dict[str, Any]:
-        if self.base == "SGD":
-            return {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
-        if self.base == "Lars":
-            return {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02}
-        if self.base == "Lamb":
-            return {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6}
-        return {"lr": 1e-2, "weight_decay": 0.1}
+        return {**{
+            "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+            "Lamb": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6},
+            "Lars": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02},
+        }.get(self.base, {"lr": 1e-2, "weight_decay": 0.1}), **self.options}
 
     def json(self, looksam: bool = True) -> dict[str, Any]:
         """The DeepSpeed configuration; without ``looksam`` that of the base optimizer alone."""

@@ -123,6 +123,14 @@ class GradientShards(ABC):
         Needed where no update follows that would publish them: the update was skipped, or the replay raised.
         """
 
+    def cast_weights(self, i: int) -> None:
+        """Copy the master weights of flat tensor ``i`` into this rank's part of the model. Sends nothing.
+
+        For a base optimizer that changes flat tensor ``i`` after the wrapper has copied it, inside the wrapper's step.
+        Only asked of wrappers that step one flat tensor after the other.
+        """
+        raise NotImplementedError(type(self).__name__)
+
     @abstractmethod
     def abort_evaluation(self) -> None:
         """Forget a half-done forward or backward, so that the next one starts clean. Not collective."""

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 
 class HostEngine(DeepSpeedEngine):
     """A DeepSpeedEngine whose update can be surrounded, and whose forward and backward can be run again.
 
-    Subclasses override :meth:`before_first_communication`, :meth:`prepare_base_optimizer` and
-    :meth:`update_at_boundary`.
+    Subclasses override :meth:`before_first_communication`, :meth:`own_optimizer_class`,
+    :meth:`prepare_base_optimizer` and :meth:`update_at_boundary`.
     """
 
     # DeepSpeed's own, for the type checker.
@@ -23,6 +24,10 @@ class HostEngine(DeepSpeedEngine):
     _running_engine_step: bool
     warn_unscaled_loss: bool
     device: torch.device
+
+    def own_optimizer_class(self) -> type[torch.optim.Optimizer] | None:
+        """The class of the base optimizer where it is not one that DeepSpeed builds, or None."""
+        return None
 
     def prepare_base_optimizer(self, build: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         """Build the base optimizer with DeepSpeed's own code, before any wrapper takes its parameters."""
@@ -77,8 +82,29 @@ class HostEngine(DeepSpeedEngine):
         super()._set_distributed_vars(args)
         self.before_first_communication(self.device)
 
+    def _is_supported_optimizer(self, optimizer_name: str) -> bool:
+        return self.own_optimizer_class() is not None or super()._is_supported_optimizer(optimizer_name)
+
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
-        return self.prepare_base_optimizer(lambda: super(HostEngine, self)._configure_basic_optimizer(model_parameters))
+        def build() -> torch.optim.Optimizer:
+            own = self.own_optimizer_class()
+            if own is not None:
+                return own(model_parameters, **(self.optimizer_params() or {}))
+            return super(HostEngine, self)._configure_basic_optimizer(model_parameters)
+
+        return self.prepare_base_optimizer(build)
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
+        """DeepSpeed asks for "zero_allow_untested_optimizer" with any class that is not in its list. Ours is made for
+        ZeRO; it is in the list while the engine that binds it to its shards is being built, and no longer."""
+        own = self.own_optimizer_class()
+        if own is None:
+            return super()._do_optimizer_sanity_check(basic_optimizer)
+        ZERO_SUPPORTED_OPTIMIZERS.append(own)
+        try:
+            return super()._do_optimizer_sanity_check(basic_optimizer)
+        finally:
+            ZERO_SUPPORTED_OPTIMIZERS.remove(own)
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         self.update_at_boundary(lambda: super(HostEngine, self)._take_model_step(lr_kwargs))

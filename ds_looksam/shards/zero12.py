@@ -79,6 +79,9 @@ class Zero12Shards(GradientShards):
     def restore_weights(self) -> None:
         self._zero.update_lp_params()
 
+    def cast_weights(self, i: int) -> None:
+        self._own_model_partition(i).copy_(self._zero.single_partition_of_fp32_groups[i].data)
+
     def abort_evaluation(self) -> None:
         zero = self._zero
         for bucket in zero.ipg_buckets.values():

@@ -100,6 +100,10 @@ class Zero3Shards(GradientShards):
                 self._zero.fp16_partitioned_groups_flat[i].data.copy_(master.data)
         self._republish()
 
+    def cast_weights(self, i: int) -> None:
+        if not self._model_flat_is_master[i]:
+            self._zero.fp16_partitioned_groups_flat[i].data.copy_(self._zero.fp32_partitioned_groups_flat[i].data)
+
     def abort_evaluation(self) -> None:
         zero = self._zero
         for param_id in zero.params_already_reduced:

@@ -1,0 +1,171 @@
+"""LAMB and LARS, as torch optimizers and alone on ZeRO shards ("ZeroLamb", "ZeroLars"), against the float64 oracle.
+
+Under Look-LayerSAM they are in test_layerwise_oracle.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import ds_looksam
+
+from . import oracle
+from .collectives import counting
+from .covering import covering, product
+from .models import make_model
+from .ranks import run_on_ranks
+from .training import Case, distance, engine_for, named, train, train_window
+
+MODELS = ["mlp", "dead_and_frozen", "tied", "straddling", "tiny", "random-3", "random-11"]
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "Lamb": [{}, {"bias_correction": False}, {"min_coeff": 0.5, "max_coeff": 1.5}, {"betas": [0.8, 0.95]}],
+    "Lars": [{}, {"momentum": 0.0}, {"weight_decay": 0.0}],
+}
+
+
+def reference(case: Case) -> dict[str, torch.Tensor]:
+    """The base optimizer alone, by the oracle: SAM steps that perturb by nothing."""
+    module = make_model(case.model, case.seed)
+    groups = [g for g in case.oracle_groups(module) if g.names]
+    naive = oracle.build(module, [replace(g, rho=0.0) for g in groups], base=case.base, k=1, clipping=case.clipping)
+    for update in range(case.updates):
+        naive.update(case.window(update))
+    if case.clipping:
+        assert naive.clipped > 0, "clipping was meant to bind"
+    return named(naive.w, module, groups)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("two_groups", [False, True])
+@pytest.mark.parametrize("base, options", [(base, o) for base, many in OPTIONS.items() for o in many])
+def test_torch_optimizer_matches_oracle(base: str, options: dict[str, Any], two_groups: bool, model: str) -> None:
+    """Without DeepSpeed. 1e-6 is ten times what fp32's rounding of weights and gradients (6e-8) comes to in 12 updates;
+    a bias correction that is one step off, or a decay outside the norm, is at 1e-3."""
+    case = Case(model=model, base=base, two_groups=two_groups, world=1, options=options)
+    module = make_model(model)
+    optimizer = getattr(ds_looksam, base)(case.model_parameters(module), **case.base_params)
+    for update in range(case.updates):
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)  # as a DeepSpeed engine leaves a parameter that took no part in the loss
+        for x, y in case.window(update):
+            module(x.float(), y).backward()
+        optimizer.step()
+    weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    assert distance(weights, reference(case)) <= 1e-6
+
+
+GRID = {
+    "stage": [0, 1, 2, 3],
+    "world": [1, 2, 4],
+    "base": ["Lamb", "Lars"],
+    "clipping": [0.0, 0.05],
+    "accumulation": [1, 2],
+    "two_groups": [False, True],
+    "model": ["mlp", "dead_and_frozen", "straddling", "tiny"],
+}
+
+
+def _id(case: Case) -> str:
+    return "-".join(str(getattr(case, key)) for key in GRID)
+
+
+def _check_alone(case: Case) -> None:
+    expected = reference(case)
+    results = run_on_ranks(case.world, train, case, False)
+    for rank, result in enumerate(results):
+        error = distance(result.weights, expected)
+        # As in test_oracle_grid. One trust ratio for a flat shard, as FusedLamb would take it, is at 1e-1.
+        assert error <= 1e-5, f"rank {rank}: relative error {error:.2e} for {case}"
+        for name, weight in result.weights.items():
+            assert torch.equal(weight, results[0].weights[name]), f"rank {rank} differs from rank 0 in {name}"
+            assert torch.equal(result.model_weights[name], weight), f"rank {rank}: the model's {name} is an old one"
+
+
+@pytest.mark.parametrize("case", [Case(**settings) for settings in covering(GRID, strength=2)], ids=_id)
+def test_alone_matches_oracle(case: Case) -> None:
+    _check_alone(case)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("case", [Case(**settings) for settings in product(GRID)], ids=_id)
+def test_alone_matches_oracle_everywhere(case: Case) -> None:
+    _check_alone(case)
+
+
+SUB_GROUPS = {"sub_group_size": 40, "stage3_param_persistence_threshold": 0}
+"""Elements: the models above have some hundred, so every layer or two is a sub-group of its own."""
+
+
+@pytest.mark.parametrize("case", [Case(stage=3, base="Lamb", two_groups=True, zero=SUB_GROUPS),
+                                  Case(stage=3, base="Lars", two_groups=True, model="straddling", zero=SUB_GROUPS)],
+                         ids=lambda case: case.base)
+def test_sub_groups_match_oracle(case: Case) -> None:
+    _check_alone(case)
+
+
+def _collectives(case: Case) -> tuple[int, list[tuple[str, int]], list[tuple[str, int]]]:
+    """Flat tensors a step walks through, and what is sent in one update: by the optimizer, and by AdamW."""
+    sent = []
+    for other in (case, replace(case, base="AdamW")):
+        with engine_for(other, looksam=False) as engine:
+            train_window(engine, other, 0)
+            with counting() as calls:
+                train_window(engine, other, 1)
+            sent.append(sorted((call.name, call.numel) for call in calls))
+            flats = len(getattr(engine.optimizer, "fp16_groups", engine.optimizer.param_groups))
+    return flats, sent[0], sent[1]
+
+
+@pytest.mark.parametrize("case", [Case(stage=2, base="Lamb", two_groups=True),
+                                  Case(stage=3, base="Lars", two_groups=True, zero=SUB_GROUPS)],
+                         ids=lambda case: f"stage{case.stage}")
+def test_one_small_all_reduce_per_update(case: Case) -> None:
+    """However many flat tensors the wrapper steps through: beside what AdamW sends, one vector of two per layer."""
+    layers = sum(1 for _ in make_model(case.model).parameters())
+    for flats, sent, plain in run_on_ranks(2, _collectives, case):
+        assert flats >= 2
+        extra = list(sent)
+        for call in plain:
+            extra.remove(call)
+        assert extra == [("allreduce_", 2 * layers + 2)]
+
+
+def test_flat_shards_without_binding_are_refused() -> None:
+    """A ZeRO wrapper around a Lamb that the user built himself would give it one trust ratio per flat shard."""
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = ds_looksam.Lamb([weight])
+    flat = torch.nn.Parameter(torch.ones(6))
+    flat.grad = torch.ones(6)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match='"type": "ZeroLamb"'):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(6))
+
+
+@pytest.mark.parametrize("base, arguments", [
+    ("Lamb", {"lr": -1.0}), ("Lamb", {"eps": 0.0}), ("Lamb", {"betas": (0.9, 1.0)}), ("Lamb", {"weight_decay": -0.1}),
+    ("Lamb", {"min_coeff": 2.0, "max_coeff": 1.0}), ("Lars", {"momentum": 1.0}), ("Lars", {"trust_coefficient": -1.0})
+])
+def test_values_out_of_range_are_refused(base: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        getattr(ds_looksam, base)([torch.nn.Parameter(torch.ones(2))], **arguments)
+
+
+def _initialize_error(case: Case) -> str:
+    with pytest.raises(ds_looksam.LookSAMConfigError) as error, engine_for(case, looksam=False):
+        pass
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case, message", [
+    (Case(base="Lamb", options={"trust_coefficient": 1.0}), "optimizer.params.trust_coefficient"),
+    (Case(base="Lamb", options={"lr": -1.0}), "optimizer.params.lr"),
+    (Case(base="Lars", zero={"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}, stage=3),
+     "offload_optimizer.device"),
+], ids=["key", "value", "nvme"])
+def test_refused_at_initialize(case: Case, message: str) -> None:
+    assert message in run_on_ranks(1, _initialize_error, replace(case, world=1))[0]
