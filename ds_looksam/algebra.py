@@ -1,8 +1,9 @@
 """The mathematics of LookSAM on this rank's shards. No DeepSpeed, no torch.distributed, no host synchronisation.
 
 A *shard* is a list of flat fp32 tensors ([numel_local] each, one per param group or sub-group); the lists g, g_s and v
-below have the same lengths and sizes. Scalars are 0-dim float64 tensors on the shards' device. Sums are per rank:
-the caller adds them up over ranks (reduction.py) before they mean anything.
+below have the same lengths and sizes. Only v may be stored in another dtype; it is read in fp32, chunk by chunk.
+Scalars are 0-dim float64 tensors on the shards' device. Sums are per rank: the caller adds them up over ranks
+(reduction.py) before they mean anything.
 
 Source: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022
 (arXiv 2203.02714), Algorithm 1. ``beta`` of alpha "auto" is not in the paper.
@@ -13,7 +14,7 @@ Everything is written with d = g_s - g instead of g_s: d is of the size of the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,8 @@ Shard = list[Tensor]
 
 CHUNK_CPU = 1 << 18
 """Elements per pass on a CPU: 1 MiB of fp32, so that a chunk read by several operations stays in the cache."""
-CHUNK_DEVICE = 1 << 28
-"""Elements per pass on an accelerator: few launches, and below the 2^31 that BLAS dot products can index."""
+CHUNK_DEVICE = 1 << 24
+"""Elements per pass on an accelerator: a launch is cheap against 64 MiB, and the temporaries of a pass stay small."""
 
 BETA_DECAY = 0.8
 
@@ -43,8 +44,12 @@ def chunks(numel: int, device: torch.device) -> Iterator[tuple[int, int]]:
 
 def squared_norm(x: Shard, device: torch.device) -> Tensor:
     """‖x‖² of this rank's part, float64 0-dim. An empty shard gives 0."""
-    parts = [torch.dot(t[lo:hi], t[lo:hi]) for t in x for lo, hi in chunks(t.numel(), t.device)]
-    return _add_up(parts, device)
+    parts = []
+    for t in x:
+        for lo, hi in chunks(t.numel(), t.device):
+            t_c = t[lo:hi].float()
+            parts.append(torch.dot(t_c, t_c))
+    return add_up(parts, device)
 
 
 def replay_sums(g: Shard, g_s: Shard, v: Shard | None, device: torch.device) -> Tensor:
@@ -61,10 +66,10 @@ def replay_sums(g: Shard, g_s: Shard, v: Shard | None, device: torch.device) -> 
             columns[0].append(torch.dot(g_c, d_c))
             columns[1].append(torch.dot(d_c, d_c))
             if v is not None:
-                v_c = v[i][lo:hi]
+                v_c = v[i][lo:hi].float()
                 columns[2].append(torch.dot(v_c, d_c))
                 columns[3].append(torch.dot(v_c, g_c))
-    return torch.stack([_add_up(parts, device) for parts in columns])
+    return torch.stack([add_up(parts, device) for parts in columns])
 
 
 def project_out_(g: Shard, g_s: Shard, along: Tensor) -> Shard:
@@ -80,12 +85,32 @@ def project_out_(g: Shard, g_s: Shard, along: Tensor) -> Shard:
     return g
 
 
+def reuse_sums(g: Shard, v: Shard, device: torch.device) -> Tensor:
+    """For each flat tensor of this rank ‖g‖², <g, v> and ‖v‖²: float64 [len(g), 3], in one pass over g and v."""
+    rows = []
+    for g_i, v_i in zip(g, v, strict=True):
+        columns: tuple[list[Tensor], ...] = ([], [], [])
+        for lo, hi in chunks(g_i.numel(), g_i.device):
+            g_c, v_c = g_i[lo:hi], v_i[lo:hi].float()
+            for column, (a, b) in zip(columns, ((g_c, g_c), (g_c, v_c), (v_c, v_c)), strict=True):
+                column.append(torch.dot(a, b))
+        rows.append(torch.stack([add_up(parts, device) for parts in columns]))
+    return torch.stack(rows)
+
+
+def reused_squared_norm(sums: Tensor, coefficients: list[Tensor | None]) -> Tensor:
+    """‖u‖² of u = g + coefficient v, float64 0-dim, from :func:`reuse_sums` summed over ranks."""
+    c = torch.stack([sums.new_zeros(()) if c is None else c for c in coefficients])
+    g_squared, g_dot_v, v_squared = sums.unbind(dim=1)
+    return torch.clamp(g_squared + 2 * c * g_dot_v + c**2 * v_squared, min=0).sum()
+
+
 def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
     """u = g + coefficient v, written over g; one coefficient per flat tensor, None leaves it alone."""
     for g_i, v_i, coefficient in zip(g, v, coefficients, strict=True):
         if coefficient is not None:
             for lo, hi in chunks(g_i.numel(), g_i.device):
-                g_i[lo:hi].addcmul_(v_i[lo:hi], coefficient.float())
+                g_i[lo:hi].addcmul_(v_i[lo:hi].float(), coefficient.float())
     return g
 
 
@@ -93,6 +118,31 @@ def perturbation_scale(rho: float, g_squared: Tensor) -> Tensor:
     """rho / ‖g‖, fp32 0-dim: eps = rho g / ‖g‖. 0 where ‖g‖ is 0, not finite or too small to divide by."""
     scale = (rho * g_squared.rsqrt()).float()
     return torch.where(torch.isfinite(scale), scale, torch.zeros_like(scale))
+
+
+def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor) -> Tensor:
+    """out = weights + eps with eps = scale * gradient, formed in fp32 and cast once into out's dtype.
+
+    Args:
+        weights: the master's clean weights, [numel_local]; ``out`` may be the same tensor.
+        gradient: fp32 [numel_local].
+        scale_of: (lo, hi) -> factor of gradient[lo:hi], fp32, 0-dim or [hi - lo].
+        out: where the model's weights lie, in its dtype.
+
+    Returns:
+        float64 [3]: ‖Δw‖², <Δw, eps> and ‖eps‖² with Δw = cast(weights + eps) - cast(weights), this rank's part. A
+        low-precision weight moves only where eps takes it past a rounding boundary, and then by a whole step.
+    """
+    columns: tuple[list[Tensor], ...] = ([], [], [])
+    for lo, hi in chunks(weights.numel(), weights.device):
+        w = weights[lo:hi].float()
+        eps = gradient[lo:hi] * scale_of(lo, hi)
+        perturbed = (w + eps).to(out.dtype)
+        moved = perturbed.float() - w.to(out.dtype).float()
+        out[lo:hi].copy_(perturbed)  # last: w may be a view of it
+        for column, (a, b) in zip(columns, ((moved, moved), (moved, eps), (eps, eps)), strict=True):
+            column.append(torch.dot(a, b))
+    return torch.stack([add_up(parts, weights.device) for parts in columns])
 
 
 def reuse_strength(alpha: float | None, beta: Tensor, g_squared: Tensor, v_squared: Tensor) -> Tensor:
@@ -113,6 +163,8 @@ class ReplayScalars:
 
     ``along``: <g, d> / ‖g‖² (0 where g is 0). ``g_s_squared``: ‖g_s‖². ``g_v_squared``: ‖g_v‖².
     ``g_dot_g_s``: <g, g_s>. ``v_dot_g_v``: <v, g_v> with the v that was stored before this step.
+    ``moved_ratio``: ‖Δw‖ / ‖eps‖ and ``moved_cosine``: cos(Δw, eps), where Δw is by how much the rounded weights moved
+    (1 where eps is 0).
     """
 
     along: Tensor
@@ -120,11 +172,15 @@ class ReplayScalars:
     g_v_squared: Tensor
     g_dot_g_s: Tensor
     v_dot_g_v: Tensor
+    moved_ratio: Tensor
+    moved_cosine: Tensor
 
     @classmethod
-    def from_sums(cls, g_squared: Tensor, sums: Tensor) -> ReplayScalars:
-        """From ‖g‖² and :func:`replay_sums`, both summed over ranks."""
+    def from_sums(cls, g_squared: Tensor, sums: Tensor, moved: Tensor) -> ReplayScalars:
+        """From ‖g‖², :func:`replay_sums` and what :func:`add_perturbation` returned, all summed over ranks."""
         g_dot_d, d_squared, v_dot_d, v_dot_g = sums.unbind()
+        moved_squared, moved_dot_eps, eps_squared = moved.unbind()
+        one = torch.ones_like(eps_squared)
         along = torch.where(g_squared > 0, g_dot_d / g_squared, torch.zeros_like(g_dot_d))
         return cls(
             along=along,
@@ -132,6 +188,10 @@ class ReplayScalars:
             g_v_squared=torch.clamp(d_squared - along * g_dot_d, min=0),
             g_dot_g_s=g_squared + g_dot_d,
             v_dot_g_v=v_dot_d - along * v_dot_g,
+            moved_ratio=torch.where(eps_squared > 0, (moved_squared / eps_squared).sqrt(), one),
+            moved_cosine=torch.where(moved_squared * eps_squared > 0,
+                                     moved_dot_eps / (moved_squared * eps_squared).sqrt(),
+                                     torch.where(eps_squared > 0, torch.zeros_like(one), one)),
         )
 
 
@@ -146,7 +206,7 @@ def update_beta(beta: Tensor | None, v_dot_g_v: Tensor, v_squared: Tensor, g_squ
     return b if beta is None else BETA_DECAY * beta + (1 - BETA_DECAY) * b
 
 
-def _add_up(parts: list[Tensor], device: torch.device) -> Tensor:
+def add_up(parts: list[Tensor], device: torch.device) -> Tensor:
     """Sum of 0-dim fp32 partial sums, in float64 so that many chunks lose nothing."""
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=device)

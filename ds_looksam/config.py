@@ -45,6 +45,8 @@ class LookSAMConfig(BaseModel):
             Look-LayerSAM. ``"type": "LookLayerSAM"`` is ``"type": "LookSAM"`` with this set.
         layer_scale: what divides the layer-wise direction, and so what ``rho`` means: ``"norm"``, ``"relative"`` or
             ``"gradient"``, see :func:`ds_looksam.layers.perturbation_scales`.
+        v_dtype: how the stored g_v is kept between SAM steps: ``"fp32"``, or ``"bf16"``, which halves it
+            (docs/low-precision.md has the measured effect).
 
     ``rho``, ``alpha`` and ``layerwise`` are defaults of the param groups: a group may bring its own, and they may be
     changed during training through ``engine.optimizer.param_groups``. A group with ``"layerwise": false`` keeps trust
@@ -59,6 +61,7 @@ class LookSAMConfig(BaseModel):
     base_optimizer: Annotated[str, Field(min_length=1)] = "AdamW"
     layerwise: StrictBool = False
     layer_scale: LayerScale = "norm"
+    v_dtype: Literal["fp32", "bf16"] = "fp32"
 
 
 class _CommonBaseParams(BaseModel):

@@ -36,6 +36,8 @@ from .support import deepspeed_name, refuse_model, refuse_unsupported
 
 Closure = Callable[[], Any]
 
+V_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class _Fresh:
@@ -270,12 +272,20 @@ class LookSAMEngine(LayerwiseEngine):
             self._shards.keep_gradient()
             return "base"
         g = self._shards.take_gradient(survives_evaluation=False)
-        g_squared, v_squared = self._sum_norms(g)
+        per_flat: Tensor | None = None
+        if self._shards.wants_squared_norm:
+            per_flat = sum_over_ranks(algebra.reuse_sums(g, self._v, self._shards.device), self._shards.process_group)
+            g_squared, _, v_squared = per_flat.sum(dim=0).unbind()
+        else:
+            g_squared, v_squared = self._sum_norms(g)
         beta = self._status.beta if self._status.beta is not None else torch.zeros_like(g_squared)
         strengths = [None if self._adds_nothing(alpha) else algebra.reuse_strength(alpha, beta, g_squared, v_squared)
                      for alpha in alphas]
-        algebra.add_reused_(g, self._v, [strengths[group] for group in self._shards.group_of])
+        coefficients = [strengths[group] for group in self._shards.group_of]
+        algebra.add_reused_(g, self._v, coefficients)
         self._shards.give_gradient(g)
+        if per_flat is not None:
+            self._shards.tell_squared_norm(algebra.reused_squared_norm(per_flat, coefficients))
         return "reuse"
 
     def _adds_nothing(self, alpha: float | None) -> bool:
@@ -290,12 +300,13 @@ class LookSAMEngine(LayerwiseEngine):
         # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
         if not torch.isfinite(g_squared).item():
             shards.give_gradient(g)
+            shards.tell_squared_norm(g_squared)
             return None
 
         snapshot = ModelSnapshot.take(self.module, optimized=shards.parameters())
         try:
             self._perturbed.begin()
-            shards.perturb_weights(g, scale_of)
+            moved = shards.perturb_weights(g, scale_of)
             self._evaluate_again()
             g_s = shards.take_gradient(survives_evaluation=False)
         except Exception:
@@ -303,6 +314,7 @@ class LookSAMEngine(LayerwiseEngine):
             shards.abort_evaluation()
             shards.restore_weights()
             shards.give_gradient(g)
+            shards.tell_squared_norm(g_squared)
             self._perturbed.end()
             raise
         finally:
@@ -310,10 +322,11 @@ class LookSAMEngine(LayerwiseEngine):
         shards.unperturb_local()
         status.evaluations += 1
 
-        sums = sum_over_ranks(algebra.replay_sums(g, g_s, self._v, shards.device), shards.process_group)
-        scalars = algebra.ReplayScalars.from_sums(g_squared, sums)
+        sums = torch.cat([algebra.replay_sums(g, g_s, self._v, shards.device), moved])
+        scalars = algebra.ReplayScalars.from_sums(g_squared, *sum_over_ranks(sums, shards.process_group).split([4, 3]))
         g_v = algebra.project_out_(g, g_s, scalars.along)
         shards.give_gradient(g_s)
+        shards.tell_squared_norm(scalars.g_s_squared)
         return _Fresh(g_v, g_squared, v_squared, scalars)
 
     def _scales(self, g: Shard, groups: list[GroupSettings]) -> tuple[Tensor, Tensor, ScaleOf]:
@@ -353,11 +366,13 @@ class LookSAMEngine(LayerwiseEngine):
             return
         if self._v is not None:
             status.beta = algebra.update_beta(status.beta, scalars.v_dot_g_v, fresh.v_squared, g_squared)
-        self._v = fresh.g_v
-        self._v_squared_local = algebra.squared_norm(fresh.g_v, self._shards.device)
+        # ‖v‖ is that of v as stored, so that the reuse adds the length it says in any v_dtype.
+        self._v = [part.to(V_DTYPES[self._settings.v_dtype]) for part in fresh.g_v]
+        self._v_squared_local = algebra.squared_norm(self._v, self._shards.device)
         status.gradient_norm = g_squared.sqrt()
         status.perturbed_gradient_norm = scalars.g_s_squared.sqrt()
         status.orthogonal_norm = scalars.g_v_squared.sqrt()
+        status.perturbation_ratio, status.perturbation_cosine = scalars.moved_ratio, scalars.moved_cosine
         status.gradient_cosine = scalars.g_dot_g_s / (g_squared * scalars.g_s_squared).sqrt()
 
     # The second evaluation ------------------------------------------------------------------------------------------

@@ -27,6 +27,10 @@ class LookSAMStatus:
         perturbed_gradient_norm: ‖g_s‖ of the last SAM step.
         orthogonal_norm: ‖g_v‖ of the last SAM step.
         gradient_cosine: cosine of g and g_s of the last SAM step.
+        perturbation_ratio: ‖Δw‖ / ‖eps‖ of the last SAM step, where Δw is by how much the weights that the model
+            computes with really moved, after rounding to its dtype. ‖eps‖ is rho where all param groups share one.
+        perturbation_cosine: cosine of Δw and eps of the last SAM step. Both are 1 in fp32; docs/low-precision.md says
+            what to make of them in bf16 and fp16.
         beta: strength of the reuse under alpha "auto", None until the second SAM step has measured it.
     """
 
@@ -38,6 +42,8 @@ class LookSAMStatus:
     perturbed_gradient_norm: Tensor | None = None
     orthogonal_norm: Tensor | None = None
     gradient_cosine: Tensor | None = None
+    perturbation_ratio: Tensor | None = None
+    perturbation_cosine: Tensor | None = None
     beta: Tensor | None = None
 
     @property

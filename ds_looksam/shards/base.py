@@ -16,12 +16,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algebra import Shard, chunks
+from ..algebra import Shard, add_perturbation
 
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
@@ -59,6 +60,8 @@ class GradientShards(ABC):
     process_group: Any | None
     device: torch.device
     group_of: list[int]
+    wants_squared_norm: bool = False
+    """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
     @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -100,6 +103,10 @@ class GradientShards(ABC):
         For wrappers that would step with another window's gradient where this window's loss has none. Not collective.
         """
 
+    def tell_squared_norm(self, squared_norm: Tensor) -> None:  # noqa: B027 - most wrappers sum over ranks themselves
+        """‖gradient‖² over the whole model of what was last given, float64 0-dim. Always called after a SAM step's
+        give_gradient, after a reuse step's only where ``wants_squared_norm``."""
+
     @abstractmethod
     def master_weights(self) -> Shard:
         """The clean fp32 weights of this rank's part. While they are perturbed in place, the saved copies."""
@@ -109,8 +116,13 @@ class GradientShards(ABC):
         return [torch.zeros(w.numel(), dtype=torch.float32, device=w.device) for w in self.master_weights()]
 
     @abstractmethod
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
-        """Make every rank's model compute with w + eps, eps = scale * gradient formed in fp32. Collective on ZeRO."""
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+        """Make every rank's model compute with w + eps, eps = scale * gradient formed in fp32. Collective on ZeRO.
+
+        Returns:
+            What the move came to in the model's dtype: the sums of :func:`algebra.add_perturbation`, float64 [3] on
+            ``device``, this rank's part.
+        """
 
     @abstractmethod
     def unperturb_local(self) -> None:
@@ -136,10 +148,10 @@ class GradientShards(ABC):
         """Forget a half-done forward or backward, so that the next one starts clean. Not collective."""
 
 
-def add_scaled(weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor) -> None:
-    """out = weights + scale * gradient, summed in fp32 and cast once into out's dtype. All flat and of one size.
-
-    Chunked: the fp32 sum never exists as a whole beside ``out``.
-    """
-    for lo, hi in chunks(weights.numel(), weights.device):
-        out[lo:hi].copy_(torch.addcmul(weights[lo:hi], gradient[lo:hi], scale_of(index, lo, hi)))
+def perturb_flats(weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard, device: torch.device) -> Tensor:
+    """:func:`algebra.add_perturbation` for every flat tensor, and the sum of what they return, on ``device``."""
+    moved = torch.zeros(3, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for i, (w, g, o) in enumerate(zip(weights, gradient, out, strict=True)):
+            moved += add_perturbation(w, g, partial(scale_of, i), o).to(device)
+    return moved

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, add_scaled
+from .base import GradientShards, ScaleOf, Segment, perturb_flats
 
 
 class ReplicatedShards(GradientShards):
@@ -51,14 +51,15 @@ class ReplicatedShards(GradientShards):
     def master_weights(self) -> Shard:
         return self._clean if self._clean is not None else self._copy_weights()
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
         # The weights exist once, so a clean copy must outlive the replay: subtracting eps again would not give
         # back the same bits.
         self._clean = self._copy_weights()
-        for i, (params, flat) in enumerate(zip(self._groups, self._clean, strict=True)):
-            perturbed = torch.empty_like(flat)
-            add_scaled(flat, gradient[i], i, scale_of, out=perturbed)
-            self._write(params, perturbed)
+        perturbed = [torch.empty_like(flat) for flat in self._clean]
+        moved = perturb_flats(self._clean, gradient, scale_of, perturbed, self.device)
+        for params, flat in zip(self._groups, perturbed, strict=True):
+            self._write(params, flat)
+        return moved
 
     def unperturb_local(self) -> None:
         self.restore_weights()

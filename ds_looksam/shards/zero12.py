@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, add_scaled
+from .base import GradientShards, ScaleOf, Segment, perturb_flats
 
 
 class Zero12Shards(GradientShards):
@@ -67,11 +67,11 @@ class Zero12Shards(GradientShards):
     def master_weights(self) -> Shard:
         return [w.detach() for w in self._zero.single_partition_of_fp32_groups]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
-        with torch.no_grad():
-            for i, master in enumerate(self.master_weights()):
-                add_scaled(master, gradient[i], i, scale_of, out=self._own_model_partition(i))
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+        own = [self._own_model_partition(i) for i in self.group_of]
+        moved = perturb_flats(self.master_weights(), gradient, scale_of, own, self.device)
         self._gather_model_weights()
+        return moved
 
     def unperturb_local(self) -> None:
         """Nothing to do: the step reads the master weights only, and those were never perturbed."""

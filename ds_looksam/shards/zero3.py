@@ -19,7 +19,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, add_scaled
+from .base import GradientShards, ScaleOf, Segment, perturb_flats
 
 
 class Zero3Shards(GradientShards):
@@ -78,15 +78,14 @@ class Zero3Shards(GradientShards):
         masters = self._zero.fp32_partitioned_groups_flat
         return [self._clean.get(i, master.detach()) for i, master in enumerate(masters)]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
-        zero = self._zero
-        with torch.no_grad():
-            for i, master in enumerate(zero.fp32_partitioned_groups_flat):
-                if self._model_flat_is_master[i]:
-                    # fp32 training: model and master are one tensor, so a clean copy must outlive the replay.
-                    self._clean[i] = master.detach().clone()
-                add_scaled(master.detach(), gradient[i], i, scale_of, out=zero.fp16_partitioned_groups_flat[i].data)
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
+        masters = [master.detach() for master in self._zero.fp32_partitioned_groups_flat]
+        # fp32 training: model and master are one tensor, so a clean copy must outlive the replay.
+        self._clean = {i: masters[i].clone() for i in range(len(masters)) if self._model_flat_is_master[i]}
+        model = [flat.data for flat in self._zero.fp16_partitioned_groups_flat]
+        moved = perturb_flats(masters, gradient, scale_of, model, self.device)
         self._republish()
+        return moved
 
     def unperturb_local(self) -> None:
         for i, clean in self._clean.items():
