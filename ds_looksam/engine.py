@@ -213,8 +213,9 @@ class LookSAMEngine(LayerwiseEngine):
 
     def _go_on_with(self, saved: checkpoint.Saved | None, path: str) -> None:
         manifest = None if saved is None else saved.manifest
-        self._v = None if saved is None else saved.v
-        self._v_squared_local = None if self._v is None else algebra.squared_norm(self._v, self._shards.device)
+        self._v = self._v_squared_local = None
+        if saved is not None and saved.v is not None:
+            self._store_v(saved.v)
         checkpoint.restore_status(self._status, {} if manifest is None else manifest.status, self._shards.device)
         changes = checkpoint.restore_groups(self.optimizer.param_groups, self._configured_groups, manifest)
         if manifest is not None:
@@ -366,14 +367,17 @@ class LookSAMEngine(LayerwiseEngine):
             return
         if self._v is not None:
             status.beta = algebra.update_beta(status.beta, scalars.v_dot_g_v, fresh.v_squared, g_squared)
-        # ‖v‖ is that of v as stored, so that the reuse adds the length it says in any v_dtype.
-        self._v = [part.to(V_DTYPES[self._settings.v_dtype]) for part in fresh.g_v]
-        self._v_squared_local = algebra.squared_norm(self._v, self._shards.device)
+        self._store_v(fresh.g_v)
         status.gradient_norm = g_squared.sqrt()
         status.perturbed_gradient_norm = scalars.g_s_squared.sqrt()
         status.orthogonal_norm = scalars.g_v_squared.sqrt()
         status.perturbation_ratio, status.perturbation_cosine = scalars.moved_ratio, scalars.moved_cosine
         status.gradient_cosine = scalars.g_dot_g_s / (g_squared * scalars.g_s_squared).sqrt()
+
+    def _store_v(self, v: Shard) -> None:
+        """Keep v in ``v_dtype``. ‖v‖ is that of v as stored, so that the reuse adds the length it says."""
+        self._v = [part.to(V_DTYPES[self._settings.v_dtype]) for part in v]
+        self._v_squared_local = algebra.squared_norm(self._v, self._shards.device)
 
     # The second evaluation ------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DtypeEnum
 
 from .config import OPTIMIZER_TYPES, LookSAMConfig
 from .errors import LookSAMConfigError
@@ -84,15 +84,17 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
     if client_optimizer is not None:
         yield ("deepspeed.initialize(optimizer=...) would override the JSON's optimizer block: leave it out, and name "
                "the base in optimizer.params.base_optimizer")
-    zero, stage = config.zero_config, int(config.zero_config.stage)
-    if config.float16_config.enabled:
-        yield "fp16.enabled: not supported; use \"bf16\": {\"enabled\": true} or fp32"
-    if config.bfloat16_config.enabled and stage == 0:
-        yield "bf16.enabled with zero_optimization.stage 0: not supported; use stage 1, 2 or 3"
+    zero = config.zero_config
     if config.bfloat16_config.bf16_master_weights_and_grads or config.bfloat16_config.bf16_optimizer_states:
         yield "bf16.bf16_master_weights_and_grads, bf16.bf16_optimizer_states: not supported; leave them off"
     if config.grad_accum_dtype is not None:
-        yield "data_types.grad_accum_dtype: not supported; leave it out"
+        low = torch.float16 if config.float16_config.enabled else torch.bfloat16
+        model = low if config.float16_config.enabled or config.bfloat16_config.enabled else torch.float32
+        if DtypeEnum(config.grad_accum_dtype).value not in (torch.float32, model):
+            yield (f"data_types.grad_accum_dtype: {config.grad_accum_dtype!r} is not supported with a model in "
+                   f"{model}; use \"fp32\", or leave it out to accumulate in the model's dtype")
+    if config.optimizer_legacy_fusion:
+        yield "optimizer.legacy_fusion: not supported; leave it out"
     if config.torch_autocast_enabled:
         yield "torch_autocast.enabled: not supported; use bf16 or fp32"
     if zero.offload_param is not None and zero.offload_param.device == "nvme":

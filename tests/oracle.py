@@ -123,14 +123,20 @@ class Oracle:
     evaluations: int = 0
     clipped: int = 0
     history: list[Tensor] = field(default_factory=list)
+    stale_w: Tensor | None = None
+    """What the first evaluation sees instead of w, where a run's model lags behind its optimizer at the start."""
+    divisor: float = 1.0
+    """The base gets u / divisor."""
 
     def update(self, window: Any) -> None:
-        g = self.evaluate(self.w, window)
+        g = self.evaluate(self.w if self.stale_w is None else self.stale_w, window)
+        self.stale_w = None
         norm = g.norm()
         if self.t % self.k == 0:
             u = self.sam(g, norm, window)
         else:
             u = self.reuse(g, norm)
+        u = u / self.divisor
         if self.clipping > 0 and u.norm() > self.clipping:
             u = u * (self.clipping / (u.norm() + 1e-6))  # the 1e-6 is DeepSpeed's and torch's
             self.clipped += 1

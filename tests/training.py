@@ -153,6 +153,8 @@ def engine_for(case: Case, looksam: bool = True, module: nn.Module | None = None
     config = case.json(looksam)
     if adapt is not None:
         adapt(config)
+    if case.precision == "fp16":
+        _allow_fp16_on_cpu()
     parameters = case.model_parameters(module)
     if not looksam and isinstance(parameters[0], dict):
         parameters[1].pop("rho", None)
@@ -161,6 +163,14 @@ def engine_for(case: Case, looksam: bool = True, module: nn.Module | None = None
         yield engine
     finally:
         engine.destroy()
+
+
+def _allow_fp16_on_cpu() -> None:
+    """DeepSpeed refuses fp16 on a CPU without AVX512-FP16, for speed: torch computes it there too, just slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        get_accelerator().is_fp16_supported = lambda: True
 
 
 def train_window(engine: Any, case: Case, update: int) -> None:
@@ -176,11 +186,28 @@ def master_weights(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
+    masters = _replicated_masters(engine)
     for name, p in engine.module.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and id(p) in masters:
+            weights[name] = masters[id(p)].detach().clone()
+        elif p.requires_grad:
             full = safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") else p.detach()
             weights[name] = full.detach().float().clone()
     return weights
+
+
+def _replicated_masters(engine: Any) -> dict[int, Tensor]:
+    """The master weights of ZeRO stage 0 in bf16 or fp16, by id of the model's parameter: DeepSpeed has no API for it.
+    """
+    groups = getattr(engine.optimizer, "fp16_groups", None) if engine.zero_optimization_stage() == 0 else None
+    masters = {}
+    for i, params in enumerate(groups or []):
+        if hasattr(engine.optimizer, "fp32_groups"):
+            flats = engine.optimizer.fp32_groups[i]
+        else:
+            flats = engine.optimizer.fp32_groups_flat[i].split([p.numel() for p in params])
+        masters.update({id(p): flat.view(p.shape) for p, flat in zip(params, flats, strict=True)})
+    return masters
 
 
 def visible_weights(engine: Any) -> dict[str, Tensor]:
@@ -217,7 +244,13 @@ def run_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.O
     groups = [g for g in groups if g.names]
     reference = oracle.build(module, groups, base=case.base, k=case.k, clipping=case.clipping, dtype=dtype,
                              layer_scale=case.layer_scale,
-                             loss_scale=case.loss_scale if case.precision == "fp16" else 1.0)
+                             loss_scale=case.loss_scale if case.precision == "fp16" and case.stage > 0 else 1.0)
+    if case.stage == 0 and case.precision != "fp32":
+        # Oddities of plain DeepSpeed 0.19.8 (shards/fp16.py): a step with gradient 0 when the wrapper is built, which
+        # the model's weights do not show until the first update, and gradients divided by a loss scale they don't have.
+        reference.stale_w = reference.w
+        reference.w = reference.base.step(reference.w, torch.zeros_like(reference.w))
+        reference.divisor = case.loss_scale if case.precision == "fp16" else 1.0
     for update in range(case.updates):
         reference.update(case.window(update))
     return reference, named(reference.w, module, groups)

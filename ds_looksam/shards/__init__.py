@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ..errors import LookSAMConfigError
 from .base import GradientShards, ScaleOf, Segment, full_shape
+from .bf16 import BF16Shards
+from .fp16 import FP16Shards
 from .host import HostEngine
 from .replicated import ReplicatedShards
 from .zero3 import Zero3Shards
@@ -30,8 +35,12 @@ def open_shards(engine: HostEngine) -> GradientShards:
         return Zero12OffloadShards(optimizer) if optimizer.cpu_offload else Zero12Shards(optimizer)
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
         return Zero3OffloadShards(optimizer) if optimizer.offload_optimizer else Zero3Shards(optimizer)
+    if type(optimizer) is BF16_Optimizer:
+        return BF16Shards(optimizer)
+    if type(optimizer) in (FP16_UnfusedOptimizer, FP16_Optimizer):
+        return FP16Shards(optimizer)
     if optimizer is engine.basic_optimizer and isinstance(optimizer, torch.optim.Optimizer):
         return ReplicatedShards(optimizer, engine.device)
     raise LookSAMConfigError(
         f"LookSAM does not support the DeepSpeed optimizer wrapper {type(optimizer).__name__}. Use ZeRO stage 1, 2 or "
-        f"3 (\"zero_optimization\": {{\"stage\": ...}}) with fp32 or bf16.")
+        f"3 (\"zero_optimization\": {{\"stage\": ...}}) with fp32, bf16 or fp16.")

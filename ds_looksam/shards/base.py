@@ -148,10 +148,15 @@ class GradientShards(ABC):
         """Forget a half-done forward or backward, so that the next one starts clean. Not collective."""
 
 
+def perturb_flat(weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor) -> Tensor:
+    """:func:`algebra.add_perturbation` for the flat tensor of this index."""
+    with torch.no_grad():
+        return add_perturbation(weights, gradient, partial(scale_of, index), out)
+
+
 def perturb_flats(weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard, device: torch.device) -> Tensor:
     """:func:`algebra.add_perturbation` for every flat tensor, and the sum of what they return, on ``device``."""
     moved = torch.zeros(3, dtype=torch.float64, device=device)
-    with torch.no_grad():
-        for i, (w, g, o) in enumerate(zip(weights, gradient, out, strict=True)):
-            moved += add_perturbation(w, g, partial(scale_of, i), o).to(device)
+    for i, (w, g, o) in enumerate(zip(weights, gradient, out, strict=True)):
+        moved += perturb_flat(w, g, i, scale_of, o).to(device)
     return moved

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
@@ -71,8 +72,9 @@ class HostEngine(DeepSpeedEngine):
             self.allreduce_gradients()
 
     def gradient_loss_scale(self) -> float:
-        """What the gradients in the wrapper are multiplied by. 1 without a loss scale."""
-        return float(getattr(self.optimizer, "loss_scale", 1.0))
+        """What the gradients in the wrapper are multiplied by: the loss scale, which DeepSpeed 0.19.8 multiplies the loss
+        by for ZeRO optimizers only (shards/fp16.py)."""
+        return float(getattr(self.optimizer, "loss_scale", 1.0)) if isinstance(self.optimizer, ZeROOptimizer) else 1.0
 
     def leave_failed_step(self) -> None:
         """step() raised: put back the flags that its normal end resets, so that it can be called again."""

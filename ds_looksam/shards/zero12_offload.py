@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from ..algebra import Shard
-from .base import ScaleOf, add_scaled
+from .base import ScaleOf, perturb_flats
 from .zero12 import Zero12Shards
 
 
@@ -55,13 +55,13 @@ class Zero12OffloadShards(Zero12Shards):
     def end_window(self) -> None:
         self._clear_partial_sums()
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
-        with torch.no_grad():
-            for i, master in enumerate(self.master_weights()):
-                on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups[i]
-                add_scaled(master, gradient[i], i, scale_of, out=on_host)
-                self._own_model_partition(i).copy_(on_host, non_blocking=True)
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
+        on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
+        moved = perturb_flats(self.master_weights(), gradient, scale_of, on_host, self.device)
+        for i, flat in enumerate(on_host):
+            self._own_model_partition(i).copy_(flat, non_blocking=True)
         self._gather_model_weights()
+        return moved
 
     def _start_window(self) -> None:
         super()._start_window()

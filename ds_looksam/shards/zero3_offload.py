@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import ScaleOf, Segment, add_scaled
+from .base import ScaleOf, Segment, perturb_flat
 from .zero3 import Zero3Shards
 
 
@@ -60,12 +60,13 @@ class Zero3OffloadShards(Zero3Shards):
                 masters.append(master.clone() if self._zero._swappable_optimizer_subgroup(i) else master)
         return masters
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> None:
-        with torch.no_grad():
-            for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
-                with self._master(i) as master:
-                    add_scaled(master, gradient[i], i, scale_of, out=model.data)
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
+        moved = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
+            with self._master(i) as master:
+                moved += perturb_flat(master, gradient[i], i, scale_of, out=model.data).to(self.device)
         self._republish()
+        return moved
 
     def unperturb_local(self) -> None:
         """Nothing to do: the step reads the master weights only, and those were never perturbed."""

@@ -1,0 +1,129 @@
+"""ZeRO stage 1 in bf16 with fp32 gradient accumulation: BF16_Optimizer.
+
+What DeepSpeed keeps per param group i, on this rank:
+
+- ``fp32_groups_flat_partition[i]``: the fp32 master weights of this rank's partition, [partition_size]. LookSAM never
+  writes to them.
+- ``bf16_partitioned_groups[i][rank]``: the same elements in bf16, views of the flat buffer the model computes with.
+- ``fp32_groups_gradients_flat[i]``: the *whole* group's gradient in fp32, [partition_size * world], all-reduced whole
+  and the same on every rank. ``fp32_groups_gradient_flat_partition[i]`` is this rank's part of it, which the step
+  takes.
+
+The clipping norm, and with it the decision to skip, is taken from the whole buffer on each rank by itself. LookSAM
+edits this rank's part only, so the other parts are stale: they are zeroed, and one element of them gets the length that
+they would have, from ‖u‖² over the whole model::
+
+    rank 0: [ u u u u | f 0 0 0 ]      rank 1: [ f 0 0 0 | u u u u ]      f² = ‖u‖² - (this rank's part)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
+from torch import Tensor
+
+from .. import algebra
+from ..algebra import Shard
+from .base import GradientShards, ScaleOf, Segment, perturb_flats
+
+
+class BF16Shards(GradientShards):
+    wants_squared_norm = True
+
+    def __init__(self, optimizer: BF16_Optimizer) -> None:
+        self._zero = optimizer
+        self.process_group: Any | None = optimizer.dp_process_group
+        self.group_of = list(range(len(optimizer.bf16_groups)))
+        self.device = optimizer.fp32_groups_flat_partition[0].device
+        self._rank = dist.get_rank(group=optimizer.dp_process_group)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for params in self._zero.bf16_groups for p in params]
+
+    def layout(self) -> list[list[Segment]]:
+        flats = []
+        for i, params in enumerate(self._zero.bf16_groups):
+            lo, hi = self._own_range(i)
+            position, segments = 0, []
+            for p in params:
+                start, end = max(position, lo), min(position + p.numel(), hi)
+                if start < end:
+                    segments.append(Segment(p, start - lo, start - position, end - start, p.numel()))
+                position += p.numel()
+            flats.append(segments)
+        return flats
+
+    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
+        own = self._zero.fp32_groups_gradient_flat_partition
+        if not survives_evaluation:
+            return [flat.detach() for flat in own]
+        gradient = [flat.detach().clone() for flat in own]
+        self._clear_gradients()
+        return gradient
+
+    def give_gradient(self, gradient: Shard) -> None:
+        zero = self._zero
+        for i, flat in enumerate(gradient):
+            lo, hi = self._own_range(i)
+            whole = zero.fp32_groups_gradients_flat[i]
+            whole[:lo].zero_()
+            whole[lo:hi].copy_(flat)  # the same memory after take_gradient(survives_evaluation=False)
+            whole[hi:].zero_()
+            # A parameter without a gradient in this window may have a part of v: clip that too.
+            zero.fp32_groups_has_gradients[i] = [True] * len(zero.bf16_groups[i])
+
+    def tell_squared_norm(self, squared_norm: Tensor) -> None:
+        slot = self._slot_of_others()
+        if slot is not None:
+            own = [flat.detach() for flat in self._zero.fp32_groups_gradient_flat_partition]
+            rest = squared_norm - algebra.squared_norm(own, self.device)
+            # Not finite in one part is not finite everywhere, so that all ranks skip: clamp keeps NaN.
+            slot.copy_(torch.where(torch.isfinite(squared_norm), torch.clamp(rest, min=0).sqrt(), squared_norm))
+
+    def master_weights(self) -> Shard:
+        return [w.detach() for w in self._zero.fp32_groups_flat_partition]
+
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+        zero = self._zero
+        own = [partitions[self._rank].data for partitions in zero.bf16_partitioned_groups]
+        moved = perturb_flats(self.master_weights(), gradient, scale_of, own, self.device)
+        with torch.no_grad():  # the flat buffer hangs on the graph of the parameters it was flattened from
+            all_gather_dp_groups(groups_flat=zero.bf16_groups_flat,
+                                 partitioned_param_groups=zero.bf16_partitioned_groups,
+                                 dp_process_group=zero.real_dp_process_group,
+                                 start_alignment_factor=zero.nccl_start_alignment_factor,
+                                 allgather_bucket_size=zero.allgather_bucket_size)
+        return moved
+
+    def unperturb_local(self) -> None:
+        """Nothing to do: the step reads the master weights only, and those were never perturbed."""
+
+    def restore_weights(self) -> None:
+        self._zero.update_lp_params()
+
+    def abort_evaluation(self) -> None:
+        self._clear_gradients()
+        self._zero._backward_hook_state.backward_active_depth = 0
+        self._zero._backward_hook_state.reset_for_new_step()
+
+    def _clear_gradients(self) -> None:
+        """Without this the next evaluation would be added onto the last one."""
+        self._zero.zero_grad(set_to_none=True)
+
+    def _own_range(self, i: int) -> tuple[int, int]:
+        size = self._zero.fp32_groups_flat_partition[i].numel()
+        return self._rank * size, (self._rank + 1) * size
+
+    def _slot_of_others(self) -> Tensor | None:
+        """One element of the gradient buffers that is a parameter's and not this rank's; None if this rank has all."""
+        for i, params in enumerate(self._zero.bf16_groups):
+            lo, hi = self._own_range(i)
+            if lo > 0:
+                return self._zero.fp32_groups_gradients_flat[i][0]
+            if hi < sum(p.numel() for p in params):
+                return self._zero.fp32_groups_gradients_flat[i][hi]
+        return None

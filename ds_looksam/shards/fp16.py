@@ -1,0 +1,122 @@
+"""ZeRO stage 0 in bf16 or fp16: FP16_UnfusedOptimizer, and FP16_Optimizer where the base is FusedAdam.
+
+DeepSpeed uses both classes for either dtype. Weights, fp32 master and gradients are whole on every rank, the gradients
+averaged by the engine at the accumulation boundary: LookSAM sends nothing. The parameters of one group are one flat
+tensor.
+
+What DeepSpeed keeps per param group i:
+
+- ``fp16_groups[i]``: the model's parameters; their ``.grad`` is what the step reads, casts, clips and unscales.
+- the fp32 master: ``fp32_groups[i]``, one tensor per parameter (unfused), or ``fp32_groups_flat[i]`` (fused).
+
+Two oddities of DeepSpeed 0.19.8 that LookSAM leaves as they are, so that a run with rho 0 and alpha 0 stays the base's:
+
+- To create the optimizer's state, both wrappers step once with a gradient of 0 when they are built: weight decay is
+  applied to the master (the model does not see it until the first real step), and Adam's step count starts at 1.
+- ``engine.backward`` multiplies the loss by the loss scale only for ZeRO optimizers. These wrappers' steps divide by it
+  all the same, so in fp16 the update gets the gradient divided by the loss scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import logger
+from torch import Tensor
+
+from ..algebra import Shard
+from .base import GradientShards, ScaleOf, Segment, perturb_flats
+
+
+class FP16Shards(GradientShards):
+    def __init__(self, optimizer: FP16_UnfusedOptimizer | FP16_Optimizer) -> None:
+        self._wrapper = optimizer
+        self.process_group: Any | None = None
+        self._groups: list[list[torch.nn.Parameter]] = optimizer.fp16_groups
+        self.group_of = list(range(len(self._groups)))
+        self.device = self._groups[0][0].device
+        self._clean: Shard | None = None
+        for p in self.parameters():
+            # The reuse step's u must reach the step in fp32: in fp16 it may lie beyond 65504 where g does not, and the
+            # step would be skipped for an overflow that no gradient had. None allows both dtypes in p.grad.
+            p.grad_dtype = None
+        if optimizer.low_precision_dtype == torch.float16 and optimizer.loss_scale_config.cur_scale != 1:
+            logger.warning(
+                "fp16 with zero_optimization.stage 0: DeepSpeed 0.19.8 does not multiply the loss by the loss scale "
+                "there, but divides the gradient by it, with LookSAM or without. Use zero_optimization.stage 1, bf16, "
+                "or \"fp16\": {\"loss_scale\": 1}.")
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for params in self._groups for p in params]
+
+    def layout(self) -> list[list[Segment]]:
+        flats = []
+        for params in self._groups:
+            start, segments = 0, []
+            for p in params:
+                segments.append(Segment(p, start, 0, p.numel(), p.numel()))
+                start += p.numel()
+            flats.append(segments)
+        return flats
+
+    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
+        gradient = []
+        for params in self._groups:
+            flat = torch.zeros(sum(p.numel() for p in params), dtype=torch.float32, device=self.device)
+            views = self._views(flat, params)
+            with_gradient = [(view, p.grad) for view, p in zip(views, params, strict=True) if p.grad is not None]
+            if with_gradient:
+                torch._foreach_copy_([view for view, _ in with_gradient], [grad for _, grad in with_gradient])
+            gradient.append(flat)
+        self._clear_gradients()
+        return gradient
+
+    def give_gradient(self, gradient: Shard) -> None:
+        for params, flat in zip(self._groups, gradient, strict=True):
+            for p, view in zip(params, self._views(flat, params), strict=True):
+                p.grad = view
+
+    def master_weights(self) -> Shard:
+        if isinstance(self._wrapper, FP16_Optimizer):
+            return [flat.detach() for flat in self._wrapper.fp32_groups_flat]
+        return [self._flatten(group) for group in self._wrapper.fp32_groups]
+
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+        # Copies, not casts of the master, bring the weights back: until the first step the two differ (see above).
+        self._clean = [self._flatten(params) for params in self._groups]
+        perturbed = [torch.empty_like(flat) for flat in self._clean]
+        moved = perturb_flats(self.master_weights(), gradient, scale_of, perturbed, self.device)
+        self._write_model(perturbed)
+        return moved
+
+    def unperturb_local(self) -> None:
+        self.restore_weights()
+
+    def restore_weights(self) -> None:
+        if self._clean is not None:
+            self._write_model(self._clean)
+            self._clean = None
+
+    def abort_evaluation(self) -> None:
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for p in self.parameters():
+            p.grad = None
+
+    def _write_model(self, flats: Shard) -> None:
+        for params, flat in zip(self._groups, flats, strict=True):
+            torch._foreach_copy_([p.data for p in params], self._views(flat, params))
+
+    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        if not tensors:
+            return torch.empty(0, device=self.device)
+        return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+    @staticmethod
+    def _views(flat: Tensor, params: list[torch.nn.Parameter]) -> list[Tensor]:
+        return [part.view(p.shape) for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True)]
