@@ -41,8 +41,8 @@ class FP16Shards(GradientShards):
         self.device = self._groups[0][0].device
         self._clean: Shard | None = None
         for p in self.parameters():
-            # The reuse step's u must reach the step in fp32: in fp16 it may lie beyond 65504 where g does not, and the
-            # step would be skipped for an overflow that no gradient had. None allows both dtypes in p.grad.
+            # So that the reuse step's u reaches the base in fp32 instead of being rounded once more. None allows any
+            # dtype in p.grad; what backward puts there stays in the model's.
             p.grad_dtype = None
         if optimizer.low_precision_dtype == torch.float16 and optimizer.loss_scale_config.cur_scale != 1:
             logger.warning(
