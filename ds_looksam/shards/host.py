@@ -72,8 +72,8 @@ class HostEngine(DeepSpeedEngine):
             self.allreduce_gradients()
 
     def gradient_loss_scale(self) -> float:
-        """What the gradients in the wrapper are multiplied by: the loss scale, which DeepSpeed 0.19.8 multiplies the loss
-        by for ZeRO optimizers only (shards/fp16.py)."""
+        """What the gradients in the wrapper are multiplied by. That is the loss scale for ZeRO optimizers only: for the
+        others DeepSpeed 0.19.8 leaves the loss as it is (shards/fp16.py)."""
         return float(getattr(self.optimizer, "loss_scale", 1.0)) if isinstance(self.optimizer, ZeROOptimizer) else 1.0
 
     def leave_failed_step(self) -> None:
