@@ -57,6 +57,8 @@ def refuse_layerwise_optimizer(config: Any, client_optimizer: Any) -> None:
 
 def _layerwise_problems(config: Any) -> Iterator[str]:
     """What LAMB and LARS do not support, alone and under LookSAM: moments must be there for all shards at once."""
+    if int(config.zero_config.stage) == 0 and (config.float16_config.enabled or config.bfloat16_config.enabled):
+        yield "zero_optimization.stage: 0 in bf16 or fp16 is not supported with LAMB and LARS; use stage 1, 2 or 3"
     offload = config.zero_config.offload_optimizer
     if offload is not None and offload.device == "nvme":
         yield "zero_optimization.offload_optimizer.device: \"nvme\" is not supported with LAMB and LARS; use \"cpu\""
@@ -84,7 +86,7 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
     if client_optimizer is not None:
         yield ("deepspeed.initialize(optimizer=...) would override the JSON's optimizer block: leave it out, and name "
                "the base in optimizer.params.base_optimizer")
-    zero = config.zero_config
+    zero, stage = config.zero_config, int(config.zero_config.stage)
     if config.bfloat16_config.bf16_master_weights_and_grads or config.bfloat16_config.bf16_optimizer_states:
         yield "bf16.bf16_master_weights_and_grads, bf16.bf16_optimizer_states: not supported; leave them off"
     if config.grad_accum_dtype is not None:
