@@ -76,4 +76,8 @@ class ZeroOptimizerEngine(LayerwiseEngine):
 
     def update_at_boundary(self, apply_update: Callable[[], None]) -> None:
         self.start_update()
-        apply_update()
+        self._shards.keep_gradient()
+        try:
+            apply_update()
+        finally:
+            self._shards.end_window()
