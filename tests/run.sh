@@ -7,6 +7,11 @@ cd "$(dirname "$0")/.."
 if [ ! -e "$DATASET" ]; then
     apt_install dataset-fashion-mnist || echo "Fashion-MNIST is not installed: tests that need it are skipped"
 fi
+# Launchers are tested on two hosts made of network namespaces, each with an sshd of its own. In a container only: where
+# there is a systemd, installing a server would start it for the whole machine.
+if [ ! -x /usr/sbin/sshd ] && [ ! -d /run/systemd/system ]; then
+    apt_install openssh-server openssh-client iproute2 || echo "No openssh-server: tests of launchers are skipped"
+fi
 
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 failed=0

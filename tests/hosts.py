@@ -1,0 +1,190 @@
+"""Two "hosts" on this machine: each with its own network, host name, processes, /run and sshd, as Linux namespaces.
+
+A host is a process that waits in its namespaces until its standard input is closed: when the test ends, or dies, the
+kernel ends everything that ever ran on the host, and its network goes with it. Nothing is left on the machine, and
+nothing that is started on a host (``pkill`` in DeepSpeed's clean-up, say) can reach a process outside it. The file
+system is shared, as on a cluster, apart from what is mounted below.
+
+    host-a 10.77.0.2 --- veth --- 10.77.0.3 host-b        10.77.0.9 host-gone: a name that nobody answers for
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ADDRESSES = {"host-a": "10.77.0.2", "host-b": "10.77.0.3"}
+GONE = "host-gone"
+
+_SETUP = """
+set -e
+hostname "$NAME"
+mount -t tmpfs -o mode=755 tmpfs /run
+mount -t tmpfs tmpfs /dev/shm
+mkdir -p /run/sshd
+mkdir -m 1777 /run/tmp
+mount --bind "$FOLDER/hosts" /etc/hosts
+mount --bind "$FOLDER/ssh_config" /etc/ssh/ssh_config
+ip link set lo up
+echo ready
+read -r _
+ip link set eth0 up
+ip addr add "$ADDRESS/24" dev eth0
+/usr/sbin/sshd -f "$FOLDER/sshd_config" -E "$FOLDER/sshd-$NAME.log" < /dev/null
+echo ready
+read -r _ || true
+"""
+
+
+def missing() -> str | None:
+    """Why there can be no hosts here, or None."""
+    if os.geteuid() != 0:
+        return "two hosts need root (network namespaces)"
+    programs = [p for p in ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "sshd", "hostname") if not which(p)]
+    if programs:
+        return f"two hosts need {', '.join(programs)} (Debian: iproute2, openssh-server, util-linux, hostname)"
+    probe = subprocess.run(["unshare", "--net", "--uts", "--pid", "--ipc", "--mount", "--fork", "ip", "link", "add",
+                            "eth0", "type", "veth", "peer", "name", "eth1"], capture_output=True, text=True)
+    if probe.returncode != 0:
+        return f"two hosts need network namespaces: {probe.stderr.strip()}"
+    return None
+
+
+def which(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+@dataclass
+class Host:
+    name: str
+    keeper: subprocess.Popen[str]
+    pid: int
+    """Of the host's first process, as this machine counts."""
+    daemons: set[int] = field(default_factory=set)
+    """Processes that belong to the host, not to a test."""
+
+    def command(self, argv: Sequence[str], cwd: Path | str) -> list[str]:
+        return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--ipc", "--pid", "--mount", f"--wd={cwd}",
+                *argv]
+
+    def start(self, argv: Sequence[str], cwd: Path | str, env: dict[str, str], output: Path) -> subprocess.Popen[bytes]:
+        """Start a program on the host. Its output goes to a file, so that no pipe keeps a test waiting."""
+        with output.open("wb") as file:
+            return subprocess.Popen(self.command(argv, cwd), env={**env, "TMPDIR": "/run/tmp"}, stdout=file,
+                                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+    def run(self, argv: Sequence[str], cwd: Path | str = "/", timeout: float = 30) -> str:
+        return subprocess.run(self.command(argv, cwd), check=True, capture_output=True, text=True, timeout=timeout,
+                              stdin=subprocess.DEVNULL).stdout
+
+    def processes(self) -> dict[int, str]:
+        """What runs on the host beside itself, its sshd and daemons: pid on this machine -> command line."""
+        here = os.readlink(f"/proc/{self.pid}/ns/pid")
+        found = {}
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) in {self.pid, *self.daemons}:
+                continue
+            try:
+                if os.readlink(f"/proc/{entry}/ns/pid") == here:
+                    line = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                    if line and not line.startswith("sshd:"):  # no command line: a zombie, about to be collected
+                        found[int(entry)] = line
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # ended while we looked, or not ours
+        return found
+
+    def wait_until_idle(self, seconds: float) -> dict[int, str]:
+        """What is still running after so many seconds: nothing, it is hoped."""
+        deadline = time.monotonic() + seconds
+        while (running := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return running
+
+
+@contextmanager
+def two_hosts(folder: Path, environment: dict[str, str]) -> Iterator[list[Host]]:
+    """host-a and host-b, that can log in to each other.
+
+    Args:
+        folder: for keys (made here, of use to nobody else) and logs.
+        environment: what a login shell on each host has.
+    """
+    _write_ssh_files(folder, environment)
+    hosts: list[Host] = []
+    try:
+        for name in ADDRESSES:
+            hosts.append(_open_host(name, folder))
+        # The peer's pid is that of this machine: only the network namespace is entered.
+        subprocess.run(["nsenter", "--target", str(hosts[0].pid), "--net", "ip", "link", "add", "eth0", "type", "veth",
+                        "peer", "name", "eth0", "netns", str(hosts[1].pid)], check=True)
+        for host in hosts:
+            _next_stage(host.keeper)
+        _wait_for_logins(hosts)
+        yield hosts
+    finally:
+        for host in hosts:
+            assert host.keeper.stdin is not None
+            host.keeper.stdin.close()  # the host's first process ends, the kernel ends the others
+            try:
+                host.keeper.wait(10)
+            except subprocess.TimeoutExpired:
+                os.kill(host.pid, signal.SIGKILL)
+                host.keeper.wait(10)
+
+
+def _open_host(name: str, folder: Path) -> Host:
+    keeper = subprocess.Popen(["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child",
+                               "--mount-proc", "bash", "-c", _SETUP], text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, env={"NAME": name, "ADDRESS": ADDRESSES[name],
+                                                           "FOLDER": str(folder),
+                                                           "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"})
+    _wait_until_ready(keeper)
+    children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()
+    return Host(name, keeper, int(children[0]))
+
+
+def _wait_until_ready(keeper: subprocess.Popen[str]) -> None:
+    assert keeper.stdout is not None
+    if keeper.stdout.readline() != "ready\n":
+        raise RuntimeError("a host could not be set up; its error is above")
+
+
+def _next_stage(keeper: subprocess.Popen[str]) -> None:
+    assert keeper.stdin is not None
+    keeper.stdin.write("go on\n")
+    keeper.stdin.flush()
+    _wait_until_ready(keeper)
+
+
+def _wait_for_logins(hosts: list[Host]) -> None:
+    for host in hosts:
+        for name in ADDRESSES:
+            for attempt in range(20):
+                try:
+                    assert host.run(["ssh", name, "hostname"]).strip() == name
+                    break
+                except subprocess.CalledProcessError as error:
+                    if attempt == 19:
+                        raise RuntimeError(f"{host.name} cannot log in to {name}: {error.stderr}") from error
+                    time.sleep(0.2)
+
+
+def _write_ssh_files(folder: Path, environment: dict[str, str]) -> None:
+    for key in "host_key", "login_key":
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
+        f"{address} {name}\n" for name, address in [*ADDRESSES.items(), (GONE, "10.77.0.9")]))
+    (folder / "ssh_config").write_text(
+        f"Host *\n  IdentityFile {folder}/login_key\n  IdentitiesOnly yes\n  StrictHostKeyChecking no\n"
+        "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n")
+    set_env = " ".join(f'"{name}={value}"' for name, value in {**environment, "TMPDIR": "/run/tmp"}.items())
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/login_key.pub\nPermitRootLogin prohibit-password\n"
+        f"PasswordAuthentication no\nStrictModes no\nUsePAM no\nPidFile none\nMaxStartups 100\nSetEnv {set_env}\n")
