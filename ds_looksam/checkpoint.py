@@ -172,7 +172,7 @@ def restore_status(status: LookSAMStatus, values: dict[str, Any], device: torch.
         value = values.get(field.name, getattr(defaults, field.name))
         if isinstance(value, dict):
             value = torch.tensor(value["float64"], dtype=torch.float64, device=device)
-        if field.name != "k":
+        if field.name not in ("k", "first_sam_update"):  # the configuration's
             setattr(status, field.name, value)
 
 

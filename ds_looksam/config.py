@@ -10,7 +10,7 @@ import difflib
 import math
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from .errors import LookSAMConfigError
 
@@ -32,6 +32,41 @@ LayerScale = Literal["norm", "relative", "gradient"]
 _BetaPair = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
+class RhoSchedule(BaseModel):
+    """The JSON key ``rho_schedule``: what rho is multiplied by, over the course of a run.
+
+    Attributes:
+        type: ``"constant"`` (1), ``"lr"`` (in proportion to the group's learning rate), ``"linear"`` or ``"cosine"``
+            (from ``start`` to ``end`` over ``updates`` updates, then ``end``; cosine is half a wave).
+        start, end: factors, not radii: with ``rho`` 0.1, ``"end": 0.2`` ends at 0.02. With ``rho`` 1 they are radii.
+        updates: length of ``"linear"`` and ``"cosine"``, counted from the end of ``off_updates``.
+        lr: the learning rate at which the factor of ``"lr"`` is 1; the group's configured one if left out.
+        off_updates: for that many updates at the start LookSAM is off: the base optimizer runs alone, nothing is
+            evaluated twice. The first update after them is a SAM step.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["constant", "lr", "linear", "cosine"] = "constant"
+    start: NonNegative = 1.0
+    end: NonNegative = 1.0
+    updates: Annotated[int, Field(ge=1, strict=True)] | None = None
+    lr: Annotated[float, Field(gt=0, strict=True), AfterValidator(_finite)] | None = None
+    off_updates: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @model_validator(mode="after")
+    def _keys_of_type(self) -> RhoSchedule:
+        ranged = self.type in ("linear", "cosine")
+        if ranged and self.updates is None:
+            raise ValueError(f'"type": "{self.type}" needs "updates", how many updates it takes from "start" to "end"')
+        allowed = {"type", "off_updates", *(("start", "end", "updates") if ranged else ()),
+                   *(("lr", ) if self.type == "lr" else ())}
+        extra = sorted(self.model_fields_set - allowed)
+        if extra:
+            raise ValueError(f'"type": "{self.type}" has no use for {", ".join(extra)}')
+        return self
+
+
 class LookSAMConfig(BaseModel):
     """LookSAM's own keys of ``optimizer.params``.
 
@@ -45,6 +80,7 @@ class LookSAMConfig(BaseModel):
             Look-LayerSAM. ``"type": "LookLayerSAM"`` is ``"type": "LookSAM"`` with this set.
         layer_scale: what divides the layer-wise direction, and so what ``rho`` means: ``"norm"``, ``"relative"`` or
             ``"gradient"``, see :func:`ds_looksam.layers.perturbation_scales`.
+        rho_schedule: what rho is multiplied by over the course of the run, see :class:`RhoSchedule`.
         v_dtype: how the stored g_v is kept between SAM steps: ``"fp32"``, or ``"bf16"``, which halves it
             (docs/low-precision.md has the measured effect).
 
@@ -61,6 +97,7 @@ class LookSAMConfig(BaseModel):
     base_optimizer: Annotated[str, Field(min_length=1)] = "AdamW"
     layerwise: StrictBool = False
     layer_scale: LayerScale = "norm"
+    rho_schedule: RhoSchedule = RhoSchedule()
     v_dtype: Literal["fp32", "bf16"] = "fp32"
 
 
@@ -179,7 +216,8 @@ class _naming:
         if isinstance(error, ValidationError):
             lines = []
             for detail in error.errors():
-                key = ".".join([self.prefix, *(str(part) for part in detail["loc"][:1])])
+                where = detail["loc"][:2 if detail["loc"][:1] == ("rho_schedule", ) else 1]  # beyond: a union's members
+                key = ".".join([self.prefix, *(str(part) for part in where)])
                 hint = ""
                 if detail["input"] == AUTO:
                     hint = ' ("auto" here is a placeholder that Hugging Face integrations fill in; give a number)'

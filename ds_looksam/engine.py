@@ -29,6 +29,7 @@ from .optimizers.engine import LayerwiseEngine
 from .rank_check import check_ranks
 from .reduction import sum_over_ranks
 from .replay import Forward, LossFn, Window, loss_again
+from .schedule import RhoFactors
 from .shards import ScaleOf
 from .snapshot import ModelSnapshot
 from .status import LookSAMStatus, StepKind
@@ -72,7 +73,7 @@ class LookSAMEngine(LayerwiseEngine):
         config_class.optimizer_params = base_params
 
         self.loss_fn = None
-        self._status = LookSAMStatus(k=settings.k)
+        self._status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates)
         self._window = Window()
         self._closure: Closure | None = None
         self._replaying = False
@@ -104,6 +105,7 @@ class LookSAMEngine(LayerwiseEngine):
         for i, group in enumerate(optimizer.param_groups):
             set_group_defaults(group, self._settings)
             parse_group(group, i)
+        self._rho_factors = RhoFactors(self._settings.rho_schedule, [group["lr"] for group in optimizer.param_groups])
         self._configured_groups = [group_settings(group) for group in optimizer.param_groups]
         return optimizer
 
@@ -239,7 +241,7 @@ class LookSAMEngine(LayerwiseEngine):
         """Algorithm 1, one turn. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step."""
         self.start_update()
         status = self._status
-        groups = [parse_group(group, i) for i, group in enumerate(self.optimizer.param_groups)]
+        groups = [self._settings_in_force(group, i) for i, group in enumerate(self.optimizer.param_groups)]
 
         fresh: _Fresh | None = None
         kind: StepKind
@@ -267,9 +269,14 @@ class LookSAMEngine(LayerwiseEngine):
         self._perturbed.end()
         self._window = Window()
 
+    def _settings_in_force(self, group: dict[str, Any], i: int) -> GroupSettings:
+        """A param group's settings for this update, with the schedule's factor in rho."""
+        settings = parse_group(group, i)
+        return settings._replace(rho=settings.rho * self._rho_factors.of(i, self._status.updates, group["lr"]))
+
     def _reuse_step(self, alphas: list[float | None]) -> StepKind:
         """u = g + alpha (‖g‖ / ‖v‖) v, in the gradient's own memory."""
-        if self._v is None or all(self._adds_nothing(alpha) for alpha in alphas):
+        if self._v is None or self._status.is_off or all(self._adds_nothing(alpha) for alpha in alphas):
             self._shards.keep_gradient()
             return "base"
         g = self._shards.take_gradient(survives_evaluation=False)

@@ -31,6 +31,7 @@ class LookSAMStatus:
             computes with really moved, after rounding to its dtype. ‖eps‖ is rho where all param groups share one.
         perturbation_cosine: cosine of Δw and eps of the last SAM step. Both are 1 in fp32; docs/low-precision.md says
             what to make of them in bf16 and fp16.
+        first_sam_update: the update, counted from 0, of the first SAM step; the ones before are the base optimizer's.
         beta: strength of the reuse under alpha "auto", None until the second SAM step has measured it.
     """
 
@@ -45,8 +46,14 @@ class LookSAMStatus:
     perturbation_ratio: Tensor | None = None
     perturbation_cosine: Tensor | None = None
     beta: Tensor | None = None
+    first_sam_update: int = 0
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the window now running is one of those before LookSAM starts."""
+        return self.updates < self.first_sam_update
 
     @property
     def next_is_sam(self) -> bool:
         """Whether the window now running ends in a SAM step."""
-        return self.updates % self.k == 0
+        return not self.is_off and (self.updates - self.first_sam_update) % self.k == 0

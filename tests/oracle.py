@@ -117,6 +117,8 @@ class Oracle:
     k: int
     clipping: float = 0.0
     layer_scale: str | None = None
+    rho_factor: Callable[[int], float] = lambda t: 1.0
+    off: int = 0
     t: int = 0
     v: Tensor | None = None
     beta: float | None = None
@@ -132,7 +134,9 @@ class Oracle:
         g = self.evaluate(self.w if self.stale_w is None else self.stale_w, window)
         self.stale_w = None
         norm = g.norm()
-        if self.t % self.k == 0:
+        if self.t < self.off:
+            u = g
+        elif (self.t - self.off) % self.k == 0:
             u = self.sam(g, norm, window)
         else:
             u = self.reuse(g, norm)
@@ -145,7 +149,7 @@ class Oracle:
         self.history.append(self.w)
 
     def sam(self, g: Tensor, norm: Tensor, window: Any) -> Tensor:
-        rho = self.base.of_group(lambda group: group.rho)
+        rho = self.base.of_group(lambda group: group.rho) * self.rho_factor(self.t)
         eps = rho * g / norm if norm > 0 else torch.zeros_like(g)
         if self.layer_scale is not None and norm > 0:
             eps = rho * self.layerwise_direction(g)
@@ -228,6 +232,20 @@ def build(module: nn.Module, groups: Sequence[Group], *, base: str, k: int, clip
             offset += parameters[name].numel()
     return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale), k=k, clipping=clipping,
                   base=Base(base, groups, group_of, layers), layer_scale=layer_scale)
+
+
+def rho_factor(schedule: dict[str, Any]) -> Callable[[int], float]:
+    """What rho is multiplied by at update t, for schedules that do not look at the learning rate."""
+    start, end = schedule.get("start", 1.0), schedule.get("end", 1.0)
+    length, off = schedule.get("updates", 1), schedule.get("off_updates", 0)
+
+    def linear(t: int) -> float:
+        return end if t >= off + length else start + (end - start) * (t - off) / length
+
+    def cosine(t: int) -> float:
+        return end if t >= off + length else end + (start - end) * (1 + math.cos(math.pi * (t - off) / length)) / 2
+
+    return {"constant": lambda t: 1.0, "linear": linear, "cosine": cosine}[schedule.get("type", "constant")]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
