@@ -56,21 +56,26 @@ install_into_venv() {
     $pip --no-build-isolation --editable ".[train,test]"
 }
 
-# Two ranks that compile DeepSpeed's CPU operators at the same moment wait for each other; a killed one leaves its lock.
+# compile_cpu_operators BUILDER...: DeepSpeed would do it at first use, on all ranks at once. There a killed rank leaves a
+# lock that later ones wait for without an end, and a compiler's error is lost among the others' output.
 compile_cpu_operators() {
-    rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
-    python - << 'PY' > "$VENV/operators.log" 2>&1 || { tail -n 20 "$VENV/operators.log" >&2; fail "see $VENV/operators.log"; }
-from deepspeed.ops.op_builder.cpu import FusedAdamBuilder, ShareMemCommBuilder
-
-for builder in FusedAdamBuilder, ShareMemCommBuilder:
-    builder().load()
-PY
+    local builder log
+    for builder in "$@"; do
+        log=$VENV/$builder.log
+        [ ! -e "$log" ] || continue
+        echo "Compiling DeepSpeed's $builder (once)"
+        rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
+        python -c "from deepspeed.ops.op_builder.cpu import $builder; $builder().load()" > "$log.failed" 2>&1 ||
+            { tail -n 20 "$log.failed" >&2; fail "$builder did not compile, see $log.failed"; }
+        mv "$log.failed" "$log"
+    done
 }
 
-wanted=$(cat constraints.txt setup.py ds_looksam/_versions.py | sha256sum)
+# With the folder's own name in it: a virtual environment does not work after it was moved.
+wanted=$(echo "$VENV" | cat - constraints.txt setup.py ds_looksam/_versions.py | sha256sum)
 if [ "$(cat "$VENV/installed" 2> /dev/null)" != "$wanted" ] || ! "$VENV/bin/python" -c '' 2> /dev/null; then
     install_into_venv
-    fresh_venv=1
+    echo "$wanted" > "$VENV/installed"
 fi
 
 export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
@@ -78,8 +83,4 @@ export TORCH_EXTENSIONS_DIR=$VENV/torch_extensions
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" = 0 ]; then
     export DS_ACCELERATOR=cpu
-fi
-if [ -n "${fresh_venv:-}" ]; then
-    [ "$gpus" != 0 ] || compile_cpu_operators
-    echo "$wanted" > "$VENV/installed"
 fi

@@ -14,6 +14,7 @@ fi
 
 ranks=2
 if [ "$gpus" = 0 ]; then
+    compile_cpu_operators ShareMemCommBuilder
     export OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))
 else
     ranks=1

@@ -14,6 +14,7 @@ if [ ! -x /usr/sbin/sshd ] && [ ! -d /run/systemd/system ]; then
 fi
 
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+compile_cpu_operators ShareMemCommBuilder FusedAdamBuilder CPUAdamBuilder
 failed=0
 run() {
     echo "+ $*"
