@@ -8,11 +8,14 @@ from typing import Any
 FOLDER = "checkpoints"
 
 
-def save(engine: Any, run_dir: Path, facts: dict[str, Any]) -> Path:
+def path(run_dir: Path, update: int) -> Path:
+    return run_dir / FOLDER / f"update-{update:07d}"
+
+
+def save(engine: Any, run_dir: Path, facts: dict[str, Any]) -> None:
     """Write a checkpoint of this update, with ``facts`` about the run beside it. Collective."""
-    tag = f"update-{engine.global_steps:07d}"
-    engine.save_checkpoint(str(run_dir / FOLDER), tag=tag, client_state=facts)
-    return run_dir / FOLDER / tag
+    folder = path(run_dir, engine.global_steps)
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=facts)
 
 
 def resume(engine: Any, run_dir: Path, must_agree: dict[str, Any]) -> dict[str, Any]:
@@ -27,10 +30,10 @@ def resume(engine: Any, run_dir: Path, must_agree: dict[str, Any]) -> dict[str, 
     Raises:
         ValueError: a fact in ``must_agree`` was another one when the checkpoint was written.
     """
-    path, facts = engine.load_checkpoint(str(run_dir / FOLDER))
-    if path is None:
+    loaded, facts = engine.load_checkpoint(str(run_dir / FOLDER))
+    if loaded is None:
         return {}
     for name, value in must_agree.items():
         if facts.get(name) != value:
-            raise ValueError(f"--resume: {name} is {value!r}, but {path} was written with {facts.get(name)!r}")
+            raise ValueError(f"--resume: {name} is {value!r}, but {loaded} was written with {facts.get(name)!r}")
     return facts

