@@ -10,6 +10,7 @@ check_versions()
 from .config import LookSAMConfig  # noqa: E402
 from .engine import LookSAMEngine  # noqa: E402
 from .errors import LookSAMCheckpointError, LookSAMConfigError, LookSAMError, LookSAMReplayError, LookSAMVersionError  # noqa: E402
+from .grouping import parameter_groups  # noqa: E402
 from .optimizers import Lamb, Lars  # noqa: E402
 from .rank_check import check_ranks  # noqa: E402
 from .registration import initialize, is_registered, register, unregister  # noqa: E402
@@ -20,5 +21,5 @@ register()
 __all__ = [
     "Lamb", "Lars", "LookSAMCheckpointError", "LookSAMConfig", "LookSAMConfigError", "LookSAMEngine", "LookSAMError",
     "LookSAMReplayError", "LookSAMStatus", "LookSAMVersionError", "__version__", "check_ranks", "initialize",
-    "is_registered", "register", "unregister"
+    "is_registered", "parameter_groups", "register", "unregister"
 ]
