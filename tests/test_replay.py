@@ -141,14 +141,12 @@ def refused_losses(case: Case) -> list[tuple[str, bool]]:
     (x, y), *_ = case.micro_batches(0, torch.distributed.get_rank())
     x = x.float()
 
-    def from_logits(engine: Any) -> Tensor:
-        return outside_loss(engine(x, y), x, y)
+    def read_out(engine: Any) -> Tensor:
+        loss = engine(x, y)
+        return torch.tanh(loss) if loss.item() > 0 else loss
 
     def twice(engine: Any) -> Tensor:
         return engine(x, y) + engine(x, y)
-
-    def nonlinear(engine: Any) -> Tensor:
-        return engine(x, y)**2
 
     def elsewhere(engine: Any) -> Tensor:
         engine(x, y)
@@ -162,9 +160,8 @@ def refused_losses(case: Case) -> list[tuple[str, bool]]:
         return loss
 
     outcomes = []
-    for form, way in ((from_logits, "logits"), (twice, "tensor"), (nonlinear, "tensor"), (elsewhere, "tensor"),
-                      (changed_input, "tensor")):
-        with engine_for(case, module=Returning(way)) as engine:
+    for form in (read_out, twice, elsewhere, changed_input):
+        with engine_for(case, module=Returning("tensor")) as engine:
             before = master_weights(engine)
             loss = form(engine)
             if form is not changed_input:
@@ -182,8 +179,7 @@ def refused_losses(case: Case) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_loss_that_cannot_be_replayed_is_refused(stage: int) -> None:
     outcomes = run_on_ranks(2, refused_losses, replace(CASE, stage=stage, accumulation=1))[0]
-    said = ["MseLossBackward0", "AddBackward0", "PowBackward0", "AccumulateGrad",
-            "changed in place"]
+    said = ["read out to Python", "2 forwards of the engine", "does not depend on the output", "changed in place"]
     for (message, untouched), words in zip(outcomes, said, strict=True):
         assert words in message
         assert "engine.loss_fn" in message or words == "changed in place"
