@@ -3,7 +3,9 @@
 ``deepspeed.initialize`` constructs ``DeepSpeedEngine``. Registration gives that class a ``__new__`` that looks at the
 parsed configuration: one whose optimizer type is LookSAM's gets a :class:`LookSAMEngine` (a subclass, so ``isinstance``
 checks hold), one with LAMB or LARS a :class:`ZeroOptimizerEngine`, every other one exactly the object it would have
-got. It works for whatever way ``initialize`` was imported, and :func:`unregister` leaves nothing behind.
+got. It works for whatever way ``initialize`` was imported. After :func:`unregister` the ``__new__`` does what
+``object``'s does: once a class has had a ``__new__`` of its own, CPython cannot give it back the inherited one (deleting
+it makes ``object.__new__`` refuse all arguments).
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ ENGINES: dict[str | None, type[DeepSpeedEngine]] = {
 """By JSON ``optimizer.type``."""
 
 
+_registered = False
+
+
 def _engine_for_configuration(cls: type[DeepSpeedEngine], *args: Any, **kwargs: Any) -> DeepSpeedEngine:
+    if not _registered:
+        return object.__new__(cls)
     name = getattr(kwargs.get("config_class"), "optimizer_name", None)
     ours = ENGINES.get(name)
     if ours is not None and not issubclass(cls, ours):
@@ -40,17 +47,19 @@ def _engine_for_configuration(cls: type[DeepSpeedEngine], *args: Any, **kwargs: 
 
 def register() -> None:
     """Make DeepSpeed answer to ``"optimizer": {"type": "LookSAM"}`` and our other types. Importing ds_looksam does."""
+    global _registered
     DeepSpeedEngine.__new__ = staticmethod(_engine_for_configuration)
+    _registered = True
 
 
 def unregister() -> None:
     """Undo :func:`register`. Engines that exist go on as they are."""
-    if is_registered():
-        del DeepSpeedEngine.__new__
+    global _registered
+    _registered = False
 
 
 def is_registered() -> bool:
-    return "__new__" in vars(DeepSpeedEngine)
+    return _registered
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:

@@ -69,7 +69,7 @@ class Tied(Classifier):
 
 
 class Straddling(Classifier):
-    """One tensor holds most of the elements, so it lies on every rank of a ZeRO-1/2 partition."""
+    """One tensor holds most of the elements, so it lies on several ranks of a ZeRO-1/2 partition."""
 
     def __init__(self) -> None:
         super().__init__()
