@@ -3,9 +3,10 @@
 ``deepspeed.initialize`` constructs ``DeepSpeedEngine``. Registration gives that class a ``__new__`` that looks at the
 parsed configuration: one whose optimizer type is LookSAM's gets a :class:`LookSAMEngine` (a subclass, so ``isinstance``
 checks hold), one with LAMB or LARS a :class:`ZeroOptimizerEngine`, every other one exactly the object it would have
-got. It works for whatever way ``initialize`` was imported. After :func:`unregister` the ``__new__`` does what
-``object``'s does: once a class has had a ``__new__`` of its own, CPython cannot give it back the inherited one (deleting
-it makes ``object.__new__`` refuse all arguments).
+got. It works for whatever way ``initialize`` was imported.
+
+After :func:`unregister` the ``__new__`` does what ``object``'s does: once a class has had a ``__new__`` of its own,
+CPython cannot give it back the inherited one (deleting it makes ``object.__new__`` refuse all arguments).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ ENGINES: dict[str | None, type[DeepSpeedEngine]] = {
     **dict.fromkeys(LAYERWISE_OPTIMIZERS, ZeroOptimizerEngine)
 }
 """By JSON ``optimizer.type``."""
-
 
 _registered = False
 

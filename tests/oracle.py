@@ -129,6 +129,8 @@ class Oracle:
     """What the first evaluation sees instead of w, where a run's model lags behind its optimizer at the start."""
     divisor: float = 1.0
     """The base gets u / divisor."""
+    amplification: float = 1.0
+    """The largest alpha ‖g‖ / ‖g_v‖ of a reuse step: how much longer than it was computed g_v was added."""
 
     def update(self, window: Any) -> None:
         g = self.evaluate(self.w if self.stale_w is None else self.stale_w, window)
@@ -156,6 +158,8 @@ class Oracle:
         g_s = self.evaluate(self.w + eps, window)
         g_h = (g @ g_s) / norm**2 * g if norm > 0 else torch.zeros_like(g)
         g_v = g_s - g_h
+        if g_v.norm() < 1e-12 * g_s.norm():
+            g_v = torch.zeros_like(g)  # what is left is the rounding of this difference
         if self.v is not None:
             divisor = self.v.norm() * norm
             b = float(self.v @ g_v / divisor) if divisor > 0 else 0.0
@@ -176,6 +180,7 @@ class Oracle:
             return g
         beta = max(self.beta, 0.0) if self.beta is not None else 0.0
         alpha = self.base.of_group(lambda group: beta if group.alpha == "auto" else float(group.alpha))
+        self.amplification = max(self.amplification, float(alpha.max() * norm / self.v.norm()))
         return g + alpha * (norm / self.v.norm()) * self.v
 
     def evaluate(self, w: Tensor, window: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from .ranks import run_on_ranks
@@ -21,7 +21,7 @@ cases = st.builds(
     accumulation=st.sampled_from([1, 2]),
     clipping=st.sampled_from([0.0, 0.05]),
     k=st.integers(1, 4),
-    rho=st.sampled_from([0.0, 1e-3, 0.05, 0.5]),
+    rho=st.sampled_from([0.0, 0.05, 0.5]),
     alpha=st.sampled_from([0.0, 0.7, 2.0, "auto"]),
     base=st.sampled_from(["AdamW", "SGD"]),
     two_groups=st.booleans(),
@@ -29,7 +29,9 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# Without shrinking: a case is a few lines as it is, and each attempt trains on real ranks.
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+          suppress_health_check=list(HealthCheck))
 @given(case=cases)
 def test_random_models(case: Case) -> None:
     check_against_oracle(case, TOLERANCE)
