@@ -71,7 +71,7 @@ class Saved:
 
 
 def save(folder: Path, *, v: Shard | None, module: torch.nn.Module, shards: GradientShards, status: LookSAMStatus,
-         settings: LookSAMConfig, configured_groups: list[dict[str, Any]], groups: list[dict[str, Any]],
+         settings: LookSAMConfig, configured_groups: list[dict[str, Any]], param_groups: list[dict[str, Any]],
          device: torch.device, writes_common_files: bool) -> dict[str, Any]:
     """Write LookSAM's files into ``folder``, flushed to the disk. Collective.
 
@@ -98,11 +98,18 @@ def save(folder: Path, *, v: Shard | None, module: torch.nn.Module, shards: Grad
                      for flat, segments in zip(v, trained.layout, strict=True) for start, part in segments]
             write_rank_file(folder, 0 if group is None else dist.get_rank(group=group), save_id, parts)
         if writes_common_files:
-            Manifest(save_id, files, settings.model_dump(), configured_groups, groups, _plain_status(status),
-                     trained.shapes).write(folder)
+            Manifest(save_id, files, settings.model_dump(), configured_groups, [_plain(g) for g in param_groups],
+                     _plain_status(status), trained.shapes).write(folder)
 
     together(write, device, f"LookSAM's part of checkpoint {folder} could not be written")
     return {MARK: {"save_id": save_id}}
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+    return {key: value for key, value in values.items() if key != "params" and
+            all(x is None or isinstance(x, bool | int | float | str) for x in
+                (value if isinstance(value, list) else [value]))}
 
 
 def _plain_status(status: LookSAMStatus) -> dict[str, Any]:
@@ -174,6 +181,16 @@ def restore_status(status: LookSAMStatus, values: dict[str, Any], device: torch.
             value = torch.tensor(value["float64"], dtype=torch.float64, device=device)
         if field.name not in ("k", "first_sam_update"):  # the configuration's
             setattr(status, field.name, value)
+
+
+def restore_base_groups(param_groups: list[dict[str, Any]], saved: Manifest) -> None:
+    """Give each param group what it had when the checkpoint was saved.
+
+    For universal checkpoints: from one, DeepSpeed 0.19's ZeRO-3 gives every group the values of the first.
+    """
+    if len(param_groups) == len(saved.groups):
+        for group, values in zip(param_groups, saved.groups, strict=True):
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def restore_groups(param_groups: list[dict[str, Any]], configured: list[dict[str, Any]],

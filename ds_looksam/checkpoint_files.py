@@ -69,7 +69,8 @@ class Manifest:
         files: number of rank files; 0 where there was no g_v yet.
         settings: LookSAM's part of ``optimizer.params`` of the run that saved.
         configured_groups: LookSAM's keys of each param group, as that run's configuration gave them.
-        groups: the same keys as they were when it saved, after whatever the user changed in ``param_groups``.
+        groups: the param groups as they were when it saved, after whatever the user, a schedule or DeepSpeed changed
+            in them: LookSAM's keys and the base optimizer's, as far as JSON has them.
         status: counters and measurements.
         shapes: shape of every trained parameter, by name.
     """

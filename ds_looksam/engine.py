@@ -174,7 +174,7 @@ class LookSAMEngine(LayerwiseEngine):
             client_state |= checkpoint.save(
                 Path(save_dir) / tag, v=self._v, module=self.module, shards=self._shards, status=self._status,
                 settings=self._settings, configured_groups=self._configured_groups,
-                groups=[group_settings(group) for group in self.optimizer.param_groups], device=self.device,
+                param_groups=self.optimizer.param_groups, device=self.device,
                 writes_common_files=(self.local_rank if self.use_node_local_storage() else self.global_rank) == 0)
         return super().save_checkpoint(save_dir, tag, client_state, *args, **kwargs)
 
@@ -210,6 +210,8 @@ class LookSAMEngine(LayerwiseEngine):
                                                      load_lr_scheduler_states, load_module_only, custom_load_fn)
         if path is not None:
             client_state.pop(checkpoint.MARK, None)
+            if saved is not None and universal:
+                checkpoint.restore_base_groups(self.optimizer.param_groups, saved.manifest)
             self._go_on_with(saved, path)
         return path, client_state
 
