@@ -206,6 +206,8 @@ class LookSAMEngine(LayerwiseEngine):
         if self._perturbed:  # a step was cut off; what it left behind would come back over the loaded weights
             self._shards.abort_evaluation()
             self._shards.unperturb_local()
+        if load_module_only and self.zero_optimization_partition_weights():
+            load_optimizer_states = False  # or DeepSpeed's ZeRO-3 loads nothing at all, and says nothing
         path, client_state = super().load_checkpoint(load_dir, tag, load_module_strict, load_optimizer_states,
                                                      load_lr_scheduler_states, load_module_only, custom_load_fn)
         if path is not None:

@@ -117,7 +117,8 @@ def _everything(engine: Any) -> dict[str, torch.Tensor]:
     for i, p in enumerate(p for group in engine.optimizer.param_groups for p in group["params"]):
         for key, value in engine.basic_optimizer.state.get(p, {}).items():
             state[f"optimizer {i} {key}"] = torch.as_tensor(value).clone()
-    state["steps"] = torch.tensor([engine.global_steps, engine.skipped_steps, engine.looksam.updates])
-    for i, v in enumerate(engine._v or []):
-        state[f"g_v {i}"] = v.clone()
+    state["steps"] = torch.tensor([engine.global_steps, engine.skipped_steps])
+    if hasattr(engine, "looksam"):
+        state["updates"] = torch.tensor([engine.looksam.updates, engine.looksam.evaluations])
+        state |= {f"g_v {i}": v.clone() for i, v in enumerate(engine._v or [])}
     return state

@@ -19,17 +19,21 @@ def same_bits(got: Result, expected: Result) -> None:
         assert torch.equal(got.model_weights[name], expected.model_weights[name]), name
 
 
+TORCH_ADAM = {"torch_adam": True}
+"""On a CPU the last bit of DeepSpeed's FusedAdam depends on what the process computed before: it keeps beta^t in a
+static variable, multiplied from step to step, but taken from pow() where a step does not follow the last one."""
+
 CASES = [
-    Case(stage=0, world=1, model="mlp"),
+    Case(stage=0, world=1, model="mlp", params=TORCH_ADAM),
     Case(stage=2, world=1, model="tied", accumulation=3, base="SGD"),
-    Case(stage=0, world=2, model="tied", two_groups=True),
-    Case(stage=1, world=2, model="straddling", two_groups=True, clipping=0.05),
+    Case(stage=0, world=2, model="tied", two_groups=True, params=TORCH_ADAM),
+    Case(stage=1, world=2, model="straddling", two_groups=True, clipping=0.05, params=TORCH_ADAM),
     Case(stage=2, world=2, model="random-3", base="SGD", alpha=0.7),
-    Case(stage=3, world=2, model="dead_and_frozen", two_groups=True),
-    Case(stage=3, world=4, model="mlp", zero={"stage3_param_persistence_threshold": 0}),
-    Case(stage=2, world=4, model="tiny"),
-    Case(stage=1, world=2, model="mlp", precision="bf16"),
-    Case(stage=3, world=2, model="straddling", precision="bf16", accumulation=3),
+    Case(stage=3, world=2, model="dead_and_frozen", two_groups=True, params=TORCH_ADAM),
+    Case(stage=3, world=4, model="mlp", zero={"stage3_param_persistence_threshold": 0}, params=TORCH_ADAM),
+    Case(stage=2, world=4, model="tiny", params=TORCH_ADAM),
+    Case(stage=1, world=2, model="mlp", precision="bf16", params=TORCH_ADAM),
+    Case(stage=3, world=2, model="straddling", precision="bf16", accumulation=3, params=TORCH_ADAM),
 ]
 
 
