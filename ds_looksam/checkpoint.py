@@ -1,9 +1,9 @@
 """LookSAM's state in a checkpoint, beside DeepSpeed's: saved by parameter name, loaded at any world size and stage.
 
-Saving: every rank writes its part of g_v and rank 0 what they have in common (see ``checkpoint_files.py``), then
-DeepSpeed saves its own and makes ``latest`` point there. Loading: everything of LookSAM's is found, read and checked
-before DeepSpeed's ``load_checkpoint`` changes anything. In both, ranks agree on how it went by one small all-reduce per
-phase, so that all of them go on or all of them raise.
+Saving: every rank writes its part of g_v and rank 0 what they have in common (see ``checkpoint_files.py``), DeepSpeed
+saves its own, and once all of that is there ``latest`` is made to name it. Loading: everything of LookSAM's is found,
+read and checked before DeepSpeed's ``load_checkpoint`` changes anything. In both, ranks agree on how it went by one
+small all-reduce per phase, so that all of them go on or all of them raise.
 
 At the world size and stage that saved, a rank reads its own file and no other. Otherwise the ranks share out the work
 of reading the files' headers, tell each other which ranges lie where, and each reads the blocks that overlap its part.
@@ -12,17 +12,19 @@ of reading the files' headers, tell each other which ranges lie where, and each 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch import Tensor
 
 from .algebra import Shard
-from .checkpoint_files import MANIFEST, Manifest, Range, RankFile, write_rank_file
+from .checkpoint_files import MANIFEST, Manifest, Range, RankFile, write_atomically, write_rank_file
 from .config import OPTIMIZER_TYPES, LookSAMConfig
 from .errors import LookSAMCheckpointError
 from .shards import GradientShards, full_shape
@@ -118,6 +120,45 @@ def _plain_status(status: LookSAMStatus) -> dict[str, Any]:
 
 
 # Loading ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def deferred_write_errors(checkpoint_engine: CheckpointEngine) -> Iterator[list[Exception]]:
+    """What DeepSpeed's own writes raise inside is kept in the list.
+
+    A rank that raised at once would leave the others in the barrier at the end of DeepSpeed's save_checkpoint.
+    """
+    errors: list[Exception] = []
+    save = checkpoint_engine.save
+
+    def keep_error(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return save(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
+
+    checkpoint_engine.save = keep_error
+    try:
+        yield errors
+    finally:
+        del checkpoint_engine.save
+
+
+def finish_save(folder: Path, errors: list[Exception], latest: bool, writes_common_files: bool,
+                device: torch.device) -> None:
+    """After DeepSpeed's part: raise if a rank failed; only then let ``latest`` name the checkpoint. Collective."""
+
+    def raise_error() -> None:
+        if errors:
+            raise errors[0]
+
+    together(raise_error, device, f"checkpoint {folder} could not be written")
+
+    def write_latest() -> None:
+        if latest and writes_common_files:
+            write_atomically(folder.parent / "latest", lambda temporary: temporary.write_text(folder.name))
+
+    together(write_latest, device, f"{folder.parent / 'latest'} could not be written")
 
 
 def resolve_tag(load_dir: str, tag: Any, universal: bool) -> str | None:
@@ -273,13 +314,18 @@ def _check_plain_base(states: Path, described: dict[str, Any], settings: LookSAM
 def _check_belongs(path: Path, manifest: Manifest, settings: LookSAMConfig, trained: Trained) -> None:
     if _differ(manifest.settings["base_optimizer"], settings.base_optimizer):
         raise _other_base(path, manifest.settings["base_optimizer"], settings)
+    reasons = []
     for name in sorted(trained.shapes.keys() | manifest.shapes.keys()):
         saved, here = manifest.shapes.get(name), trained.shapes.get(name)
-        if saved != here:
-            reason = (f"is {saved} in the checkpoint and {here} in the model" if saved and here else
-                      "is trained by the model but not in the checkpoint" if saved is None else
-                      "is in the checkpoint but not trained by the model")
-            raise LookSAMCheckpointError(f"{path}: parameter {name!r} {reason}. {WITHOUT}")
+        if saved is None:
+            reasons.append(f"{name!r} is trained by the model but not in the checkpoint")
+        elif here is None:
+            reasons.append(f"{name!r} is in the checkpoint but not trained by the model")
+        elif saved != here:
+            reasons.append(f"{name!r} is {saved} in the checkpoint and {here} in the model")
+    if reasons:
+        more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+        raise LookSAMCheckpointError(f"{path}: parameter {'; parameter '.join(reasons[:4])}{more}. {WITHOUT}")
 
 
 def _differ(optimizer: str, other: str) -> bool:

@@ -160,23 +160,29 @@ class LookSAMEngine(LayerwiseEngine):
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
-                        *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's; LookSAM's files are written first, so ``latest`` never names a checkpoint without them.
+                        save_latest: bool = True, exclude_frozen_parameters: bool = False) -> Any:
+        """As DeepSpeed's, with LookSAM's files beside DeepSpeed's. ``latest`` names it once every rank has written.
 
         Raises:
             LookSAMReplayError: the weights are perturbed.
-            LookSAMCheckpointError: on every rank, if one of them could not write LookSAM's part.
+            LookSAMCheckpointError: on every rank, if one of them could not write.
         """
         self._perturbed.refuse("engine.save_checkpoint()")
-        client_state = dict(client_state or {})
-        if save_dir:  # DeepSpeed refuses an empty one
-            tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-            client_state |= checkpoint.save(
-                Path(save_dir) / tag, v=self._v, module=self.module, shards=self._shards, status=self._status,
-                settings=self._settings, configured_groups=self._configured_groups,
-                param_groups=self.optimizer.param_groups, device=self.device,
-                writes_common_files=(self.local_rank if self.use_node_local_storage() else self.global_rank) == 0)
-        return super().save_checkpoint(save_dir, tag, client_state, *args, **kwargs)
+        if not save_dir:
+            return super().save_checkpoint(save_dir)  # DeepSpeed's own refusal
+        folder = Path(save_dir) / (f"global_step{self.global_steps}" if tag is None else str(tag))
+        is_common_writer = (self.local_rank if self.use_node_local_storage() else self.global_rank) == 0
+        mark = checkpoint.save(folder, v=self._v, module=self.module, shards=self._shards, status=self._status,
+                               settings=self._settings, configured_groups=self._configured_groups,
+                               param_groups=self.optimizer.param_groups, device=self.device,
+                               writes_common_files=is_common_writer)
+        # A decoupled writer is not done when save_checkpoint returns, and writes ``latest`` itself when it is.
+        decoupled = self.checkpoint_engine.is_decoupled()
+        with checkpoint.deferred_write_errors(self.checkpoint_engine) as errors:
+            result = super().save_checkpoint(save_dir, folder.name, {**(client_state or {}), **mark},
+                                             save_latest and decoupled, exclude_frozen_parameters)
+        checkpoint.finish_save(folder, errors, save_latest and not decoupled, is_common_writer, self.device)
+        return result
 
     def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,

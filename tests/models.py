@@ -80,6 +80,30 @@ class Straddling(Classifier):
         return self.head(torch.tanh(self.big(x)) * 0.3)
 
 
+class Renamed(Classifier):
+    """Straddling with another name for its big layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Linear(FEATURES, 61, bias=False)
+        self.head = nn.Linear(61, CLASSES)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.large(x)) * 0.3)
+
+
+class Reshaped(Classifier):
+    """Straddling with another shape of its big layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.big = nn.Linear(FEATURES, 62, bias=False)
+        self.head = nn.Linear(62, CLASSES)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.big(x)) * 0.3)
+
+
 class Tiny(Classifier):
     """Three elements: at world size 4 ranks own nothing but padding."""
 
@@ -159,7 +183,8 @@ class Random(Classifier):
 
 ZOO = {
     "mlp": Mlp, "dead_and_frozen": DeadAndFrozen, "tied": Tied, "straddling": Straddling, "tiny": Tiny,
-    "sometimes": Sometimes, "wide": Wide
+    "sometimes": Sometimes, "wide": Wide,
+    "renamed": Renamed, "reshaped": Reshaped
 }
 
 
