@@ -235,8 +235,8 @@ def train(case: Case, looksam: bool = True, keep_history: bool = False) -> Resul
                       updates=status.updates if status else engine.global_steps)
 
 
-def run_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.Oracle, dict[str, Tensor]]:
-    """The same case by the oracle: the oracle itself, and its weights by name."""
+def start_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.Oracle, nn.Module, list[oracle.Group]]:
+    """The oracle before its first update, and what :func:`named` asks for."""
     module = make_model(case.model, case.seed)
     if case.precision != "fp32":
         module.to(DTYPES[case.precision])  # DeepSpeed's master starts from the model's rounded weights
@@ -254,6 +254,12 @@ def run_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.O
     schedule = case.params.get("rho_schedule", {})
     reference.off = schedule.get("off_updates", 0)
     reference.rho_factor = oracle.rho_factor(schedule)
+    return reference, module, groups
+
+
+def run_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.Oracle, dict[str, Tensor]]:
+    """The same case by the oracle: the oracle itself, and its weights by name."""
+    reference, module, groups = start_oracle(case, dtype)
     for update in range(case.updates):
         reference.update(case.window(update))
     return reference, named(reference.w, module, groups)
