@@ -185,6 +185,10 @@ def master_weights(engine: Any) -> dict[str, Tensor]:
     """The fp32 weights by name, whole on every rank. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        # DeepSpeed 0.19.8's API looks for each parameter where it would lie without this option.
+        assert not engine.fp16_enabled() and not engine.bfloat16_enabled(), "fp32 weights are only visible in fp32"
+        return visible_weights(engine)
     weights = {}
     masters = _replicated_masters(engine)
     for name, p in engine.module.named_parameters():
