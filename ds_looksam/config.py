@@ -10,11 +10,20 @@ import difflib
 import math
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import LookSAMConfigError
 
-AUTO = "auto"
+AUTO, CALIBRATED = "auto", "calibrated"
 LAYERWISE_TYPE = "LookLayerSAM"
 OPTIMIZER_TYPES = ("LookSAM", LAYERWISE_TYPE)
 """Values of the JSON key ``optimizer.type`` that make a LookSAM engine."""
@@ -27,7 +36,8 @@ def _finite(value: float) -> float:
 
 
 NonNegative = Annotated[float, Field(ge=0, strict=True), AfterValidator(_finite)]
-Alpha = Literal["auto"] | NonNegative
+# Accelerate takes every "auto" in a DeepSpeed configuration for a placeholder that it must fill in, hence the synonym.
+Alpha = Annotated[Literal["auto"] | NonNegative, BeforeValidator(lambda value: AUTO if value == CALIBRATED else value)]
 LayerScale = Literal["norm", "relative", "gradient"]
 _BetaPair = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
@@ -74,7 +84,8 @@ class LookSAMConfig(BaseModel):
         k: a SAM step (two gradient evaluations) is taken on every k-th update; k = 1 is SAM.
         rho: radius of the perturbation, in units of the weights' Euclidean norm over the whole model.
         alpha: strength of the reuse, a number (Liu et al. 2022, Algorithm 1) or ``"auto"`` (calibrated at every
-            SAM step, not in the paper).
+            SAM step, not in the paper). In a configuration that Hugging Face's Trainer or Accelerate reads, leave it
+            out or write ``"calibrated"``, which means the same: they refuse an "auto" they do not know.
         base_optimizer: name of the optimizer that takes the step, any that DeepSpeed's config accepts.
         layerwise: scale each layer's (parameter tensor's) part of the perturbation by its trust ratio ‖w_l‖/‖g_l‖:
             Look-LayerSAM. ``"type": "LookLayerSAM"`` is ``"type": "LookSAM"`` with this set.
