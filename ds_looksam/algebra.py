@@ -195,6 +195,12 @@ class ReplayScalars:
         )
 
 
+def cosine(x_dot_y: Tensor, x_squared: Tensor, y_squared: Tensor) -> Tensor:
+    """<x, y> / (‖x‖ ‖y‖), float64 0-dim. 0 where that is not defined."""
+    value = x_dot_y / (x_squared.sqrt() * y_squared.sqrt())
+    return torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+
+
 def update_beta(beta: Tensor | None, v_dot_g_v: Tensor, v_squared: Tensor, g_squared: Tensor) -> Tensor:
     """beta <- 0.8 beta + 0.2 b with b = <v, g_v> / (‖v‖ ‖g‖), float64 0-dim; b itself where beta is None.
 

@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from . import algebra, checkpoint
+from . import algebra, checkpoint, monitor
 from .algebra import Shard
 from .config import (
     GroupSettings,
@@ -27,7 +27,7 @@ from .guard import PerturbedWeights
 from .layers import perturbation_scales
 from .optimizers.engine import LayerwiseEngine
 from .rank_check import check_ranks
-from .reduction import sum_over_ranks
+from .reduction import ranks_in, sum_over_ranks
 from .replay import Forward, LossFn, Window, loss_again
 from .schedule import RhoFactors
 from .shards import ScaleOf
@@ -48,6 +48,8 @@ class _Fresh:
     g_squared: Tensor
     v_squared: Tensor
     scalars: algebra.ReplayScalars
+    sharpness: Tensor
+    loss_scale: float  # of g_squared and the scalars; the update may change the wrapper's
 
 
 class LookSAMEngine(LayerwiseEngine):
@@ -79,6 +81,7 @@ class LookSAMEngine(LayerwiseEngine):
         self._replaying = False
         self._evaluating_again = False  # inside one forward or backward of a replay
         self._replayed_forwards = self._replayed_backwards = 0
+        self._replayed = Window()  # of the second evaluation; only its loss
         self._v: Shard | None = None
         self._v_squared_local: Tensor | None = None  # this rank's part of ‖v‖²
 
@@ -131,6 +134,7 @@ class LookSAMEngine(LayerwiseEngine):
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         if self._status.next_is_sam:
             self._window.add_backward(loss, self.is_gradient_accumulation_boundary(), scale_wrt_gas)
+            self._window.add_loss(loss, self._share(scale_wrt_gas))
         return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None, closure: Closure | None = None) -> None:
@@ -263,6 +267,7 @@ class LookSAMEngine(LayerwiseEngine):
         else:
             kind = self._reuse_step([group.alpha for group in groups])
         status.evaluations += 1
+        status.rho, status.alpha = [group.rho for group in groups], [group.alpha for group in groups]
 
         apply_update()
 
@@ -278,6 +283,8 @@ class LookSAMEngine(LayerwiseEngine):
         self._shards.end_window()
         self._perturbed.end()
         self._window = Window()
+        if self.monitors():
+            self.write_to_monitors(monitor.events(status, self.global_samples, measured=status.step_kind == "sam"))
 
     def _settings_in_force(self, group: dict[str, Any], i: int) -> GroupSettings:
         """A param group's settings for this update, with the schedule's factor in rho."""
@@ -340,12 +347,24 @@ class LookSAMEngine(LayerwiseEngine):
         shards.unperturb_local()
         status.evaluations += 1
 
-        sums = torch.cat([algebra.replay_sums(g, g_s, self._v, shards.device), moved])
-        scalars = algebra.ReplayScalars.from_sums(g_squared, *sum_over_ranks(sums, shards.process_group).split([4, 3]))
+        parts = [algebra.replay_sums(g, g_s, self._v, shards.device), moved, self._loss_rise()]
+        replayed, moved, loss_rise = sum_over_ranks(torch.cat(parts), shards.process_group).split([4, 3, 1])
+        scalars = algebra.ReplayScalars.from_sums(g_squared, replayed, moved)
         g_v = algebra.project_out_(g, g_s, scalars.along)
         shards.give_gradient(g_s)
         shards.tell_squared_norm(scalars.g_s_squared)
-        return _Fresh(g_v, g_squared, v_squared, scalars)
+        sharpness = loss_rise.sum() / ranks_in(shards.process_group)
+        return _Fresh(g_v, g_squared, v_squared, scalars, sharpness, self.gradient_loss_scale())
+
+    def _loss_rise(self) -> Tensor:
+        """The window's loss at w + eps minus its loss at w on this rank, float64 [1] where the sums are."""
+        before, after = self._window.loss, self._replayed.loss
+        rise = torch.tensor(torch.nan) if before is None or after is None else after - before
+        return rise.to(self._shards.device, torch.float64).reshape(1)
+
+    def _share(self, scale_wrt_gas: bool) -> float:
+        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so."""
+        return 1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0
 
     def _scales(self, g: Shard, groups: list[GroupSettings]) -> tuple[Tensor, Tensor, ScaleOf]:
         """‖g‖², ‖v‖² and the factor of g in eps = rho g / ‖g‖. One all-reduce of two scalars."""
@@ -384,12 +403,14 @@ class LookSAMEngine(LayerwiseEngine):
             return
         if self._v is not None:
             status.beta = algebra.update_beta(status.beta, scalars.v_dot_g_v, fresh.v_squared, g_squared)
+            status.orthogonal_cosine = algebra.cosine(scalars.v_dot_g_v, fresh.v_squared, scalars.g_v_squared)
         self._store_v(fresh.g_v)
-        status.gradient_norm = g_squared.sqrt()
-        status.perturbed_gradient_norm = scalars.g_s_squared.sqrt()
-        status.orthogonal_norm = scalars.g_v_squared.sqrt()
+        status.gradient_norm = g_squared.sqrt() / fresh.loss_scale
+        status.perturbed_gradient_norm = scalars.g_s_squared.sqrt() / fresh.loss_scale
+        status.orthogonal_norm = scalars.g_v_squared.sqrt() / fresh.loss_scale
         status.perturbation_ratio, status.perturbation_cosine = scalars.moved_ratio, scalars.moved_cosine
-        status.gradient_cosine = scalars.g_dot_g_s / (g_squared * scalars.g_s_squared).sqrt()
+        status.gradient_cosine = algebra.cosine(scalars.g_dot_g_s, g_squared, scalars.g_s_squared)
+        status.sharpness = fresh.sharpness
 
     def _store_v(self, v: Shard) -> None:
         """Keep v in ``v_dtype``. ‖v‖ is that of v as stored, so that the reuse adds the length it says."""
@@ -401,6 +422,7 @@ class LookSAMEngine(LayerwiseEngine):
     def _evaluate_again(self) -> None:
         """Forward and backward of every micro-batch of the window, with its own RNG state and training flags."""
         self._replaying, self._replayed_forwards, self._replayed_backwards = True, 0, 0
+        self._replayed = Window()
         try:
             with self.running_again(), torch.enable_grad():
                 if self._closure is not None:
@@ -439,6 +461,7 @@ class LookSAMEngine(LayerwiseEngine):
         if self._replayed_backwards < len(recorded):
             self.set_boundary_of_next_backward(recorded[self._replayed_backwards].is_boundary)
         self._replayed_backwards += 1
+        self._replayed.add_loss(loss, self._share(scale_wrt_gas))
         self._evaluating_again = True
         try:
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)

@@ -20,9 +20,14 @@ def sum_over_ranks(partial_sums: torch.Tensor, process_group: Any | None) -> tor
     Returns:
         The sums, on the device of ``partial_sums`` and the same on every rank of the group.
     """
-    if process_group is None or dist.get_world_size(group=process_group) == 1:
+    if ranks_in(process_group) == 1:
         return partial_sums
     # Shards that are offloaded lie on the CPU, where NCCL cannot add them up.
     on_accelerator = partial_sums.to(get_accelerator().current_device_name())
     dist.all_reduce(on_accelerator, group=process_group)
     return on_accelerator.to(partial_sums.device)
+
+
+def ranks_in(process_group: Any | None) -> int:
+    """How many ranks :func:`sum_over_ranks` adds up over."""
+    return 1 if process_group is None else dist.get_world_size(group=process_group)

@@ -78,6 +78,7 @@ class Window:
     forwards_since_backward: int = 0
     unmatched: UnknownLoss | None = None
     tape: LossTape | None = None
+    loss: Tensor | None = None  # of the micro-batches so far, see add_loss
 
     def add_forward(self, forward: Forward, module: torch.nn.Module, output: Any) -> None:
         """Remember a forward. Its inputs are kept by the graph of its loss, so one whose loss is dropped (metrics,
@@ -110,6 +111,11 @@ class Window:
         if forward is not None:
             self.micro_batches.append(MicroBatch(forward, is_boundary, scale_wrt_gas, path))
         self.last_forward, self.forwards_since_backward = None, 0
+
+    def add_loss(self, loss: Tensor, share: float) -> None:
+        """Add up the window's loss, float64 0-dim on the loss's device; ``share``: this micro-batch's weight in it."""
+        part = loss.detach().to(torch.float64, copy=True).sum() * share
+        self.loss = part if self.loss is None else self.loss + part
 
     def not_recording(self) -> AbstractContextManager[None]:
         """What is called inside is not part of how the user forms the loss."""

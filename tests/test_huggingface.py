@@ -333,7 +333,7 @@ def train_with_accelerate(run: Run) -> Any:
     config["gradient_clipping"] = 0.5
     # What Accelerate itself fills in is lr and weight_decay.
     config["optimizer"]["params"] |= {"betas": [0.8, 0.95], "eps": 1e-7}
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
                               gradient_accumulation_steps=run.accumulation)
     module = model(run)
     optimizer = DummyOptim(module.parameters(), lr=LEARNING_RATE, weight_decay=0.01)

@@ -71,6 +71,14 @@ class HostEngine(DeepSpeedEngine):
         else:
             self.allreduce_gradients()
 
+    def monitors(self) -> bool:
+        """Whether this rank writes to monitors that DeepSpeed's configuration asks for."""
+        return bool(self.monitor.enabled) and self.global_rank == 0
+
+    def write_to_monitors(self, events: list[tuple[str, float, int]]) -> None:
+        """(name, value, number of samples) each, beside what DeepSpeed writes itself."""
+        self.monitor.write_events(events)
+
     def gradient_loss_scale(self) -> float:
         """What the gradients in the wrapper are multiplied by. That is the loss scale for ZeRO optimizers only: for the
         others DeepSpeed 0.19.8 leaves the loss as it is (shards/fp16.py)."""

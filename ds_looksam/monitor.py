@@ -1,0 +1,51 @@
+"""What DeepSpeed's monitors (tensorboard, csv, wandb, comet) are told: ``Train/Samples/looksam_*``, on rank 0.
+
+Counters and settings are written at every update; they are host values. What was measured on the device is written at
+SAM steps only, in one transfer, when the host has just waited for the device anyway: reuse steps stay free of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .status import LookSAMStatus, StepKind
+
+Event = tuple[str, float, int]
+"""(name, value, number of samples seen): what DeepSpeed's ``monitor.write_events`` takes."""
+
+PREFIX = "Train/Samples/looksam_"
+
+STEP_KINDS: dict[StepKind, int] = {"skipped": -1, "base": 0, "reuse": 1, "sam": 2}
+"""The numbers that stand for step kinds in a monitor, which takes nothing else."""
+
+
+def events(status: LookSAMStatus, samples: int, measured: bool) -> list[Event]:
+    """What to write after an update.
+
+    Args:
+        samples: the x axis, DeepSpeed's ``engine.global_samples``.
+        measured: the update was a SAM step, so there are fresh measurements. Reading them waits for the device.
+    """
+    values = dict(_host_values(status))
+    if measured:
+        values |= status.measurements()
+    return [(PREFIX + name, value, samples) for name, value in values.items()]
+
+
+def _host_values(status: LookSAMStatus) -> Iterator[tuple[str, float]]:
+    yield "updates", status.updates
+    yield "evaluations", status.evaluations
+    yield "step_kind", STEP_KINDS[status.step_kind]
+    yield from _of_groups("rho", status.rho)
+    yield from _of_groups("alpha", status.alpha)
+
+
+def _of_groups(name: str, values: Sequence[float | None]) -> Iterator[tuple[str, float]]:
+    """One number if the param groups agree, otherwise one per group. Alpha "auto" (None) has none: see beta."""
+    if len(set(values)) == 1:
+        if values[0] is not None:
+            yield name, values[0]
+        return
+    for i, value in enumerate(values):
+        if value is not None:
+            yield f"{name}_group{i}", value
