@@ -31,6 +31,7 @@ from .reduction import ranks_in, sum_over_ranks
 from .replay import Forward, LossFn, Window, loss_again
 from .schedule import RhoFactors
 from .shards import ScaleOf
+from .side_effects import without_side_effects
 from .snapshot import ModelSnapshot
 from .status import LookSAMStatus, StepKind
 from .support import deepspeed_name, refuse_model, refuse_unsupported
@@ -424,7 +425,7 @@ class LookSAMEngine(LayerwiseEngine):
         self._replaying, self._replayed_forwards, self._replayed_backwards = True, 0, 0
         self._replayed = Window()
         try:
-            with self.running_again(), torch.enable_grad():
+            with self.running_again(), torch.enable_grad(), without_side_effects(self.module):
                 if self._closure is not None:
                     self._call_closure(self._closure)
                 else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,20 +77,29 @@ class AutocastState:
 
 @dataclass(frozen=True)
 class ComputeMode:
-    """The training flags of every submodule and the caller's autocast state during one forward."""
+    """What one forward of a module ran with: the training flags of every submodule, the caller's autocast state, and
+    ``module.forward`` where the instance has one of its own. PyTorch Lightning puts ``training_step`` there, for the
+    time of one call.
+    """
 
     training: tuple[bool, ...]
     autocast: AutocastState
+    own_forward: Callable[..., Any] | None
 
     @classmethod
     def capture(cls, module: nn.Module) -> ComputeMode:
-        return cls(training=tuple(m.training for m in module.modules()), autocast=AutocastState.capture())
+        return cls(training=tuple(m.training for m in module.modules()), autocast=AutocastState.capture(),
+                   own_forward=vars(module).get("forward"))
 
     def apply(self, module: nn.Module) -> None:
-        """Set the training flags (without calling user code in ``train()``) and the autocast state."""
+        """Set all of it again (without calling user code in ``train()``)."""
         for m, flag in zip(module.modules(), self.training, strict=True):
             m.training = flag
         self.autocast.apply()
+        if self.own_forward is None:
+            vars(module).pop("forward", None)
+        else:
+            vars(module)["forward"] = self.own_forward
 
 
 @dataclass

@@ -322,7 +322,7 @@ def test_a_loss_that_cannot_be_formed_again_says_what_to_set_and_that_works(tmp_
 
 def train_with_accelerate(run: Run) -> Any:
     from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.utils import DummyOptim, DummyScheduler
+    from accelerate.utils import DummyOptim, DummyScheduler, InitProcessGroupKwargs
     from transformers import get_linear_schedule_with_warmup
 
     import ds_looksam  # noqa: F401
@@ -333,8 +333,10 @@ def train_with_accelerate(run: Run) -> Any:
     config["gradient_clipping"] = 0.5
     # What Accelerate itself fills in is lr and weight_decay.
     config["optimizer"]["params"] |= {"betas": [0.8, 0.95], "eps": 1e-7}
+    # On a machine with GPUs Accelerate finds its backend itself.
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
-                              gradient_accumulation_steps=run.accumulation)
+                              gradient_accumulation_steps=run.accumulation,
+                              kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     module = model(run)
     optimizer = DummyOptim(module.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     scheduler = DummyScheduler(optimizer, lr_scheduler_callable=lambda opt: get_linear_schedule_with_warmup(
