@@ -177,7 +177,7 @@ check_mpi() {  # "Open MPI" or MPICH
     about=$(mpirun --version 2>&1 | head -n 3)
     case $about in *"Open MPI"* | *OpenRTE* | *PRRTE*) about="Open MPI" ;; *HYDRA* | *Hydra* | *Intel*) about=MPICH ;; esac
     [ "$about" = "$1" ] || fail "mpirun is $about, not $1: use the other script (launch/openmpi.sh, launch/mpich.sh)"
-    about=$("$PYTHON" -c 'from mpi4py import MPI; print(MPI.Get_library_version())' 2>&1) ||
+    about=$("$PYTHON" -c 'from mpi4py import MPI; print(MPI.Get_library_version().rstrip(chr(0)))' 2>&1) ||
         fail "mpi4py cannot be used: $(tail -n 1 <<< "$about"). pip install mpi4py"
     case "$1:$about" in "Open MPI:Open MPI"* | MPICH:MPICH* | MPICH:*Intel* | MPICH:MVAPICH*) ;;
         *) fail "mpi4py is built for ${about%%$'\n'*}, but mpirun is $1: every rank would be a job of its own" ;; esac
@@ -198,11 +198,16 @@ find_job() {
         if grep -zqsx "LOOKSAM_JOB=$1" "$entry/environ"; then echo "${entry#/proc/}"; fi
     done
 }
+stop_ranks() {
+    for entry in $(find_job "$1"); do
+        ! grep -zqsE "^(RANK|OMPI_COMM_WORLD_RANK|PMI_RANK)=" "/proc/$entry/environ" || kill "$entry" 2> /dev/null || true
+    done
+}
 end_job() {
     left=$(find_job "$1")
     [ -n "$left" ] || return 0
     echo "$(hostname): ending what is left of $1:" $left >&2
-    kill $left 2> /dev/null
+    kill $left 2> /dev/null || true
     for _ in $(seq 50); do
         left=$(find_job "$1")
         [ -n "$left" ] || return 0
@@ -211,43 +216,17 @@ end_job() {
     kill -9 $left 2> /dev/null || true
 }'
 
-end_job_everywhere() {
-    local host
-    eval "$END_JOB"
+everywhere() {  # FUNCTION of the above: on the hosts, all at once, then on this machine
+    local host pids=()
     for host in "${hosts[@]-}"; do
-        [ -z "$host" ] || "${SSH[@]}" "$host" "$END_JOB; end_job $job" < /dev/null &
+        [ -n "$host" ] || continue
+        "${SSH[@]}" "$host" "$END_JOB; $1 $job" < /dev/null &
+        pids+=($!)
     done
-    end_job "$job"
-    wait
-}
-
-# For launchers that wait for every host, also when one has failed and the ranks of the others hang in a collective: as
-# soon as a host that had processes of the job has none for LOST_HOST_SECONDS while another still has, stop the job.
-LOST_HOST_SECONDS=${LOST_HOST_SECONDS:-60}
-watch_hosts() {
-    local host never lost='' elapsed=0 running with without
-    local -A started=()
-    exec {never}<> <(:)  # nothing ever comes: a pause that leaves no sleep behind when it is ended
-    while ! read -r -t 5 -u "$never"; do
-        with='' without=''
-        for host in "${hosts[@]}"; do
-            # A host that does not answer is not taken for one that has ended: networks have pauses.
-            running=$("${SSH[@]}" "$host" "$END_JOB; find_job $job | wc -l" < /dev/null 2> /dev/null) || continue
-            if [ "$running" != 0 ]; then
-                started[$host]=1 with=$host
-            elif [ -n "${started[$host]-}" ]; then
-                without=$host
-            fi
-        done
-        if [ -z "$with" ] || [ -z "$without" ]; then lost='' elapsed=0; continue; fi
-        [ -n "$lost" ] || elapsed=$SECONDS
-        lost=$without
-        if [ $((SECONDS - elapsed)) -ge "$LOST_HOST_SECONDS" ]; then
-            echo "error: the ranks on $lost have ended, those on $with have not: stopping the job" >&2
-            kill -s USR1 $$
-            return
-        fi
-    done
+    [ ${#pids[@]} = 0 ] || wait "${pids[@]}" || true
+    eval "$END_JOB"
+    # This machine may be one of the hosts: its ranks must not be told twice, the second time while they end.
+    if [ "$1" = end_job ] || [ ${#pids[@]} = 0 ]; then "$1" "$job"; fi
 }
 
 print_command() {  # WHERE COMMAND...
@@ -271,7 +250,7 @@ run_job_on_every_host() {
 }
 
 start_on_every_host() {
-    local i
+    local i code saved=0
     for i in "${!hosts[@]}"; do
         node_command "$i"
         # The ssh client carries the job's name too, so that it is found when the job is ended.
@@ -280,19 +259,21 @@ start_on_every_host() {
             < /dev/null 2>&1 | sed -u "s/^/${hosts[i]}: /" &
     done
     for i in "${!hosts[@]}"; do
-        wait -n || return $?  # one failed: the others are ended, their ranks may hang in a collective
+        code=0
+        wait -n || code=$?
+        case $code in
+            0) ;;
+            "$SAVED_TO_GO_ON") saved=$code ;;
+            *) return $code ;;  # one failed: the others are ended, their ranks may hang in a collective
+        esac
     done
+    return "$saved"
 }
 
 supervise() {
     [ -z "$dry_run" ] || exit 0
     trap 'stop 130 INT' INT
     trap 'stop 143 TERM' TERM
-    trap 'stop 1 USR1' USR1
-    if [ -n "${watched:-}" ]; then
-        watch_hosts &
-        watcher_pid=$!
-    fi
     "$@" < /dev/null &
     job_pid=$!
     local code=0
@@ -300,24 +281,30 @@ supervise() {
     finish "$code"
 }
 
-STOP_SECONDS=${STOP_SECONDS:-10}  # what a job gets to end by itself when it is told to
+# The ranks alone are told to stop, so that they can save a checkpoint; what started them then ends by itself.
+ask_to_stop() {
+    everywhere stop_ranks
+}
+
+STOP_SECONDS=${STOP_SECONDS:-120}  # what a job gets to end by itself when it is told to
 stop() {  # EXIT_CODE SIGNAL
-    trap '' INT TERM USR1
-    [ "$2" = USR1 ] || echo "$2: stopping the job" >&2
-    kill -s TERM "$job_pid" 2> /dev/null || true
-    # A launcher that waits for ever for a dead host must not keep us: what is left then is ended below.
+    trap '' INT TERM
+    echo "$2: telling the ranks to stop" >&2
+    ask_to_stop
+    local code=0
     for _ in $(seq $((10 * STOP_SECONDS))); do
-        kill -0 "$job_pid" 2> /dev/null || break
-        sleep 0.1
+        kill -0 "$job_pid" 2> /dev/null && sleep 0.1 && continue
+        wait "$job_pid" || code=$?
+        case $code in 0 | "$SAVED_TO_GO_ON") finish "$code" ;; esac
+        break
     done
     finish "$1"
 }
 
 SAVED_TO_GO_ON=75  # EX_TEMPFAIL: what a program ends with that was told to stop and has saved a checkpoint
 finish() {  # EXIT_CODE
-    trap '' INT TERM USR1
-    [ -z "${watcher_pid:-}" ] || kill "$watcher_pid" 2> /dev/null || true
-    end_job_everywhere
+    trap '' INT TERM
+    everywhere end_job
     ! declare -F at_end > /dev/null || at_end "$1"
     [ -z "${env_file:-}" ] || rm -f "$env_file"
     case $1 in

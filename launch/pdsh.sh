@@ -11,7 +11,30 @@ read_arguments "$@"
 need pdsh "Debian: apt-get install pdsh; without it use launch/ssh.sh"
 check_hosts
 write_environment_file
-watched=1  # pdsh waits for every host, also when one has failed
-run_job "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher pdsh --force_multi \
-    --launcher_args="$launcher_args" --master_addr "$master_addr" --master_port "$master_port" \
-    "$program" "${program_args[@]}"
+
+# pdsh waits for every host, also when one has failed and the ranks of the others hang in a collective; but it tells on
+# standard error. DeepSpeed's runner is then killed, not asked: asked, it kills by name (pkill -f) what looks like its job.
+# shellcheck disable=SC2317  # supervise calls it
+until_a_host_fails() {
+    local errors line
+    errors=$(mktemp -u)
+    mkfifo -m 600 "$errors"
+    env "${job_env[@]}" "$@" 2> "$errors" &
+    exec {errors_fd}< "$errors"
+    rm "$errors"
+    while IFS= read -r -u "$errors_fd" line; do
+        printf '%s\n' "$line" >&2
+        if [[ $line =~ ^pdsh@.*:\ ssh\ exited\ with\ exit\ code\ ([0-9]+)$ ]] &&
+            [ "${BASH_REMATCH[1]}" != "$SAVED_TO_GO_ON" ]; then
+            kill -s KILL $!
+            return "${BASH_REMATCH[1]}"
+        fi
+    done
+    wait $!
+}
+
+command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher pdsh --force_multi
+    --launcher_args="$launcher_args" --master_addr "$master_addr" --master_port "$master_port"
+    "$program" "${program_args[@]}")
+print_command '' "${command[@]}"
+supervise until_a_host_fails "${command[@]}"

@@ -8,4 +8,4 @@
 read_arguments "$@"
 [ ${#program_args[@]} = 1 ] || fail "which job? bash launch/stop.sh --hostfile hosts -- JOB"
 job=${program_args[0]}
-end_job_everywhere
+everywhere end_job

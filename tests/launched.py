@@ -78,6 +78,8 @@ def main() -> int:
                 wait_for_signal(signals, args.out / f"waiting-at-{update}-rank-{rank}")
                 dist.barrier()
             if signals:
+                for number in signal.SIGTERM, signal.SIGUSR1:
+                    signal.signal(number, signal.SIG_IGN)  # Python restores the default handler when it ends
                 return SAVED_TO_GO_ON
             train_window(engine, case, update)
             if args.checkpoints:

@@ -23,6 +23,7 @@ import torch
 
 from tests import hosts, slurm
 from tests.hosts import Host
+from tests.test_train import MODEL, data, options, weights  # noqa: F401
 from tests.training import Case, distance, run_oracle
 
 ROOT = Path(__file__).parent.parent
@@ -34,9 +35,9 @@ RUN_SECONDS = 600
 """Four Pythons that import torch and DeepSpeed on two cores: half a minute on an idle machine. A hang, not a delay."""
 REFUSAL_SECONDS = 60.0
 """What a script finds out before it starts anything: at most the 10 s that a host has to answer, and a slow machine."""
-DEATH_SECONDS = 120.0
-"""From the death of a rank to the end of the script: a look at the hosts every 5 s, LOST_HOST_SECONDS (10 in the tests)
-and 5 s for what is left to end politely, on a slow machine."""
+DEATH_SECONDS = 60.0
+"""From the death of a rank to the end of the script: launchers look at their ranks every second, what is left gets 5 s
+to end politely; the rest is for a slow machine."""
 AFTERMATH = 15.0
 """Seconds after a launch script has ended in which everything it started must be gone. It ends what is left itself."""
 
@@ -121,18 +122,27 @@ class Job:
     def environment(self) -> dict[str, str]:
         """A user's shell: none of pytest's own variables."""
         return {"PATH": f"{Path(self.python).parent}:{os.environ['PATH']}:/usr/sbin", "HOME": os.environ["HOME"],
-                "DS_ACCELERATOR": "cpu", "PYTHON": self.python, "LANG": "C.UTF-8", "LOST_HOST_SECONDS": "10"}
+                "DS_ACCELERATOR": "cpu", "PYTHON": self.python, "LANG": "C.UTF-8"}
 
     def start(self, script: str, *arguments: str, on: int = 0, program: tuple[str, ...] = ()) -> Launch:
+        """With the tiny program, which is told ``program`` beside."""
+        return self.start_script(script, *arguments, "--program", str(ROOT / "tests" / "launched.py"), "--", "--case",
+                                 str(self.folder / "case.pickle"), "--out", str(self.folder), *program, on=on)
+
+    def start_script(self, script: str, *arguments: str, on: int = 0) -> Launch:
         log = self.folder / f"output-{on}"
-        argv = ["bash", str(ROOT / "launch" / script), *arguments, "--program", str(ROOT / "tests" / "launched.py"),
-                "--", "--case", str(self.folder / "case.pickle"), "--out", str(self.folder), *program]
+        argv = ["bash", str(ROOT / "launch" / script), *arguments]
         return Launch(self.hosts[on], self.hosts[on].start(argv, self.folder, self.environment, log), log,
                       time.monotonic(), self.hosts)
 
     def starts(self) -> list[int]:
         """The updates that the ranks started at, each time they were started."""
         return sorted(int(p.name.split("-")[2]) for p in self.folder.glob("started-at-*-rank-0"))
+
+    def check_binding(self) -> None:
+        """The ranks of a host have a core each. Both hosts are the same machine, with two."""
+        cores = [torch.load(self.folder / f"rank-{rank}.pt")["cores"] for rank in range(4)]
+        assert all(len(own) == 1 for own in cores) and cores[0] != cores[1] and cores[2] != cores[3], cores
 
     def check_weights(self, local_ranks: str = "0101") -> None:
         """Every rank holds the oracle's weights, ran where it should, and had the variable from .deepspeed_env."""
@@ -173,11 +183,14 @@ def test_ssh(job):
 
 
 @pytest.mark.hosts
-def test_no_ssh(job):
-    second = job.start("no_ssh.sh", "--hostfile", "hosts", "--node-rank", "1", on=1)
-    job.start("no_ssh.sh", "--hostfile", "hosts", "--node-rank", "0").succeeds()
+@pytest.mark.parametrize("bind", [[], pytest.param(["--bind"], marks=needs("numactl"))], ids=["", "bind"])
+def test_no_ssh(job, bind):
+    second = job.start("no_ssh.sh", "--hostfile", "hosts", "--node-rank", "1", *bind, on=1)
+    job.start("no_ssh.sh", "--hostfile", "hosts", "--node-rank", "0", *bind).succeeds()
     second.succeeds()
     job.check_weights()
+    if bind:
+        job.check_binding()
 
 
 @pytest.mark.hosts
@@ -194,6 +207,27 @@ def test_torchrun_starts_killed_ranks_again_from_the_checkpoint(job):
     assert (job.folder / "died").exists()
     assert job.starts() == [0, 4]
     job.check_weights()
+
+
+@pytest.mark.hosts
+def test_train_py_goes_on_after_a_rank_was_killed(job, data):  # noqa: F811
+    """The default program, by two launchers: a run whose last rank is killed after an epoch is the run that was not."""
+    def arguments(run: str) -> list[str]:
+        return ["--hostfile", "hosts", "--env", f"PYTHONPATH={ROOT}", "--", "--model", MODEL,
+                *options(data, job.folder / run, "looksam_zero2", epochs=6)]
+
+    job.start_script("ssh.sh", *arguments("whole")).succeeds()
+    launch = job.start_script("torchrun.sh", "--restarts", "1", *arguments("killed"), "--resume")
+    wait_for(job.folder / "killed" / "checkpoints" / "latest", launch)
+    ranks = [pid for pid, line in job.hosts[1].processes().items()
+             if "launch/train.py" in line and "torch.distributed.run" not in line]
+    os.kill(max(ranks), signal.SIGKILL)
+    launch.succeeds()
+    assert "Signal 9 (SIGKILL)" in launch.output() or "exitcode: -9" in launch.output(), launch.output()
+    updates = int(max((job.folder / "whole" / "checkpoints").glob("update-*")).name.removeprefix("update-"))
+    whole, killed = weights(job.folder / "whole", updates), weights(job.folder / "killed", updates)
+    # The same sums in the same order: nothing rounds differently.
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 @pytest.fixture(params=["openmpi", "mpich"])
@@ -230,8 +264,7 @@ def test_mpi(mpi_job, through):
     mpi_job.start(f"{mpi_job.kind}.sh", "--hostfile", "hosts", *options).succeeds()
     mpi_job.check_weights()
     if through == "mpirun":
-        for rank in range(4):
-            assert len(torch.load(mpi_job.folder / f"rank-{rank}.pt")["cores"]) == 1
+        mpi_job.check_binding()
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +399,21 @@ def test_a_script_that_is_told_to_stop_takes_everything_with_it(job):
     launch = job.start("ssh.sh", "--hostfile", "hosts", program=("--die-at", "0", "--hang", "--nobody-dies"))
     wait_for(job.folder / "hanging", launch)
     launch.terminate()
-    assert launch.fails(DEATH_SECONDS, "TERM: stopping the job") == 143
+    assert launch.fails(DEATH_SECONDS, "TERM: telling the ranks to stop") == 143
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("script", ["ssh.sh", "pdsh.sh"])
+def test_a_job_that_is_told_to_stop_saves_and_goes_on(job, script):
+    program = ("--checkpoints", str(job.folder / "checkpoints"), "--wait-at", "4")
+    launch = job.start(script, "--hostfile", "hosts", program=program)
+    for rank in range(4):
+        wait_for(job.folder / f"waiting-at-4-rank-{rank}", launch)
+    launch.terminate()
+    assert launch.fails(DEATH_SECONDS, "the job has saved a checkpoint and can be started again") == 75
+    job.start(script, "--hostfile", "hosts", program=program).succeeds()
+    assert job.starts() == [0, 4]
+    job.check_weights()
 
 
 @pytest.mark.hosts
