@@ -127,6 +127,8 @@ class Oracle:
     history: list[Tensor] = field(default_factory=list)
     stale_w: Tensor | None = None
     """What the first evaluation sees instead of w, where a run's model lags behind its optimizer at the start."""
+    v_dtype: torch.dtype = torch.float64
+    """What g_v is rounded to when it is stored."""
     divisor: float = 1.0
     """The base gets u / divisor."""
     amplification: float = 1.0
@@ -164,7 +166,7 @@ class Oracle:
             divisor = self.v.norm() * norm
             b = float(self.v @ g_v / divisor) if divisor > 0 else 0.0
             self.beta = b if self.beta is None else 0.8 * self.beta + 0.2 * b
-        self.v = g_v
+        self.v = g_v.to(self.v_dtype).double()
         return g_s
 
     def layerwise_direction(self, g: Tensor) -> Tensor:

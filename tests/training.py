@@ -239,7 +239,8 @@ def train(case: Case, looksam: bool = True, keep_history: bool = False) -> Resul
                       updates=status.updates if status else engine.global_steps)
 
 
-def start_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.Oracle, nn.Module, list[oracle.Group]]:
+def start_oracle(case: Case, dtype: torch.dtype = torch.float64,
+                 v_dtype: torch.dtype = torch.float64) -> tuple[oracle.Oracle, nn.Module, list[oracle.Group]]:
     """The oracle before its first update, and what :func:`named` asks for."""
     module = make_model(case.model, case.seed)
     if case.precision != "fp32":
@@ -249,6 +250,7 @@ def start_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle
     reference = oracle.build(module, groups, base=case.base, k=case.k, clipping=case.clipping, dtype=dtype,
                              layer_scale=case.layer_scale,
                              loss_scale=case.loss_scale if case.precision == "fp16" and case.stage > 0 else 1.0)
+    reference.v_dtype = v_dtype
     if case.stage == 0 and case.precision != "fp32":
         # Oddities of plain DeepSpeed 0.19.8 (shards/fp16.py): a step with gradient 0 when the wrapper is built, which
         # the model's weights do not show until the first update, and gradients divided by a loss scale they don't have.
@@ -261,9 +263,10 @@ def start_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle
     return reference, module, groups
 
 
-def run_oracle(case: Case, dtype: torch.dtype = torch.float64) -> tuple[oracle.Oracle, dict[str, Tensor]]:
+def run_oracle(case: Case, dtype: torch.dtype = torch.float64,
+               v_dtype: torch.dtype = torch.float64) -> tuple[oracle.Oracle, dict[str, Tensor]]:
     """The same case by the oracle: the oracle itself, and its weights by name."""
-    reference, module, groups = start_oracle(case, dtype)
+    reference, module, groups = start_oracle(case, dtype, v_dtype)
     for update in range(case.updates):
         reference.update(case.window(update))
     return reference, named(reference.w, module, groups)
@@ -289,7 +292,8 @@ def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
                                  torch.cat([expected[n].double().reshape(-1) for n in expected]))
 
 
-def check_against_oracle(case: Case, tolerance: float, dtype: torch.dtype = torch.float64) -> oracle.Oracle:
+def check_against_oracle(case: Case, tolerance: float, dtype: torch.dtype = torch.float64,
+                         v_dtype: torch.dtype = torch.float64) -> oracle.Oracle:
     """Train on ``case.world`` ranks, and compare every rank's weights with the oracle's.
 
     ``tolerance`` is for a g_v that is used at its own length. A fixed alpha makes a short g_v (small rho, flat loss) as
@@ -298,7 +302,7 @@ def check_against_oracle(case: Case, tolerance: float, dtype: torch.dtype = torc
     Also: the model computes with the master's weights (nothing perturbed is left behind), every rank holds the same
     bits, and the evaluations are those of Algorithm 1.
     """
-    reference, expected = run_oracle(case, dtype)
+    reference, expected = run_oracle(case, dtype, v_dtype)
     tolerance *= max(1.0, reference.amplification / 10)
     results = run_on_ranks(case.world, train, case)
     for rank, result in enumerate(results):

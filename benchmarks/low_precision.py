@@ -1,0 +1,130 @@
+"""Measures what low precision does to LookSAM: the tables in docs/low-precision.md.
+
+    python benchmarks/low_precision.py perturbation        # how far a ViT's rounded weights really move, by rho, dtype
+    python benchmarks/low_precision.py v --data-dir DIR    # training with g_v kept in bf16 beside fp32 (Fashion-MNIST)
+
+One process on the CPU; minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "launch")]
+
+from images import Images, open_images  # noqa: E402
+from vits import build_vit  # noqa: E402
+
+from ds_looksam.algebra import add_perturbation, perturbation_scale, squared_norm  # noqa: E402
+
+RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CPU = torch.device("cpu")
+
+
+def weights_and_gradient(name: str, batch: int) -> tuple[Tensor, Tensor]:
+    """fp32 [n] each: a ViT's weights at initialisation (ImageNet sizes), and a gradient of it on random images."""
+    torch.manual_seed(0)
+    model = build_vit(name, image_size=224, channels=3, classes=1000)
+    model(pixel_values=torch.randn(batch, 3, 224, 224), labels=torch.randint(1000, (batch, ))).loss.backward()
+    parameters = list(model.parameters())
+    return (torch.cat([p.detach().reshape(-1) for p in parameters]),
+            torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None]))
+
+
+def perturbation_table(models: list[str], batch: int) -> None:
+    print("| model | parameters | dtype | " + " | ".join(f"rho {rho}" for rho in RHOS) + " |")
+    print("|---|---|---|" + "---|" * len(RHOS))
+    for name in models:
+        w, g = weights_and_gradient(name, batch)
+        g_squared = squared_norm([g], CPU)
+        for dtype_name, dtype in DTYPES.items():
+            out, cells = torch.empty(w.numel(), dtype=dtype), []
+            for rho in RHOS:
+                scale = perturbation_scale(rho, g_squared)
+                moved, dot, eps = add_perturbation(w, g, lambda lo, hi, scale=scale: scale, out).tolist()
+                changed = (out != w.to(dtype)).float().mean().item()
+                cells.append(f"{(moved / eps)**0.5:.2f}, {dot / (moved * eps)**0.5:.2f}, {changed:.0%}")
+            print(f"| ViT-{name} | {w.numel() / 1e6:.1f} M | {dtype_name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def train(v_dtype: str, seed: int, data_dir: Path, updates: int) -> dict[str, float]:
+    """A small ViT in bf16 with ZeRO stage 1; test loss and accuracy, and how v was kept."""
+    import deepspeed
+
+    import ds_looksam  # noqa: F401 - the import is what a user writes
+
+    torch.manual_seed(seed)
+    training, test = open_images(data_dir)
+    model = build_vit("nano/7", image_size=28, channels=1, classes=10)
+    config = {
+        "train_micro_batch_size_per_gpu": 100, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "LookSAM", "params": {"k": 5, "rho": 0.1, "alpha": 0.2, "lr": 1e-3, "weight_decay": 0.1,
+                                                    "v_dtype": v_dtype}}
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
+    for update in range(updates):
+        images, labels = _batch(training, order[100 * update:100 * update + 100])
+        loss = engine(pixel_values=images, labels=labels).loss
+        engine.backward(loss)
+        engine.step()
+    stored = sum(part.numel() * part.element_size() for part in engine._v)
+    ratio, cosine = engine.looksam.perturbation_ratio.item(), engine.looksam.perturbation_cosine.item()
+    engine.eval()
+    losses, hits = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, 2000, 500):
+            images, labels = _batch(test, torch.arange(start, start + 500))
+            output = engine(pixel_values=images, labels=labels)
+            losses += output.loss.item() / 4
+            hits += int((output.logits.argmax(-1) == labels).sum())
+    engine.destroy()
+    return {"loss": losses, "accuracy": hits / 2000, "bytes": stored, "ratio": ratio, "cosine": cosine}
+
+
+def _batch(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
+    pixels, labels = images.__getitems__(indices.tolist())
+    return ((pixels / 255 - images.mean[0]) / images.std[0]).bfloat16(), labels
+
+
+def v_table(data_dir: Path, updates: int, seeds: int) -> None:
+    import os
+
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        print("| seed | v_dtype | bytes of v | test loss | test accuracy | perturbation ratio, cosine |")
+        print("|---|---|---|---|---|---|")
+        for seed in range(seeds):
+            for v_dtype in ("fp32", "bf16"):
+                row = train(v_dtype, seed, data_dir, updates)
+                print(f"| {seed} | {v_dtype} | {row['bytes']:.0f} | {row['loss']:.4f} | {row['accuracy']:.4f} | "
+                      f"{row['ratio']:.2f}, {row['cosine']:.2f} |", flush=True)
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["perturbation", "v"])
+    parser.add_argument("--models", nargs="+", default=["S/32", "B/16"], help="ViT sizes (default: S/32 B/16)")
+    parser.add_argument("--batch", type=int, default=8, help="random images for the gradient")
+    parser.add_argument("--data-dir", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    if args.what == "perturbation":
+        perturbation_table(args.models, args.batch)
+    else:
+        v_table(args.data_dir, args.updates, args.seeds)
+
+
+if __name__ == "__main__":
+    main()
