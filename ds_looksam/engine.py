@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from .config import (
 from .errors import LookSAMReplayError
 from .guard import PerturbedWeights
 from .layers import perturbation_scales
+from .loss_path import UnknownLoss
 from .optimizers.engine import LayerwiseEngine
 from .rank_check import check_ranks
 from .reduction import ranks_in, sum_over_ranks
-from .replay import Forward, LossFn, Window, loss_again
+from .replay import Backward, Forward, LossFn, MicroBatch, Window, loss_again
 from .schedule import RhoFactors
 from .shards import ScaleOf
 from .side_effects import without_side_effects
@@ -83,6 +85,7 @@ class LookSAMEngine(LayerwiseEngine):
         self._evaluating_again = False  # inside one forward or backward of a replay
         self._replayed_forwards = self._replayed_backwards = 0
         self._replayed = Window()  # of the second evaluation; only its loss
+        self._noted_direct_backward = False
         self._v: Shard | None = None
         self._v_squared_local: Tensor | None = None  # this rank's part of ‖v‖²
 
@@ -125,7 +128,7 @@ class LookSAMEngine(LayerwiseEngine):
                 return super().forward(*inputs, **kwargs)
             record = Forward.capture(self.module, inputs, kwargs)
             output = super().forward(*inputs, **kwargs)
-        self._window.add_forward(record, self.module, output)
+        self._window.add_forward(record, self.module, output, self._note_direct_backward)
         return output
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -134,9 +137,28 @@ class LookSAMEngine(LayerwiseEngine):
             self._refuse_unless_in_closure("backward")
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         if self._status.next_is_sam:
-            self._window.add_backward(loss, self.is_gradient_accumulation_boundary(), scale_wrt_gas)
+            self._window.add_backward(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas))
             self._window.add_loss(loss, self._share(scale_wrt_gas))
         return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    def _backward_now(self, scale_wrt_gas: bool = True, direct: bool = False) -> Backward:
+        return Backward(self.is_gradient_accumulation_boundary(), scale_wrt_gas, direct, no_sync=self.inside_no_sync(),
+                        coalesced=self.inside_coalesce())
+
+    def _note_direct_backward(self, loss: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None,
+                              create_graph: bool = False, inputs: Any = None) -> None:
+        """The user called ``loss.backward()``, on what came out of a forward of a SAM step's window."""
+        self._window.add_backward(loss, self._backward_now(direct=True))
+        self._window.add_loss(loss, self._share(direct=True))
+        self._noted_direct_backward = True
+        if gradient is not None or create_graph or inputs is not None:
+            self._window.unmatched = UnknownLoss("Tensor.backward() was called with gradient, create_graph or inputs")
+
+    def direct_backward_begins(self) -> None:
+        if not self._noted_direct_backward and self._status.next_is_sam and not self._perturbed:
+            self._window.unmatched = UnknownLoss("a backward was run by neither engine.backward(loss) nor "
+                                                 "loss.backward() (torch.autograd.backward, say)")
+        self._noted_direct_backward = False
 
     def step(self, lr_kwargs: dict[str, Any] | None = None, closure: Closure | None = None) -> None:
         """As DeepSpeed's; at the boundary of a SAM step the window is evaluated a second time, at w + eps.
@@ -363,9 +385,11 @@ class LookSAMEngine(LayerwiseEngine):
         rise = torch.tensor(torch.nan) if before is None or after is None else after - before
         return rise.to(self._shards.device, torch.float64).reshape(1)
 
-    def _share(self, scale_wrt_gas: bool) -> float:
-        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so."""
-        return 1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0
+    def _share(self, scale_wrt_gas: bool = True, direct: bool = False) -> float:
+        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so. A loss
+        whose backward was called directly carries the loss scale."""
+        share = 1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0
+        return share / self.gradient_loss_scale() if direct else share
 
     def _scales(self, g: Shard, groups: list[GroupSettings]) -> tuple[Tensor, Tensor, ScaleOf]:
         """‖g‖², ‖v‖² and the factor of g in eps = rho g / ‖g‖. One all-reduce of two scalars."""
@@ -429,13 +453,20 @@ class LookSAMEngine(LayerwiseEngine):
                 if self._closure is not None:
                     self._call_closure(self._closure)
                 else:
-                    for micro_batch in self._window.micro_batches:
-                        args, kwargs = micro_batch.forward.inputs()
-                        loss = loss_again(micro_batch, self._forward_again(*args, **kwargs), self.loss_fn)
-                        self._backward_again(loss, scale_wrt_gas=micro_batch.scale_wrt_gas)
+                    self._replay_window(self._window.micro_batches)
                 self.finish_unmanaged_window()
         finally:
             self._replaying = False
+
+    def _replay_window(self, micro_batches: list[MicroBatch]) -> None:
+        coalesced = any(micro_batch.backward.coalesced for micro_batch in micro_batches)
+        with self.coalesce_grad_reduction() if coalesced else nullcontext():
+            for micro_batch in micro_batches:
+                args, kwargs = micro_batch.forward.inputs()
+                loss = loss_again(micro_batch, self._forward_again(*args, **kwargs), self.loss_fn)
+                backward = micro_batch.backward
+                with self.no_sync() if backward.no_sync else nullcontext():
+                    self._backward_again(loss, scale_wrt_gas=backward.scale_wrt_gas, direct=backward.direct)
 
     def _call_closure(self, closure: Closure) -> None:
         closure()
@@ -457,14 +488,17 @@ class LookSAMEngine(LayerwiseEngine):
         finally:
             self._evaluating_again = False
 
-    def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+    def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,
+                        direct: bool = False) -> Tensor:
         recorded = self._window.micro_batches
         if self._replayed_backwards < len(recorded):
-            self.set_boundary_of_next_backward(recorded[self._replayed_backwards].is_boundary)
+            self.set_boundary_of_next_backward(recorded[self._replayed_backwards].backward.is_boundary)
         self._replayed_backwards += 1
-        self._replayed.add_loss(loss, self._share(scale_wrt_gas))
+        self._replayed.add_loss(loss, self._share(scale_wrt_gas, direct))
         self._evaluating_again = True
         try:
+            if direct:
+                return self.backward_directly(loss)
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         finally:
             self._evaluating_again = False

@@ -108,9 +108,10 @@ class LossTape(TorchFunctionMode):
     around it in any order.
     """
 
-    def __init__(self, module: nn.Module, output: Any) -> None:
+    def __init__(self, module: nn.Module, output: Any, on_backward: Callable[..., None] | None = None) -> None:
         super().__init__()
         self._module = module
+        self._on_backward = on_backward
         self._own_parameters: set[int] | None = None
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._calls: list[_Call] = []
@@ -122,9 +123,12 @@ class LossTape(TorchFunctionMode):
         self._roots = []  # a forward whose output is dropped must be freed with it
 
     @classmethod
-    def start(cls, module: nn.Module, output: Any) -> LossTape:
-        """A tape that records from here on what is made of ``output``, an output of ``module``."""
-        tape = cls(module, output)
+    def start(cls, module: nn.Module, output: Any, on_backward: Callable[..., None] | None = None) -> LossTape:
+        """A tape that records from here on what is made of ``output``, an output of ``module``.
+
+        ``on_backward`` is called with the arguments of ``loss.backward()``, before it, for a loss that depends on it.
+        """
+        tape = cls(module, output, on_backward)
         _push_at_bottom(tape)
         return tape
 
@@ -180,6 +184,10 @@ class LossTape(TorchFunctionMode):
         if any(isinstance(part, Tensor) and part in self._known for part in in_slices):
             self._note_read_out("slice")
         if not any(self._depends_on_model(t) for t in tensors):
+            return function(*args, **kwargs)
+        if function is Tensor.backward:
+            if self._on_backward is not None:
+                self._on_backward(*args, **kwargs)
             return function(*args, **kwargs)
 
         call = self._describe(function, args, kwargs, tensors)

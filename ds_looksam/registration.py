@@ -39,8 +39,8 @@ def _engine_for_configuration(cls: type[DeepSpeedEngine], *args: Any, **kwargs: 
     if ours is not None and not issubclass(cls, ours):
         if cls is not DeepSpeedEngine:
             raise LookSAMConfigError(
-                f"optimizer.type {name!r} is not supported by {cls.__name__}; it needs a plain DeepSpeedEngine: a "
-                "model that is no PipelineModule, and hybrid_engine.enabled false")
+                f"optimizer.type {name!r} is not supported by {cls.__name__}; use a model that is no PipelineModule, "
+                "and leave hybrid_engine.enabled off")
         cls = ours
     return object.__new__(cls)
 

@@ -57,14 +57,32 @@ class Forward:
                              (self.args, self.kwargs))
 
 
+@dataclass(frozen=True)
+class Backward:
+    """How the user ran one backward.
+
+    Attributes:
+        is_boundary: whether DeepSpeed took it for the last one of its accumulation window.
+        scale_wrt_gas: ``engine.backward``'s argument.
+        direct: ``loss.backward()`` instead of ``engine.backward(loss)``.
+        no_sync: inside ``engine.no_sync()``.
+        coalesced: inside ``engine.coalesce_grad_reduction()``.
+    """
+
+    is_boundary: bool
+    scale_wrt_gas: bool = True
+    direct: bool = False
+    no_sync: bool = False
+    coalesced: bool = False
+
+
 @dataclass
 class MicroBatch:
     """One forward and the backward that followed it. ``loss`` tells how it came out of the forward's output, or why
     that is not known."""
 
     forward: Forward
-    is_boundary: bool
-    scale_wrt_gas: bool
+    backward: Backward
     loss: LossPath | Recording | UnknownLoss
 
 
@@ -80,20 +98,22 @@ class Window:
     tape: LossTape | None = None
     loss: Tensor | None = None  # of the micro-batches so far, see add_loss
 
-    def add_forward(self, forward: Forward, module: torch.nn.Module, output: Any) -> None:
+    def add_forward(self, forward: Forward, module: torch.nn.Module, output: Any,
+                    on_backward: Callable[..., None]) -> None:
         """Remember a forward. Its inputs are kept by the graph of its loss, so one whose loss is dropped (metrics,
         an evaluation without no_grad) is forgotten with it; only the newest is held here. What is made of its output
-        is recorded from here on."""
+        is recorded from here on, and ``on_backward`` called with the arguments of a ``loss.backward()``."""
         mark(output, forward)
         self.last_forward = forward
         self.forwards_since_backward += 1
         self.stop_recording()
-        self.tape = LossTape.start(module, output)
+        self.tape = LossTape.start(module, output, on_backward)
 
-    def add_backward(self, loss: Tensor, is_boundary: bool, scale_wrt_gas: bool) -> None:
+    def add_backward(self, loss: Tensor, backward: Backward) -> None:
         """Match a backward with its forward. Problems are kept, and told by :meth:`check`, at the boundary."""
         self.backwards += 1
-        tape = self.stop_recording()
+        # A direct backward is seen by the tape itself, which cannot be taken off while it is being called.
+        tape = self.tape if backward.direct else self.stop_recording()
         forward = self.last_forward
         path: LossPath | Recording | UnknownLoss
         try:
@@ -109,7 +129,7 @@ class Window:
                 except UnknownLoss as reason_of_tape:
                     path = reason_of_tape
         if forward is not None:
-            self.micro_batches.append(MicroBatch(forward, is_boundary, scale_wrt_gas, path))
+            self.micro_batches.append(MicroBatch(forward, backward, path))
         self.last_forward, self.forwards_since_backward = None, 0
 
     def add_loss(self, loss: Tensor, share: float) -> None:
@@ -131,7 +151,9 @@ class Window:
         """Raise LookSAMReplayError if the window cannot be evaluated again without a closure."""
         reasons = [self.unmatched] if self.unmatched else []
         if not self.micro_batches:
-            reasons.append(UnknownLoss("no engine.backward() was seen in this window"))
+            reasons.append(UnknownLoss("no backward was seen in this window"))
+        if len({mb.backward.coalesced for mb in self.micro_batches}) > 1:
+            reasons.append(UnknownLoss("only some of the window's backwards ran inside coalesce_grad_reduction()"))
         if loss_fn is None:
             reasons += [mb.loss for mb in self.micro_batches if isinstance(mb.loss, UnknownLoss)]
         if reasons:

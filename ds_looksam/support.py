@@ -97,21 +97,25 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
                    f"{model}; use \"fp32\", or leave it out to accumulate in the model's dtype")
     if config.optimizer_legacy_fusion:
         yield "optimizer.legacy_fusion: not supported; leave it out"
-    if config.torch_autocast_enabled:
-        yield "torch_autocast.enabled: not supported; use bf16 or fp32"
+    if config.torch_autocast_enabled and config.torch_autocast_dtype != torch.bfloat16:
+        yield ("torch_autocast.dtype: only \"bfloat16\" is supported (fp16 scales the loss with a GradScaler that "
+               "skips updates unseen); use it, or \"fp16\": {\"enabled\": true}")
     if zero.offload_param is not None and zero.offload_param.device == "nvme":
         yield "zero_optimization.offload_param.device \"nvme\": not supported; use \"cpu\""
     if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none" and stage == 3:
         if zero.offload_optimizer.ratio != 1.0:
             yield ("zero_optimization.offload_optimizer.ratio: not supported (a second optimizer updates the part that "
                    "stays on the accelerator, out of the LR scheduler's sight); leave it at 1.0")
+    if zero.offload_optimizer is not None and zero.offload_optimizer.super_offload:
+        yield "zero_optimization.offload_optimizer.super_offload: not supported; leave it off (ordinary offload)"
     if zero.zenflow is not None:
         yield "zero_optimization.zenflow: not supported; leave it out"
+    if config.data_efficiency_enabled:
+        yield ("data_efficiency.enabled: not supported (curriculum sampling and random-LTD have not been tested with a "
+               "second evaluation); leave it off")
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, key):
             yield f"zero_optimization.{key}: not supported (ZeRO++ quantization); leave it out"
-    if zero.zero_hpz_partition_size > 1:
-        yield "zero_optimization.zero_hpz_partition_size: not supported; leave it at 1"
     if config.compile_config.deepcompile:
         yield "compile.deepcompile: not supported; use engine.compile() without it"
     if config.tensor_parallel_config.autotp_size > 1:
@@ -125,7 +129,8 @@ def refuse_model(engine: Any) -> None:
         LookSAMConfigError: the model is parallel in another way than by data, or its gradients are sparse.
     """
     if engine.has_moe_layers:
-        raise LookSAMConfigError("LookSAM does not support MoE layers: norms over expert groups are not implemented")
+        raise LookSAMConfigError("LookSAM does not support MoE layers (norms over expert groups are not implemented); "
+                                 "use dense layers")
     if engine.sequence_parallel_size > 1:
         raise LookSAMConfigError("LookSAM does not support sequence_parallel_size > 1; use data parallelism (ZeRO)")
     if any(getattr(module, "sparse", False) is True for module in engine.module.modules()):

@@ -36,10 +36,12 @@ class Group:
     bias_correction: bool = True
     min_coeff: float = 0.0
     max_coeff: float = math.inf
+    nesterov: bool = False
 
 
 class Base:
-    """AdamW, SGD with (heavy-ball) momentum, LAMB and LARS, on one vector with per-element hyper-parameters.
+    """Optimizers on one vector with per-element hyper-parameters: AdamW, Adam with L2 regularisation, SGD with
+    (heavy-ball or Nesterov) momentum, Adagrad, Lion, LAMB and LARS.
 
     ``layers``: where each parameter tensor lies in the vector, and its group.
     """
@@ -59,12 +61,23 @@ class Base:
         lr, decay = self.of_group(lambda g: g.lr), self.of_group(lambda g: g.weight_decay)
         if self.name == "SGD":
             u = u + decay * w
-            self.m = u if self.m is None else self.of_group(lambda g: g.momentum) * self.m + u
-            return w - lr * self.m
-        if self.name == "AdamW":
-            b1, b2 = self.of_group(lambda g: g.betas[0]), self.of_group(lambda g: g.betas[1])
+            momentum = self.of_group(lambda g: g.momentum)
+            self.m = u if self.m is None else momentum * self.m + u
+            return w - lr * torch.where(self.of_group(lambda g: g.nesterov) > 0, u + momentum * self.m, self.m)
+        if self.name == "Adagrad":
+            u = u + decay * w
+            self.s = u * u if self.s is None else self.s + u * u
+            return w - lr * u / (self.s.sqrt() + self.of_group(lambda g: g.eps))
+        b1, b2 = self.of_group(lambda g: g.betas[0]), self.of_group(lambda g: g.betas[1])
+        if self.name == "Lion":  # Chen et al. 2023 (arXiv 2302.06675), Algorithm 2
+            m = torch.zeros_like(w) if self.m is None else self.m
+            self.m = b2 * m + (1 - b2) * u
+            return w - lr * ((b1 * m + (1 - b1) * u).sign() + decay * w)
+        if self.name in ("AdamW", "Adam"):
             if self.m is None or self.s is None:
                 self.m, self.s = torch.zeros_like(w), torch.zeros_like(w)
+            if self.name == "Adam":
+                u, decay = u + decay * w, torch.zeros_like(decay)
             self.m = b1 * self.m + (1 - b1) * u
             self.s = b2 * self.s + (1 - b2) * u * u
             m_hat, s_hat = self.m / (1 - b1**self.steps), self.s / (1 - b2**self.steps)
@@ -201,11 +214,11 @@ class ModuleGradient:
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str], dtype: torch.dtype = torch.float64,
-                 loss_scale: float = 1.0) -> None:
+                 loss_scale: float = 1.0, autocast: torch.dtype | None = None) -> None:
         self.module = module.to(dtype)
         parameters = dict(module.named_parameters())
         self.parameters = [parameters[name] for name in names]
-        self.dtype, self.loss_scale = dtype, loss_scale
+        self.dtype, self.loss_scale, self.autocast = dtype, loss_scale, autocast
 
     def __call__(self, w: Tensor, window: Sequence[Sequence[Tensor]]) -> Tensor:
         offset = 0
@@ -215,7 +228,8 @@ class ModuleGradient:
         total = torch.zeros_like(w)
         for micro_batch in window:
             inputs = [t.to(self.dtype) if t.is_floating_point() else t for t in micro_batch]
-            loss = self.module(*inputs) * self.loss_scale
+            with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None):
+                loss = self.module(*inputs) * self.loss_scale
             grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             total += torch.cat([
                 torch.zeros(p.numel(), dtype=torch.float64) if g is None else g.double().reshape(-1)
@@ -225,7 +239,8 @@ class ModuleGradient:
 
 
 def build(module: nn.Module, groups: Sequence[Group], *, base: str, k: int, clipping: float = 0.0,
-          dtype: torch.dtype = torch.float64, loss_scale: float = 1.0, layer_scale: str | None = None) -> Oracle:
+          dtype: torch.dtype = torch.float64, loss_scale: float = 1.0, autocast: torch.dtype | None = None,
+          layer_scale: str | None = None) -> Oracle:
     """An oracle for the trainable parameters of ``module`` that ``groups`` name; starts from the module's weights."""
     parameters = dict(module.named_parameters())
     names = [name for group in groups for name in group.names]
@@ -237,7 +252,7 @@ def build(module: nn.Module, groups: Sequence[Group], *, base: str, k: int, clip
         for name in group.names:
             layers.append((slice(offset, offset + parameters[name].numel()), group))
             offset += parameters[name].numel()
-    return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale), k=k, clipping=clipping,
+    return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale, autocast), k=k, clipping=clipping,
                   base=Base(base, groups, group_of, layers), layer_scale=layer_scale)
 
 

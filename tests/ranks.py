@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import functools
 import gc
 import logging
 import multiprocessing
@@ -123,9 +124,12 @@ def _output_file(folder: str, rank: int) -> str:
 
 
 def _serve(rank: int, world_size: int, folder: str, pipe: Any) -> None:
+    import cpuinfo
     import deepspeed
     import torch
 
+    # DeepSpeed's CPU optimizers ask at each construction what CPU this is, which takes seconds on a busy machine.
+    cpuinfo.get_cpu_info = functools.lru_cache(cpuinfo.get_cpu_info)
     output = os.open(_output_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -6,12 +6,15 @@ and models whose parameters come and go, are what found errors.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from .covering import covering
-from .training import Case, check_against_oracle
+from .ranks import run_on_ranks
+from .training import Case, check_against_oracle, train
 
 CPU = {"device": "cpu"}
 TOLERANCE = {"fp32": 3e-5, "bf16": 2e-2}
@@ -62,13 +65,19 @@ def test_optimizer_state_on_nvme(case: Case, tmp_path: Path) -> None:
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("DeepSpeed's async_io op needs libaio (Debian: libaio-dev)")
-    check_against_oracle(_on_nvme(case, tmp_path), TOLERANCE[case.precision])
+    case = _on_nvme(case, tmp_path)
+    if case.precision == "fp32":
+        check_against_oracle(case, TOLERANCE["fp32"])
+    on_cpu = replace(case, zero={**case.zero, "offload_optimizer": CPU})
+    for nvme, cpu in zip(run_on_ranks(2, train, case), run_on_ranks(2, train, on_cpu), strict=True):
+        for name, weight in cpu.weights.items():
+            assert torch.equal(nvme.weights[name], weight), f"{name} is not what offload to the CPU gives"
 
 
 def _on_nvme(case: Case, folder: Path) -> Case:
-    from dataclasses import replace
-
     zero = dict(case.zero)
     pipeline = {"pipeline_read": True, "pipeline_write": True, "buffer_count": 6} if zero.pop("pipeline", False) else {}
     offload = {"device": "nvme", "nvme_path": str(folder), **pipeline}
-    return replace(case, model="wide", stage=3, updates=5, k=2, zero={**zero, "offload_optimizer": offload})
+    # Most of the model's 10^6 gradients are tiny: an eps below their rounding would make Adam step by their sign.
+    return replace(case, model="wide", stage=3, updates=5, k=2, options={"eps": 1e-4}, zero={**zero,
+    "offload_optimizer": offload})

@@ -24,6 +24,9 @@ class HostEngine(DeepSpeedEngine):
     _unmanaged_backward_count: int
     _running_engine_step: bool
     warn_unscaled_loss: bool
+    inside_no_sync_ctxt: bool
+    _running_engine_backward: bool
+    _manual_backward_expected: bool
     device: torch.device
 
     def own_optimizer_class(self) -> type[torch.optim.Optimizer] | None:
@@ -61,6 +64,23 @@ class HostEngine(DeepSpeedEngine):
         """Override the engine's accumulation counter for one backward of a replay."""
         self._is_gradient_accumulation_boundary = is_boundary
 
+    def inside_no_sync(self) -> bool:
+        """Whether the caller is inside ``engine.no_sync()``."""
+        return self.inside_no_sync_ctxt and not self.inside_coalesce()
+
+    def inside_coalesce(self) -> bool:
+        """Whether the caller is inside ``engine.coalesce_grad_reduction()``."""
+        return getattr(self.optimizer, "_coalesce_grad_reduction", False)
+
+    def direct_backward_begins(self) -> None:
+        """Called when a backward reaches the output of a forward without ``engine.backward``."""
+
+    def backward_directly(self, loss: torch.Tensor) -> torch.Tensor:
+        """``loss.backward()``, as a user who has scaled the loss where fp16 asks for it."""
+        self._manual_backward_expected = True
+        loss.backward()
+        return loss
+
     def finish_unmanaged_window(self) -> None:
         """Reduce what ``managed_gradient_accumulation: false`` leaves for step() to reduce. Collective."""
         if self.managed_gradient_accumulation():
@@ -87,6 +107,15 @@ class HostEngine(DeepSpeedEngine):
     def leave_failed_step(self) -> None:
         """step() raised: put back the flags that its normal end resets, so that it can be called again."""
         self._running_engine_step = False
+
+    def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
+        super()._configure_optimizer(client_optimizer, model_parameters)
+        keep_adagrad(self.optimizer, self.basic_optimizer)
+
+    def _backward_prologue(self) -> None:
+        if not self._running_engine_backward:
+            self.direct_backward_begins()
+        super()._backward_prologue()
 
     def _set_distributed_vars(self, args: Any) -> None:
         super()._set_distributed_vars(args)
@@ -118,3 +147,23 @@ class HostEngine(DeepSpeedEngine):
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         self.update_at_boundary(lambda: super(HostEngine, self)._take_model_step(lr_kwargs))
+
+
+def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:
+    """Undo what DeepSpeed's ZeRO wrappers do to ``torch.optim.Adagrad``.
+
+    They put a new one, made from its defaults, in its place, because it makes its state at construction, for parameters
+    that are no longer those it steps. Every param group but one is lost with it, and what the groups brought.
+    """
+    if not isinstance(adagrad, torch.optim.Adagrad) or getattr(wrapper, "optimizer", adagrad) is adagrad:
+        return
+    in_stage_3 = hasattr(wrapper, "fp32_partitioned_groups_flat")
+    flats = wrapper.fp32_partitioned_groups_flat if in_stage_3 else wrapper.single_partition_of_fp32_groups
+    start = adagrad.defaults["initial_accumulator_value"]
+    adagrad.state.clear()
+    for flat in flats:
+        adagrad.state[flat] = {"step": torch.zeros(()), "sum": torch.full_like(flat.detach(), start)}
+    wrapper.optimizer = adagrad
+    if not in_stage_3:  # for the groups that were lost, what DeepSpeed knows of each parameter is missing too
+        wrapper._link_all_hp_params()
+        wrapper._param_slice_mappings = wrapper._create_param_mapping()

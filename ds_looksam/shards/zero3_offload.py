@@ -38,19 +38,19 @@ class Zero3OffloadShards(Zero3Shards):
     def give_gradient(self, gradient: Shard) -> None:
         self._zero.norm_for_param_grads = {}
         for i, (flat, segments) in enumerate(zip(gradient, self._segments, strict=True)):
-            self._hand_over(i, segments, [flat.narrow(0, s.start, s.numel) for s in segments])
+            self._hand_over(i, flat, segments)
 
     def keep_gradient(self) -> None:
         """Hand over what DeepSpeed has not: the partitions of parameters without a gradient in the last micro-batch.
 
-        The step would find the gradient of an earlier window in their place, and on NVMe, for a parameter that never
-        had one, whatever was last in the swap buffer.
+        The step would find the gradient of an earlier window in their place. A sub-group on NVMe is handed over whole.
         """
         zero = self._zero
         for i, segments in enumerate(self._segments):
-            flat = self._flat_gradient(i)
-            missing = [s for s in segments if zero.get_param_id(s.parameter) not in zero.norm_for_param_grads]
-            self._hand_over(i, missing, [flat.narrow(0, s.start, s.numel).to(torch.float32) for s in missing])
+            if not zero._swappable_optimizer_subgroup(i):
+                segments = [s for s in segments if zero.get_param_id(s.parameter) not in zero.norm_for_param_grads]
+            if segments:
+                self._hand_over(i, self._flat_gradient(i).to(torch.float32), segments)
 
     def master_weights(self) -> Shard:
         """As everywhere; a sub-group on NVMe is read into memory."""
@@ -89,19 +89,21 @@ class Zero3OffloadShards(Zero3Shards):
         sizes = self._zero.fp16_partitioned_groups_flat_numel
         return self._zero.grad_partitions_flat_buffer.narrow(0, sum(sizes[:i]), sizes[i])
 
-    def _hand_over(self, i: int, segments: list[Segment], parts: list[Tensor]) -> None:
-        """Give sub-group i's optimizer step the gradient of some of its parameters, and its norms."""
-        if not segments:
-            return
+    def _hand_over(self, i: int, flat: Tensor, segments: list[Segment]) -> None:
+        """Give sub-group i's optimizer step the gradient of the parameters in ``segments``, and its norms."""
         zero, master = self._zero, self._zero.fp32_partitioned_groups_flat[i]
-        norms = torch._foreach_norm(parts)
+        parts = [flat.narrow(0, s.start, s.numel) for s in segments]
+        norms = torch._foreach_norm(parts) if parts else ()
         zero.norm_for_param_grads.update(
             {zero.get_param_id(s.parameter): norm for s, norm in zip(segments, norms, strict=True)})
         if zero._swappable_optimizer_subgroup(i):
-            # Cut as DeepSpeed cuts them, so that they replace the pieces that it handed over at the boundary.
-            zero.optimizer_swapper.swap_out_gradients(parameter=master, gradient_tensors=parts,
-                                                      gradient_offsets=[s.start for s in segments])
-        else:
+            # In memory, where DeepSpeed keeps small gradients until the step. It writes large ones to NVMe and reads
+            # each to its place in the sub-group, which O_DIRECT refuses where that is not aligned to a block: DeepSpeed
+            # 0.19.8 alone does not notice, and steps with whatever was in the buffer.
+            swapped = zero.optimizer_swapper.swap_params_info[zero.optimizer_swapper.parameter_id(master)]
+            swapped.swapped_gradients = {}
+            swapped.unswapped_gradients = {0: flat}
+        elif parts:
             torch._foreach_copy_([master.grad.narrow(0, s.start, s.numel) for s in segments], parts)
 
     @contextmanager

@@ -1,0 +1,140 @@
+"""What LookSAM supports, as data: rendered into the README and by ``python -m ds_looksam report``, checked by the
+tests.
+
+A row is supported only with tests that compare it with the oracle, and refused only if a test sees the refusal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ALL = (0, 1, 2, 3)
+ZERO = (1, 2, 3)
+FULL, BF16, EVERY = ("fp32", ), ("fp32", "bf16"), ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Supported:
+    """A feature that training with LookSAM is right with.
+
+    Attributes:
+        feature: the JSON key or call, and what it is.
+        stages: ZeRO stages it was compared with the oracle on; on the others DeepSpeed does not have it, or see
+        Refused. precisions: likewise. offload: whether also with ``offload_optimizer`` to the CPU. tests:
+        ``file::function`` of the tests that show it.
+    """
+
+    feature: str
+    stages: tuple[int, ...]
+    precisions: tuple[str, ...]
+    offload: bool
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A feature that raises LookSAMConfigError at initialize.
+
+    Attributes:
+        feature: the JSON key or call, and what it is.
+        instead: the way out.
+        config: JSON that shows it, merged into a working configuration; None where it takes a model or a call.
+    """
+
+    feature: str
+    instead: str
+    config: dict[str, Any] | None = None
+
+
+SUPPORTED = (
+    Supported("fp32", ALL, FULL, True, ("test_oracle_grid.py::test_matches_oracle",)),
+    Supported("`bf16`, `fp16`", ALL, ("bf16", "fp16"), True,
+              ("test_low_precision.py::test_one_rank_tight", "test_low_precision.py::test_low_precision_accumulation",
+               "test_offload.py::test_offload_to_cpu")),
+    Supported("`data_types.grad_accum_dtype` fp32", ZERO, ("bf16", "fp16"), False,
+              ("test_low_precision.py::test_fp32_accumulation_tight", )),
+    Supported("`torch_autocast`, dtype bfloat16", ALL, FULL, True,
+              ("test_torch_features.py::test_autocast", "test_torch_features.py::test_autocast_tightly")),
+    Supported("`offload_optimizer` to `cpu`, DeepSpeed's CPU optimizers or torch's", ZERO, BF16, True,
+              ("test_offload.py::test_offload_to_cpu", "test_offload.py::test_torch_optimizer_on_the_cpu")),
+    Supported("`offload_optimizer` to `nvme`, pipelined or not", (3, ), BF16, True,
+              ("test_offload.py::test_optimizer_state_on_nvme", )),
+    Supported("`offload_param` to `cpu`", (3, ), BF16, True, ("test_offload.py::test_offload_to_cpu", )),
+    Supported("models built under `deepspeed.zero.Init`", (3, ), FULL, False,
+              ("test_stage3_options.py::test_models_built_under_zero_init", "test_stage3_options.py::test_options")),
+    Supported("`stage3_param_persistence_threshold`, `sub_group_size`, `reduce_scatter` off, "
+              "`contiguous_gradients` off, bucket sizes", (3, ), FULL, False,
+              ("test_stage3_options.py::test_options", )),
+    Supported("hpZ: `zero_hpz_partition_size`", (3, ), FULL, False, ("test_stage3_options.py::test_hpz", )),
+    Supported("activation checkpointing: torch's (reentrant or not), DeepSpeed's", ALL, FULL, False,
+              ("test_torch_features.py::test_activation_checkpointing", )),
+    Supported("`engine.compile()`", ALL, FULL, False, ("test_torch_features.py::test_compiled", )),
+    Supported("gradient accumulation, managed or `managed_gradient_accumulation` false", ALL, EVERY, True,
+              ("test_accumulation.py::test_ways_to_accumulate",
+              "test_low_precision.py::test_low_precision_accumulation",
+               "test_accumulation.py::test_ways_to_accumulate_with_offload")),
+    Supported("`set_gradient_accumulation_boundary`", ALL, FULL, False,
+              ("test_accumulation.py::test_ways_to_accumulate", )),
+    Supported("`loss.backward()` instead of `engine.backward(loss)`", ZERO, FULL, False,
+              ("test_accumulation.py::test_ways_to_accumulate", )),
+    Supported("`engine.no_sync()`", (0, 1), FULL, False, ("test_accumulation.py::test_ways_to_accumulate", )),
+    Supported("`engine.coalesce_grad_reduction()`", ZERO, FULL, True,
+              ("test_accumulation.py::test_ways_to_accumulate",
+               "test_accumulation.py::test_ways_to_accumulate_with_offload")),
+    Supported("`gradient_clipping`", ALL, EVERY, True,
+              ("test_oracle_grid.py::test_matches_oracle", "test_offload.py::test_offload_to_cpu")),
+    Supported("`scheduler`, every one of DeepSpeed's, and torch's through `lr_scheduler=`", ALL, FULL, False,
+              ("test_schedules.py::test_schedulers", )),
+    Supported("`training_data`, `engine.deepspeed_io`", ALL, FULL, False,
+              ("test_schedules.py::test_deepspeeds_data_loader", )),
+    Supported("base AdamW, Adam (`adam_w_mode` false: L2), `torch_adam`, SGD (momentum, Nesterov), Adagrad", ALL, FULL,
+              True, ("test_bases.py::test_bases", "test_bases.py::test_bases_on_the_cpu")),
+    Supported("base Lion", ZERO, FULL, True, ("test_bases.py::test_lion", )),
+    Supported("base LAMB and LARS, Look-LayerSAM", ALL, FULL, False, ("test_layerwise_oracle.py::test_matches_oracle",
+    )),
+)
+
+REFUSED = (
+    Refused("`offload_param` to `nvme`", "offload it to `cpu`",
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}),
+    Refused("`offload_optimizer.ratio` below 1", "leave it at 1.0",
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}),
+    Refused("SuperOffload: `offload_optimizer.super_offload`", "leave it off: ordinary offload",
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}),
+    Refused("ZenFlow: `zero_optimization.zenflow`", "leave it out: ordinary offload",
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"},
+                                   "zenflow": {"topk_ratio": 0.1, "update_interval": 4, "full_warm_up_rounds": 0,
+                                               "overlap_step": False}}}),
+    Refused("ZeRO++ quantization: `zero_quantized_weights`", "leave it off; hpZ is supported",
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}),
+    Refused("ZeRO++ quantization: `zero_quantized_gradients`", "leave it off",
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}),
+    Refused("DeepCompile: `compile.deepcompile`", "`engine.compile()` without it", {"compile": {"deepcompile": True}}),
+    Refused("AutoTP: `tensor_parallel.autotp_size`", "data parallelism (ZeRO)", {"tensor_parallel": {"autotp_size":
+    2}}), Refused("`torch_autocast.dtype` float16", "bfloat16, or `fp16`",
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
+    Refused("curriculum sampling and random-LTD: `data_efficiency`", "leave it off",
+            {"data_efficiency": {"enabled": True}}),
+    Refused("base Muon", "AdamW, or LookSAM without Muon", {"optimizer": {"base_optimizer": "Muon"}}),
+    Refused("hybrid engine: `hybrid_engine.enabled`", "leave it off", {"hybrid_engine": {"enabled": True}}),
+    Refused("`PipelineModule`", "a plain module with ZeRO"),
+    Refused("MoE layers (`deepspeed.moe`)", "dense layers"),
+    Refused("Ulysses: `sequence_parallel_size` above 1", "data parallelism (ZeRO)"),
+    Refused("model parallelism (`mpu`)", "data parallelism (ZeRO)"),
+    Refused("sparse gradients (`nn.Embedding(sparse=True)`)", "`sparse=False`"),
+    Refused("`deepspeed.initialize(optimizer=...)`", "name it in `optimizer.params.base_optimizer`"),
+)
+
+
+def render() -> str:
+    """The table as Markdown, and the list of what is refused."""
+    lines = ["| supported | stage | precision | with offload | compared with the oracle in `tests/` |",
+             "|---|---|---|---|---|"]
+    for row in SUPPORTED:
+        files = ", ".join(dict.fromkeys(f"`{test.partition('::')[0]}`" for test in row.tests))
+        lines.append(f"| {row.feature} | {', '.join(map(str, row.stages))} | {', '.join(row.precisions)} "
+                     f"| {'yes' if row.offload else ''} | {files} |")
+    lines += ["", "| refused at initialize | use instead |", "|---|---|"]
+    lines += [f"| {row.feature} | {row.instead} |" for row in REFUSED]
+    return "\n".join(lines)

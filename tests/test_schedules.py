@@ -1,0 +1,141 @@
+"""LR schedules and DeepSpeed's data loader: the rate a scheduler sets reaches the base optimizer, once per update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import oracle
+from .models import CLASSES, FEATURES, make_model
+from .ranks import run_on_ranks
+from .test_oracle_grid import TOLERANCE
+from .training import Case, distance, engine_for, master_weights, named, train_window
+
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "WarmupLR": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 5, "warmup_type": "linear"},
+    "WarmupDecayLR": {"warmup_min_lr": 1e-3, "warmup_max_lr": 0.02, "warmup_num_steps": 3, "total_num_steps": 9},
+    "WarmupCosineLR": {"warmup_min_ratio": 0.1, "warmup_num_steps": 3, "total_num_steps": 9},
+    "LRRangeTest": {"lr_range_test_min_lr": 1e-3, "lr_range_test_step_size": 2, "lr_range_test_step_rate": 1.0},
+    "OneCycle": {"cycle_min_lr": 1e-3, "cycle_max_lr": 0.02, "cycle_first_step_size": 3, "decay_lr_rate": 0.1,
+                 "decay_step_size": 2, "cycle_min_mom": 0.8, "cycle_max_mom": 0.9},
+    "torch": {},
+}
+
+
+def train_on_schedule(case: Case, scheduler: str) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
+    """The weights, and the hyper-parameters of each group at each update. Collective."""
+    import deepspeed
+
+    module = make_model(case.model, case.seed)
+    config = case.json()
+    client = None
+    if scheduler == "torch":
+        def client(optimizer: Any) -> Any:
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.7**t)
+    else:
+        config["scheduler"] = {"type": scheduler, "params": SCHEDULERS[scheduler]}
+    engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=case.model_parameters(module),
+                                      lr_scheduler=client)
+    hyper = []
+    try:
+        for update in range(case.updates):
+            hyper.append([{key: group[key] for key in ("lr", "betas")} for group in engine.optimizer.param_groups])
+            train_window(engine, case, update)
+        return master_weights(engine), hyper
+    finally:
+        engine.destroy()
+
+
+def train_base_on_schedule(case: Case, scheduler: str) -> list[list[dict[str, Any]]]:
+    """What the scheduler sets in a plain DeepSpeed run."""
+    with engine_for(case, looksam=False, adapt=lambda json: json.update(
+            scheduler={"type": scheduler, "params": SCHEDULERS[scheduler]})) as engine:
+        hyper = []
+        for update in range(case.updates):
+            hyper.append([{key: group[key] for key in ("lr", "betas")} for group in engine.optimizer.param_groups])
+            train_window(engine, case, update)
+        return hyper
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_schedulers(scheduler: str, stage: int) -> None:
+    case = Case(stage=stage, two_groups=True, updates=9, accumulation=2)
+    results = run_on_ranks(case.world, train_on_schedule, case, scheduler)
+    module = make_model(case.model, case.seed)
+    groups = case.oracle_groups(module)
+    reference = oracle.build(module, groups, base=case.base, k=case.k)
+    _, schedule = results[0]
+    for update, hyper in enumerate(schedule):
+        for group, values in zip(groups, hyper, strict=True):
+            group.lr, group.betas = values["lr"], tuple(values["betas"])
+        reference.update(case.window(update))
+    for weights, hyper in results:
+        assert hyper == schedule
+        assert distance(weights, named(reference.w, module, groups)) <= TOLERANCE
+    assert len({str(hyper) for hyper in schedule}) > 3, "the schedule was meant to move"
+    if scheduler != "torch":
+        assert schedule == run_on_ranks(case.world, train_base_on_schedule, case, scheduler)[0]
+
+
+# The data loader ------------------------------------------------------------------------------------------------------
+
+SAMPLES = 96
+
+
+class Samples(torch.utils.data.Dataset):
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(SAMPLES, FEATURES, generator=generator)
+        self.y = torch.randint(0, CLASSES, (SAMPLES, ), generator=generator)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+def train_from_loader(case: Case, repeated: bool) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """An epoch of DeepSpeed's loader, distributed and shuffled by DeepSpeed: weights, and what this rank was given."""
+    import deepspeed
+
+    module, data = make_model(case.model, case.seed), Samples()
+    engine, _, loader, _ = deepspeed.initialize(model=module, config=case.json(), training_data=data,
+                                                model_parameters=case.model_parameters(module))
+    try:
+        if repeated:  # what train_batch-like loops use: an iterator that never ends
+            from deepspeed.runtime.dataloader import RepeatingLoader
+
+            loader = RepeatingLoader(engine.deepspeed_io(data))
+        seen = []
+        for x, y in loader:
+            seen.append((x.clone(), y.clone()))
+            engine.backward(engine(x, y))
+            engine.step()
+            if len(seen) == case.updates * case.accumulation:
+                break
+        return master_weights(engine), seen
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["training_data", "deepspeed_io"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeeds_data_loader(stage: int, repeated: bool) -> None:
+    case = Case(stage=stage, accumulation=2, updates=8 if repeated else 6)
+    results = run_on_ranks(case.world, train_from_loader, case, repeated)
+    module = make_model(case.model, case.seed)
+    groups = case.oracle_groups(module)
+    reference = oracle.build(module, groups, base=case.base, k=case.k)
+    for update in range(case.updates):
+        here = slice(update * case.accumulation, (update + 1) * case.accumulation)
+        reference.update([batch for _, seen in results for batch in seen[here]])
+    for weights, seen in results:
+        assert len(seen) == case.updates * case.accumulation
+        assert distance(weights, named(reference.w, module, groups)) <= TOLERANCE
+    assert not torch.equal(results[0][1][0][0], results[1][1][0][0]), "ranks were meant to get different samples"

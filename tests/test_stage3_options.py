@@ -1,0 +1,57 @@
+"""ZeRO-3's options against the oracle: what decides where parameters lie, and which gathered copies of them exist.
+
+A copy of the old weights that survives the perturbation, or one of w + eps that survives the restore, is off by rho.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from .ranks import run_on_ranks
+from .test_oracle_grid import TOLERANCE
+from .training import Case, check_against_oracle, engine_for, train_window
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "persistence-none": {"stage3_param_persistence_threshold": 0},
+    "persistence-all": {"stage3_param_persistence_threshold": 10**6},
+    "sub-groups": {"sub_group_size": 30},
+    "no-reduce-scatter": {"reduce_scatter": False},
+    "not-contiguous": {"contiguous_gradients": False},
+    "small-buckets": {"reduce_bucket_size": 50, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0},
+    "overlap": {"overlap_comm": True},
+    "gather-16bit": {"stage3_gather_16bit_weights_on_model_save": True},
+}
+
+
+@pytest.mark.parametrize("zero_init", [False, True], ids=["plain", "zero_init"])
+@pytest.mark.parametrize("option", list(OPTIONS))
+def test_options(option: str, zero_init: bool) -> None:
+    check_against_oracle(Case(stage=3, zero=OPTIONS[option], zero_init=zero_init, accumulation=2, two_groups=True,
+                              clipping=0.05), TOLERANCE)
+
+
+@pytest.mark.parametrize("model", ["tied", "tiny", "straddling", "dead_and_frozen", "sometimes"])
+def test_models_built_under_zero_init(model: str) -> None:
+    """Their parameters have no shape of their own: a rank that reads ``p.shape`` sees (0,)."""
+    check_against_oracle(Case(stage=3, model=model, zero_init=True, world=4 if model == "tiny" else 2), TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("zero_init", [False, True], ids=["plain", "zero_init"])
+def test_hpz(size: int, zero_init: bool) -> None:
+    case = Case(stage=3, world=4, accumulation=2, zero_init=zero_init, zero={"zero_hpz_partition_size": size})
+    assert all(run_on_ranks(4, secondary_partitions, case)), "hpZ was meant to keep a second copy of the partitions"
+    check_against_oracle(case, TOLERANCE)
+
+
+def secondary_partitions(case: Case) -> int:
+    """How many parameters have a secondary partition after a forward."""
+    with engine_for(case) as engine:
+        (x, y), *_ = case.micro_batches(0, torch.distributed.get_rank())
+        engine(x.float(), y)
+        count = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in engine.module.parameters())
+        train_window(engine, case, 0)
+        return count
