@@ -57,8 +57,6 @@ def refuse_layerwise_optimizer(config: Any, client_optimizer: Any) -> None:
 
 def _layerwise_problems(config: Any) -> Iterator[str]:
     """What LAMB and LARS do not support, alone and under LookSAM: moments must be there for all shards at once."""
-    if int(config.zero_config.stage) == 0 and (config.float16_config.enabled or config.bfloat16_config.enabled):
-        yield "zero_optimization.stage: 0 in bf16 or fp16 is not supported with LAMB and LARS; use stage 1, 2 or 3"
     offload = config.zero_config.offload_optimizer
     if offload is not None and offload.device == "nvme":
         yield "zero_optimization.offload_optimizer.device: \"nvme\" is not supported with LAMB and LARS; use \"cpu\""

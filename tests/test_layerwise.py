@@ -120,7 +120,7 @@ def test_json_keys() -> None:
 # Which layer an element belongs to ----------------------------------------------------------------------------------
 
 
-def _partition_zero12(sizes: list[int], world: int, rank: int, alignment: int) -> tuple[list[Segment], int]:
+def partition_zero12(sizes: list[int], world: int, rank: int, alignment: int) -> tuple[list[Segment], int]:
     """One group's partition by the rule of stages 1 and 2: laid end to end, padded, cut into ``world`` equal pieces."""
     padded = -(-sum(sizes) // (alignment * world)) * alignment * world
     piece = padded // world
@@ -133,7 +133,7 @@ def _partition_zero12(sizes: list[int], world: int, rank: int, alignment: int) -
     return segments, piece
 
 
-def _partition_zero3(sizes: list[int], world: int, rank: int) -> tuple[list[Segment], int]:
+def partition_zero3(sizes: list[int], world: int, rank: int) -> tuple[list[Segment], int]:
     """One sub-group's partition by the rule of stage 3: every parameter padded and cut by itself, pieces in a row."""
     segments, start = [], 0
     for number, size in enumerate(sizes):
@@ -145,8 +145,8 @@ def _partition_zero3(sizes: list[int], world: int, rank: int) -> tuple[list[Segm
     return segments, start
 
 
-PARAMETERS = [nn.Parameter(torch.empty(0)) for _ in range(12)]
-SIZES = st.lists(st.one_of(st.integers(1, 9), st.integers(10, 3000)), min_size=1, max_size=len(PARAMETERS))
+PARAMETERS = [nn.Parameter(torch.empty(0)) for _ in range(64)]
+SIZES = st.lists(st.one_of(st.integers(1, 9), st.integers(10, 3000)), min_size=1, max_size=12)
 WORLD = st.one_of(st.integers(1, 9), st.sampled_from([64, 512, 1024, 4096]), st.integers(1, 4096))
 
 
@@ -163,8 +163,8 @@ def test_all_ranks_together_hold_every_element_once(sizes: list[int], world: int
     values[-1] = 0
     seen = [torch.zeros(size, dtype=torch.int64) for size in sizes]
     for rank in range(world):
-        segments, size = (_partition_zero3(sizes, world, rank) if stage == 3 else
-                          _partition_zero12(sizes, world, rank, alignment))
+        segments, size = (partition_zero3(sizes, world, rank) if stage == 3 else
+                          partition_zero12(sizes, world, rank, alignment))
         layers = LayerMap([segments], [size], groups, CPU)
         out = layers.zeros(1)[:, 0]
         for lo in range(0, size, chunk):

@@ -108,6 +108,7 @@ def test_sub_groups_match_oracle(case: Case) -> None:
 
 
 CPU = {"offload_optimizer": {"device": "cpu"}}
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 UNDER_LOOKSAM = [
     Case(base="Lamb", stage=1, two_groups=True, clipping=0.05, zero=CPU),
     Case(base="Lars", stage=2, two_groups=True, model="sometimes", zero=CPU),
@@ -117,14 +118,19 @@ UNDER_LOOKSAM = [
     Case(base="Lars", stage=1, two_groups=True, precision="bf16", zero=CPU),
     Case(base="Lamb", stage=3, two_groups=True, precision="bf16", zero={**CPU, "sub_group_size": 40}),
     Case(base="Lars", stage=3, two_groups=True, precision="bf16", zero=SUB_GROUPS),
+    Case(base="Lamb", stage=1, two_groups=True, precision="bf16", config=FP32_ACCUMULATION),  # BF16_Optimizer
+    Case(base="Lars", stage=2, two_groups=True, precision="bf16", config=FP32_ACCUMULATION),
+    Case(base="Lamb", stage=0, two_groups=True, precision="bf16"),  # FP16_UnfusedOptimizer
+    Case(base="Lars", stage=2, two_groups=True, precision="fp16", loss_scale=128.0),
 ]
 
 
-@pytest.mark.parametrize("case", UNDER_LOOKSAM, ids=lambda c: f"{c.base}-{c.stage}-{c.precision}-{'-'.join(c.zero)}")
+@pytest.mark.parametrize("case", UNDER_LOOKSAM,
+                         ids=lambda c: "-".join([c.base, str(c.stage), c.precision, *c.zero, *c.config]))
 def test_offload_and_bf16_under_look_layer_sam(case: Case) -> None:
-    """The tolerances of test_offload. What is exact, in bf16 too: the model's weights are the rounded master's, also of
-    the shards that were copied to the model before their update was known."""
-    check_against_oracle(replace(case, layer_scale="norm"), {"fp32": 1e-5, "bf16": 2e-2}[case.precision])
+    """The tolerances of test_offload; fp16 rounds at an eighth of bf16's. What is exact in low precision too: the
+    model's weights are the rounded master's, also of shards that were copied before their update was known."""
+    check_against_oracle(replace(case, layer_scale="norm"), {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}[case.precision])
 
 
 def _collectives(case: Case) -> tuple[int, list[Collective], list[Collective]]:
