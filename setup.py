@@ -39,6 +39,9 @@ setup(
     extras_require={
         "train": ["matplotlib", "mlxtend", "pillow", "tqdm", "transformers>=5"],
         "mpi": ["mpi4py"],
-        "test": ["hypothesis", "mypy", "pytest", "pytest-timeout", "ruff", "transformers>=5"],
+        "test": [
+            "accelerate", "hypothesis", "lightning", "mypy", "peft", "pytest", "pytest-timeout", "ruff", "tensorboard",
+            "transformers>=5",
+        ],
     },
 )
