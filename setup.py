@@ -34,9 +34,12 @@ setup(
         "numpy",
         "packaging",
         "pydantic>=2",
+        "rich>=13",
         "safetensors>=0.5",
     ],
+    entry_points={"console_scripts": ["ds-looksam = ds_looksam.cli:main"]},
     extras_require={
+        "plot": ["matplotlib"],
         "train": ["matplotlib", "mlxtend", "pillow", "tqdm", "transformers>=5"],
         "mpi": ["mpi4py"],
         "test": [

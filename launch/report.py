@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ds_looksam.cli.plot import draw, read_rows
+
 
 @dataclass(frozen=True)
 class Row:
@@ -65,11 +67,6 @@ class RunLog:
             self._file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 class Progress:
     """A bar over all updates of the run, on rank 0. Where there is no terminal it prints a line now and then."""
 
@@ -98,32 +95,5 @@ class Progress:
 
 
 def plot(metrics: Path, png: Path, title: str) -> None:
-    """Loss and accuracy of metrics.csv over the updates, training and test, as a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    rows = read_rows(metrics)
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    figure.suptitle(title)
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split, style in ("train", {"alpha": 0.6}), ("test", {"marker": "o"}):
-            chosen = [row for row in rows if row["split"] == split]
-            updates, values = [int(row["update"]) for row in chosen], [float(row[quantity]) for row in chosen]
-            axes.plot(updates, values, label=split, **style)
-        axes.set(xlabel="updates", ylabel=quantity)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        _add_minutes(axes, rows)
-    figure.savefig(png, dpi=120)
-
-
-def _add_minutes(axes: Any, rows: list[dict[str, str]]) -> None:
-    """A second axis on top: minutes of training."""
-    last = rows[-1] if rows else None
-    if last is None or not int(last["update"]):
-        return
-    minutes = float(last["seconds"]) / 60 / int(last["update"])
-    if minutes > 0:
-        top = axes.secondary_xaxis("top", functions=(lambda update: update * minutes, lambda time: time / minutes))
-        top.set_xlabel("minutes of training")
+    """Loss and accuracy of metrics.csv as a PNG: what ``ds-looksam plot`` draws of several runs."""
+    draw({png.parent.name: read_rows(metrics)}, png, title)

@@ -1,0 +1,68 @@
+"""The command line: ``python -m ds_looksam`` and ``ds-looksam``. One file per subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .._versions import __version__
+from ..errors import LookSAMError
+from . import check, plot, report
+
+EPILOG = """examples:
+  ds-looksam report
+  ds-looksam check configs/looksam_zero2_bf16.json --world-size 64 --params 86e6
+  ds-looksam plot runs/looksam runs/adamw --out compared.png
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code: 0, 1 for an error that was told, 2 for wrong arguments."""
+    args = _parser().parse_args(argv)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its lines go to stdout, between ours
+    try:
+        return args.run(args)
+    except (LookSAMError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ds-looksam", description="LookSAM for DeepSpeed, from the command line.",
+                                     epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"ds_looksam {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("report", help="versions, this machine, and what is supported",
+                                  description=report.__doc__, formatter_class=raw)
+    command.set_defaults(run=lambda args: report.run())
+
+    command = commands.add_parser("check", help="validate a DeepSpeed JSON without starting anything",
+                                  description=check.__doc__, formatter_class=raw)
+    command.add_argument("config", type=Path, metavar="CONFIG.json", help="what deepspeed.initialize(config=...) gets")
+    command.add_argument("--world-size", type=_positive, default=1, metavar="N", help="data-parallel ranks (default 1)")
+    command.add_argument("--params", type=_positive, metavar="N",
+                         help="trained parameters of the model, 86e6 say: bytes and memory are then told as numbers")
+    command.set_defaults(run=lambda args: check.run(args.config, args.world_size, args.params))
+
+    command = commands.add_parser("plot", help="draw runs of launch/train.py side by side, as a PNG",
+                                  description=plot.__doc__, formatter_class=raw)
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a folder with metrics.csv, or the file")
+    command.add_argument("--out", type=Path, default=Path("runs.png"), metavar="PNG", help="default: runs.png")
+    command.set_defaults(run=lambda args: plot.run(args.runs, args.out))
+    return parser
+
+
+def _positive(text: str) -> int:
+    """A whole number above 0; 86e6 is one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(value)
