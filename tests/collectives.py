@@ -12,10 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Collective:
-    """``kind`` is c10d's name of the operation; ``nbytes`` the size of the largest tensor handed to it on this rank."""
+    """``kind`` is c10d's name of the operation; ``nbytes`` the size of its largest argument on this rank (of an
+    all-gather what comes out, of a reduce-scatter what goes in, however many tensors it is cut into); ``ranks`` the
+    size of its process group."""
 
     kind: str
     nbytes: int
+    ranks: int
 
 
 class Recorder(TorchDispatchMode):
@@ -28,8 +31,16 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and func._opname not in ("monitored_barrier_", "barrier"):
-            sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            self.collectives.append(Collective(func._opname.rstrip("_"), max(sizes, default=0)))
+            sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, torch.Tensor)) for arg in args]
+            self.collectives.append(Collective(func._opname.strip("_"), max(sizes), _ranks(args)))
         if func is torch.ops.aten._local_scalar_dense.default:
             self.host_reads += 1
         return func(*args, **(kwargs or {}))
+
+
+def _ranks(args: Any) -> int:
+    """The size of the process group among a c10d operation's arguments."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and str(arg._type()).endswith("c10d.ProcessGroup"):
+            return torch.distributed.ProcessGroup.unbox(arg).size()
+    raise AssertionError("a c10d operation without a process group")

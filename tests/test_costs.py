@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from .collectives import Collective, Recorder
-from .models import CLASSES, FEATURES, Classifier
+from .collectives import Collective
+from .costs import Wide, measure_memory, nothing_stays_gathered, record_steps
 from .ranks import run_on_ranks
-from .training import DTYPES, Case, as_plain, engine_for, train, train_window
+from .training import Case, as_plain, train
 
 STAGES = [0, 1, 2, 3]
 SMALL = 256
 """Bytes: what counts as an all-reduce of scalars."""
-
-
-class Wide(Classifier):
-    """Large enough for scalars and shards not to be confused; no parameter stays gathered on stage 3 (see CASE)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(FEATURES, 701)
-        self.second = nn.Linear(701, 97)
-        self.head = nn.Linear(97, CLASSES)
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 CASE = Case(world=2, accumulation=2, k=3, alpha=0.7, updates=6)
@@ -40,32 +24,7 @@ NUMEL = sum(p.numel() for p in Wide().parameters())
 
 
 def _case(stage: int, **changes: Any) -> Case:
-    # Stage 3: nothing stays gathered, so there is nothing to publish but by the forward; and no 2 GB bucket.
-    zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000} if stage == 3 else {}
-    return replace(CASE, stage=stage, zero=zero, **changes)
-
-
-@dataclass
-class Step:
-    """One window: what forward and backward sent, what step() sent, and the host's reads inside step()."""
-
-    evaluation: list[Collective]
-    update: list[Collective]
-    host_reads: int
-
-
-def record_steps(case: Case, looksam: bool) -> list[Step]:
-    with engine_for(case, looksam, module=Wide()) as engine:
-        steps = []
-        for update in range(case.updates):
-            evaluation, last = Recorder(), Recorder()
-            for x, y in case.micro_batches(update, torch.distributed.get_rank()):
-                with evaluation:
-                    engine.backward(engine(x.to(DTYPES[case.precision]), y))
-                with last:
-                    engine.step()
-            steps.append(Step(evaluation.collectives, last.collectives, last.host_reads))
-        return steps
+    return replace(CASE, stage=stage, zero=nothing_stays_gathered(stage), **changes)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -135,39 +94,6 @@ def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(stage: int, world: 
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
-
-
-def tensor_bytes() -> int:
-    """Bytes of all storages that some Python object reaches."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-@dataclass
-class Memory:
-    """Bytes after an update, and while the model's last forward before that update runs; beside what was there before
-    the engine (DeepSpeed's stage 3 leaves a part of each engine behind)."""
-
-    after: int
-    during: int
-
-
-def measure_memory(case: Case, looksam: bool) -> Memory:
-    before = tensor_bytes()
-    with engine_for(case, looksam, module=Wide()) as engine:
-        train_window(engine, case, 0)
-        for update in range(1, case.k):
-            train_window(engine, case, update)
-        during: list[int] = []
-        handle = engine.module.head.register_forward_pre_hook(lambda *_: during.append(tensor_bytes()))
-        train_window(engine, case, case.k)  # a SAM step, when LookSAM is on: the last forward is the replay's
-        handle.remove()
-        return Memory(after=tensor_bytes() - before, during=during[-1] - before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

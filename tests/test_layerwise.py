@@ -44,8 +44,8 @@ def test_layerwise_sends_no_more_than_looksam(stage: int) -> None:
     by_layer = run_on_ranks(2, _sam_and_reuse_step, replace(looksam, layer_scale="norm"))
     for (sam, reuse), (layer_sam, layer_reuse) in zip(plain, by_layer, strict=True):
         assert layer_reuse == reuse
-        first = sam.index(Collective("allreduce", 8 * 2))
-        assert layer_sam == [*sam[:first], Collective("allreduce", 8 * (2 * layers + 1)), *sam[first + 1:]]
+        first = sam.index(Collective("allreduce", 8 * 2, ranks=2))
+        assert layer_sam == [*sam[:first], Collective("allreduce", 8 * (2 * layers + 1), ranks=2), *sam[first + 1:]]
 
 
 # The rules ----------------------------------------------------------------------------------------------------------

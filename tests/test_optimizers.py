@@ -157,7 +157,7 @@ def test_one_small_all_reduce_per_update(case: Case) -> None:
         extra = list(sent)
         for call in plain:
             extra.remove(call)
-        assert extra == [Collective("allreduce", 8 * (2 * layers + 2))]
+        assert extra == [Collective("allreduce", 8 * (2 * layers + 2), ranks=2)]
 
 
 def test_flat_shards_without_binding_are_refused() -> None:

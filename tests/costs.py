@@ -1,0 +1,92 @@
+"""What one accumulation window sends and holds, measured: shared by test_costs.py and benchmarks/."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .collectives import Collective, Recorder
+from .models import CLASSES, FEATURES, Classifier
+from .training import DTYPES, Case, engine_for, train_window
+
+
+class Wide(Classifier):
+    """Large enough for scalars and shards not to be confused; no parameter stays gathered on stage 3 (see
+    :func:`nothing_stays_gathered`)."""
+
+    def __init__(self, width: int = 701) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(FEATURES, width)
+        self.second = nn.Linear(width, 97)
+        self.head = nn.Linear(97, CLASSES)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def nothing_stays_gathered(stage: int) -> dict[str, int]:
+    """Keys of "zero_optimization". Stage 3: so that nothing is published but by the forward; and no 2 GB bucket."""
+    return {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000} if stage == 3 else {}
+
+
+@dataclass
+class Step:
+    """One window: what forward and backward sent, what step() sent, and the host's reads inside step()."""
+
+    evaluation: list[Collective]
+    update: list[Collective]
+    host_reads: int
+
+
+def record_steps(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide) -> list[Step]:
+    """Run ``case.updates`` windows on this rank. Collective."""
+    with engine_for(case, looksam, module=make()) as engine:
+        steps = []
+        for update in range(case.updates):
+            evaluation, last = Recorder(), Recorder()
+            for x, y in case.micro_batches(update, torch.distributed.get_rank()):
+                with evaluation:
+                    engine.backward(engine(x.to(DTYPES[case.precision]), y))
+                with last:
+                    engine.step()
+            steps.append(Step(evaluation.collectives, last.collectives, last.host_reads))
+        return steps
+
+
+def tensor_bytes() -> int:
+    """Bytes of all storages that some Python object reaches."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@dataclass
+class Memory:
+    """Bytes after an update, and while the model's last forward before that update runs; beside what was there before
+    the engine (DeepSpeed's stage 3 leaves a part of each engine behind)."""
+
+    after: int
+    during: int
+
+
+def measure_memory(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide) -> Memory:
+    """Of a SAM step that is not the first, on this rank, where LookSAM is on. Collective."""
+    before = tensor_bytes()
+    with engine_for(case, looksam, module=make()) as engine:
+        train_window(engine, case, 0)
+        for update in range(1, case.k):
+            train_window(engine, case, update)
+        during: list[int] = []
+        handle = engine.module.head.register_forward_pre_hook(lambda *_: during.append(tensor_bytes()))
+        train_window(engine, case, case.k)  # a SAM step, when LookSAM is on: the last forward is the replay's
+        handle.remove()
+        return Memory(after=tensor_bytes() - before, during=during[-1] - before)
