@@ -26,7 +26,7 @@ from tests.training import Case
 STAGES = (0, 1, 2, 3)
 BYTES = {"fp32": 4, "bf16": 2}
 SCALARS = 256
-"""Bytes: what counts as an all-reduce of scalars. LookSAM sends a handful of float64, DeepSpeed's norms are as small."""
+"""Bytes: what counts as an all-reduce of scalars. LookSAM sends a handful of float64; so does DeepSpeed for norms."""
 
 KINDS = {"allreduce": "all-reduce", "allgather": "all-gather", "allgather_base": "all-gather",
          "reduce_scatter": "reduce-scatter", "reduce_scatter_base": "reduce-scatter"}
