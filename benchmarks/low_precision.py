@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +39,10 @@ def weights_and_gradient(name: str, batch: int) -> tuple[Tensor, Tensor]:
             torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None]))
 
 
+def _same(scale: Tensor, lo: int, hi: int) -> Tensor:
+    return scale
+
+
 def perturbation_table(models: list[str], batch: int) -> None:
     print("| model | parameters | dtype | " + " | ".join(f"rho {rho}" for rho in RHOS) + " |")
     print("|---|---|---|" + "---|" * len(RHOS))
@@ -48,7 +53,7 @@ def perturbation_table(models: list[str], batch: int) -> None:
             out, cells = torch.empty(w.numel(), dtype=dtype), []
             for rho in RHOS:
                 scale = perturbation_scale(rho, g_squared)
-                moved, dot, eps = add_perturbation(w, g, lambda lo, hi, scale=scale: scale, out).tolist()
+                moved, dot, eps = add_perturbation(w, g, partial(_same, scale), out).tolist()
                 changed = (out != w.to(dtype)).float().mean().item()
                 cells.append(f"{(moved / eps)**0.5:.2f}, {dot / (moved * eps)**0.5:.2f}, {changed:.0%}")
             print(f"| ViT-{name} | {w.numel() / 1e6:.1f} M | {dtype_name} | " + " | ".join(cells) + " |", flush=True)
