@@ -29,6 +29,8 @@ setup(
     packages=find_packages(include=["ds_looksam", "ds_looksam.*"]),
     package_data={"ds_looksam": ["py.typed"]},
     python_requires=">=3.11",
+    # Those that the tests ran with; newer ones may well work.
+    classifiers=["Programming Language :: Python :: 3.11", "Operating System :: POSIX :: Linux", "Typing :: Typed"],
     install_requires=[
         *(f"{package}{wanted}" for package, wanted in versions["TESTED"].items()),
         "numpy",

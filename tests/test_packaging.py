@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -41,3 +45,22 @@ def test_all_that_the_installed_package_asks_for_is_pinned():
     for requirement in map(Requirement, requires("ds_looksam") or []):
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ("train", "test")):
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)].version), requirement
+
+
+def test_the_wheel_holds_the_whole_package_with_its_types_and_works_without_the_source(tmp_path):
+    source = tmp_path / "source"  # a build leaves folders beside what it builds
+    shutil.copytree(ROOT / "ds_looksam", source / "ds_looksam", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-build-isolation", "--no-index",
+                    "--target", str(tmp_path / "site"), str(source)], check=True, timeout=200)
+
+    installed = tmp_path / "site" / "ds_looksam"
+    wanted = {p.relative_to(source / "ds_looksam") for p in (source / "ds_looksam").rglob("*") if p.is_file()}
+    assert wanted <= {p.relative_to(installed) for p in installed.rglob("*") if p.is_file()}
+    assert Path("py.typed") in wanted
+
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "DS_ACCELERATOR": "cpu"}
+    where = subprocess.run([sys.executable, "-c", "import ds_looksam; print(ds_looksam.__file__)"], cwd=tmp_path,
+                           check=True, env=environment, capture_output=True, text=True, timeout=200).stdout
+    assert str(installed) in where
