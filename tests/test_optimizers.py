@@ -6,6 +6,7 @@ Under Look-LayerSAM they are in test_layerwise_oracle.py.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from .collectives import Collective, Recorder
 from .covering import covering, product
 from .models import make_model
 from .ranks import run_on_ranks
-from .training import Case, check_against_oracle, distance, engine_for, named, train, train_window
+from .training import Case, check_against_oracle, distance, engine_for, master_weights, named, train, train_window
 
 MODELS = ["mlp", "dead_and_frozen", "tied", "straddling", "tiny", "random-3", "random-11"]
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -195,3 +196,34 @@ def _initialize_error(case: Case) -> str:
 ], ids=["key", "value", "nvme"])
 def test_refused_at_initialize(case: Case, message: str) -> None:
     assert message in run_on_ranks(1, _initialize_error, replace(case, world=1))[0]
+
+
+def _resumed(case: Case, looksam: bool, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of a run, and of one that is saved in the middle and goes on in a new engine."""
+    with engine_for(case, looksam) as engine:
+        for update in range(case.updates):
+            train_window(engine, case, update)
+        whole = master_weights(engine)
+    with engine_for(case, looksam) as engine:
+        for update in range(case.updates // 2):
+            train_window(engine, case, update)
+        engine.save_checkpoint(folder)
+    with engine_for(case, looksam, module=make_model(case.model, seed=99)) as engine:
+        engine.load_checkpoint(folder)
+        for update in range(case.updates // 2, case.updates):
+            train_window(engine, case, update)
+        return whole, master_weights(engine)
+
+
+@pytest.mark.parametrize("case, looksam", [
+    (Case(base="Lamb", stage=1, two_groups=True, updates=6, k=2), False),
+    (Case(base="Lamb", stage=3, two_groups=True, updates=6, k=2, zero=SUB_GROUPS), True),
+    (Case(base="Lars", stage=2, two_groups=True, updates=6, k=2, precision="bf16"), True),
+    (Case(base="Lars", stage=0, updates=6, k=2), False),
+    (Case(base="Lamb", stage=1, updates=6, k=2, precision="bf16", config=FP32_ACCUMULATION), False),
+], ids=lambda value: f"{value.base}-{value.stage}-{value.precision}" if isinstance(value, Case) else str(value))
+def test_resumed_run_is_the_run_that_never_stopped(case: Case, looksam: bool, tmp_path: Path) -> None:
+    """Bit for bit: moments, their bias correction's step and the param groups' keys come back."""
+    for whole, resumed in run_on_ranks(2, _resumed, case, looksam, str(tmp_path)):
+        for name, weight in whole.items():
+            assert torch.equal(resumed[name], weight), name
