@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ds_looksam
+from ds_looksam.universal import convert
 
 from . import oracle
 from .collectives import Collective, Recorder
@@ -227,3 +228,40 @@ def test_resumed_run_is_the_run_that_never_stopped(case: Case, looksam: bool, tm
     for whole, resumed in run_on_ranks(2, _resumed, case, looksam, str(tmp_path)):
         for name, weight in whole.items():
             assert torch.equal(resumed[name], weight), name
+
+
+def _run(case: Case, samples: Case, folder: str, first: int, last: int) -> dict[str, torch.Tensor]:
+    """With the windows of ``samples``, shared out among the ranks that are there."""
+    with engine_for(case, looksam=False) as engine:
+        if first:
+            engine.load_checkpoint(folder, tag="universal")
+        for update in range(first, last):
+            for x, y in samples.window(update)[engine.global_rank::case.world]:
+                engine.backward(engine(x.float(), y))
+                engine.step()
+        engine.save_checkpoint(folder, tag=f"at{last}")
+        return master_weights(engine)
+
+
+def _loaded_trust_ratios(case: Case, folder: str) -> list[bool]:
+    with engine_for(case, looksam=False) as engine:
+        engine.load_checkpoint(folder, tag="universal")
+        return [group["trust_ratio"] for group in engine.optimizer.param_groups]
+
+
+def test_groups_left_out_stay_left_out_after_a_universal_checkpoint(tmp_path: Path) -> None:
+    case = Case(base="Lamb", stage=2, two_groups=True)
+    run_on_ranks(2, _run, case, case, str(tmp_path), 0, 2)
+    convert(tmp_path / "at2", tmp_path / "universal")
+    after = replace(case, stage=3, config={"checkpoint": {"load_universal": True}})
+    assert run_on_ranks(2, _loaded_trust_ratios, after, str(tmp_path)) == [[True, False]] * 2
+
+
+def test_lamb_goes_on_at_another_world_size_and_stage(tmp_path: Path) -> None:
+    """Two ranks on stage 2, then one on stage 3 with the same samples: the run that never stopped, by the oracle."""
+    case = Case(base="Lamb", stage=2, updates=8)
+    run_on_ranks(2, _run, case, case, str(tmp_path), 0, 4)
+    convert(tmp_path / "at4", tmp_path / "universal")
+    after = replace(case, world=1, accumulation=2, stage=3, config={"checkpoint": {"load_universal": True}})
+    weights = run_on_ranks(1, _run, after, case, str(tmp_path), 4, 8)[0]
+    assert distance(weights, reference(case)) <= 1e-5

@@ -49,6 +49,19 @@ class LayerwiseEngine(HostEngine):
             self._layer_map = LayerMap(self._shards.layout(), sizes, self._group_parameters, self._shards.device)
         return self._layer_map
 
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As DeepSpeed's. Which param groups have trust ratios stays what this run's groups say.
+
+        DeepSpeed 0.19.8 gives every group the keys of the first one when ZeRO-3 loads a universal checkpoint.
+        """
+        groups = self.basic_optimizer.param_groups
+        wanted = [group.get("trust_ratio") for group in groups]
+        loaded = super().load_checkpoint(*args, **kwargs)
+        for group, value in zip(self.basic_optimizer.param_groups, wanted, strict=True):
+            if value is not None:
+                group["trust_ratio"] = value
+        return loaded
+
     def start_update(self) -> None:
         """An update begins: whatever an interrupted one has left in the optimizer is forgotten."""
         if isinstance(self.basic_optimizer, LayerwiseOptimizer):

@@ -28,10 +28,11 @@ class Lars(LayerwiseOptimizer):
         trust_ratio: False makes local_l 1 (SGD with momentum); meant for param groups of biases and norms, with a
             learning rate of their own.
 
-    State per shard: one tensor. It is called exp_avg, for DeepSpeed's universal checkpoints carry no other name.
+    State per shard: momentum_buffer, in the parameter's dtype. DeepSpeed's converter to universal checkpoints knows
+    Adam's state only: a run with LARS resumes at its own world size and stage.
     """
 
-    STATE = ("exp_avg", )
+    STATE = ("momentum_buffer", )
     needs_gradient = True
 
     def __init__(self, params: Any, lr: float = 1e-1, momentum: float = 0.9, weight_decay: float = 0.0,
