@@ -57,7 +57,6 @@ class Launch:
     host: Host
     process: subprocess.Popen[bytes]
     log: Path
-    started: float
     everyone: list[Host]
 
     def finish(self, seconds: float = RUN_SECONDS) -> int:
@@ -77,10 +76,10 @@ class Launch:
             left = host.wait_until_idle(AFTERMATH)
             assert not left, f"still running on {host.name}: {left}\n{self.output()}"
 
-    def terminate(self) -> None:
-        """SIGTERM to the script itself, which runs below nsenter."""
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """A signal to the script itself, which runs below nsenter."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGTERM)
+        os.kill(int(children[0]), number)
 
     def succeeds(self) -> None:
         code = self.finish()
@@ -132,8 +131,7 @@ class Job:
     def start_script(self, script: str, *arguments: str, on: int = 0) -> Launch:
         log = self.folder / f"output-{on}"
         argv = ["bash", str(ROOT / "launch" / script), *arguments]
-        return Launch(self.hosts[on], self.hosts[on].start(argv, self.folder, self.environment, log), log,
-                      time.monotonic(), self.hosts)
+        return Launch(self.hosts[on], self.hosts[on].start(argv, self.folder, self.environment, log), log, self.hosts)
 
     def starts(self) -> list[int]:
         """The updates that the ranks started at, each time they were started."""
@@ -414,6 +412,19 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on(job, script):
     job.start(script, "--hostfile", "hosts", program=program).succeeds()
     assert job.starts() == [0, 4]
     job.check_weights()
+
+
+@pytest.mark.hosts
+def test_what_a_killed_script_leaves_can_be_ended_by_its_name(job):
+    launch = job.start("ssh.sh", "--hostfile", "hosts", program=("--die-at", "0", "--hang", "--nobody-dies"))
+    wait_for(job.folder / "hanging", launch)
+    launch.terminate(signal.SIGKILL)
+    launch.process.wait(AFTERMATH)
+    name = launch.output().split("LOOKSAM_JOB=")[1].split()[0]
+    assert all(host.processes() for host in job.hosts)
+    stop = job.start_script("stop.sh", "--hostfile", "hosts", "--", name)
+    assert stop.finish(REFUSAL_SECONDS) == 0, stop.output()
+    stop.nothing_is_left()
 
 
 @pytest.mark.hosts
