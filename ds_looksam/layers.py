@@ -103,7 +103,7 @@ class LayerMap:
         for column, shard in enumerate(shards):
             for i, flat in enumerate(shard):
                 for lo, hi in chunks(flat.numel(), flat.device):
-                    self.add_squares_(out[:, column], [(i, lo, hi)], [flat[lo:hi]])
+                    self.add_squares_(out[:, column], [(i, lo, hi)], [flat[lo:hi].float()])
         return out[:-1]
 
     def expand(self, values: Tensor, i: int, lo: int, hi: int) -> Tensor:

@@ -57,6 +57,8 @@ def refuse_layerwise_optimizer(config: Any, client_optimizer: Any) -> None:
 
 def _layerwise_problems(config: Any) -> Iterator[str]:
     """What LAMB and LARS do not support, alone and under LookSAM: moments must be there for all shards at once."""
+    if config.bfloat16_config.bf16_master_weights_and_grads:
+        yield "bf16.bf16_master_weights_and_grads: not supported with LAMB and LARS; leave it off"
     offload = config.zero_config.offload_optimizer
     if offload is not None and offload.device == "nvme":
         yield "zero_optimization.offload_optimizer.device: \"nvme\" is not supported with LAMB and LARS; use \"cpu\""
@@ -85,8 +87,9 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
         yield ("deepspeed.initialize(optimizer=...) would override the JSON's optimizer block: leave it out, and name "
                "the base in optimizer.params.base_optimizer")
     zero, stage = config.zero_config, int(config.zero_config.stage)
-    if config.bfloat16_config.bf16_master_weights_and_grads or config.bfloat16_config.bf16_optimizer_states:
-        yield "bf16.bf16_master_weights_and_grads, bf16.bf16_optimizer_states: not supported; leave them off"
+    if config.float16_config.fp16_master_weights_and_grads:
+        yield ("fp16.fp16_master_weights_and_grads: not supported (the reuse step's update, loss scale included, may "
+               "lie beyond fp16's range); leave it off, or use bf16.bf16_master_weights_and_grads")
     if config.grad_accum_dtype is not None:
         low = torch.float16 if config.float16_config.enabled else torch.bfloat16
         model = low if config.float16_config.enabled or config.bfloat16_config.enabled else torch.float32

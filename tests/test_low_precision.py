@@ -20,9 +20,9 @@ from .training import DTYPES, Case, check_against_oracle, distance, run_oracle
 
 TIGHT = {"SGD": 2e-5, "AdamW": 5e-4}
 """fp32 rounding gives some 1e-7. But a weight that fp32 and float64 leave on two sides of a rounding boundary of bf16
-or fp16 enters the next evaluation a whole step (2^-8, 2^-11) apart; of the some 4,000 roundings of a run a few are. SGD
-passes on what that does to the gradient as it is; Adam divides a small element's error by that element. A rho or alpha
-that is 5 % wrong moves the weights by more than 1e-3 (test_tolerance_tells_mistakes)."""
+or fp16 enters the next evaluation a whole step (2^-8, 2^-11 of itself) apart; of a run's some 4,000 roundings a few
+are. SGD passes on what that does to the gradient as it is; Adam divides a small element's error by that element. A rho
+or alpha that is 5 % wrong moves the weights by more than 1e-3 (test_tolerance_tells_mistakes)."""
 
 ROUNDED_NORM = 1e-3
 """FP16_UnfusedOptimizer takes its clipping norm from gradients cast to the model's dtype (the oracle from u as it is):

@@ -18,7 +18,7 @@ ROUNDED = {"SGD": 1e-5, "AdamW": 1e-4}
 boundary differ, by 2^-8 of themselves: of the some 800 roundings of a run less than one in a thousand."""
 
 EXACT = {"SGD": 5e-4, "AdamW": 5e-3}
-"""Against the exact oracle. Each element of v is off by at most 2^-9 of itself, so u by alpha 2^-9 ‖g‖ = 1.4e-3 ‖g‖ at
+"""Against the exact oracle. Each element of v is off by about 2^-9 of itself, so u by alpha 2^-9 ‖g‖ = 1.4e-3 ‖g‖ at
 alpha 0.7, and as an SGD run moves its weights by less than a third of themselves: 5e-4. Adam divides by the element, so
 one ten times smaller than typical is off by 1.4e-2 of Adam's step; 8 such steps of lr 1e-2 (3e-2 in the second group)
 are at most 3e-3, of weights whose root mean square is about 0.3."""

@@ -109,7 +109,8 @@ class GradientShards(ABC):
 
     @abstractmethod
     def master_weights(self) -> Shard:
-        """The clean fp32 weights of this rank's part. While they are perturbed in place, the saved copies."""
+        """The clean master weights of this rank's part, fp32 (bf16 under ``bf16_master_weights_and_grads``). While they
+        are perturbed in place, the saved copies."""
 
     def new_shard(self) -> Shard:
         """Zeros of the sizes and on the devices of this rank's gradient, padding included."""
