@@ -72,6 +72,8 @@ def test_one_rank_tight(stage: int, model: str) -> None:
     Case(stage=1, world=2, precision="bf16", base="SGD", alpha=0.7, config=BF16),
     Case(stage=2, world=2, precision="bf16", base="AdamW", alpha=0.7, zero=CPU, config=BF16),
     Case(stage=3, world=2, precision="bf16", base="AdamW", alpha=0.7, config=BF16),
+    Case(stage=3, world=2, precision="bf16", base="AdamW", alpha=0.7, zero=CPU,
+         config={"bf16": {**BF16["bf16"], "bf16_optimizer_states": False}}),  # asks for offload and DeepSpeedCPUAdam
 ], ids=lambda c: f"stage{c.stage}-{c.base}-{[*c.zero]}")
 def test_ranks(case: Case) -> None:
     """The base is rounded by far more than LookSAM, so: as far from an oracle with exact masters as the base alone is

@@ -103,7 +103,12 @@ class TwoWayModelParallel:
 
 
 def with_mpu() -> None:
-    initialize(mpu=TwoWayModelParallel())
+    from deepspeed.utils import groups
+
+    try:
+        initialize(mpu=TwoWayModelParallel())
+    finally:
+        groups.mpu = None  # likewise
 
 
 def with_sparse_embedding() -> None:
