@@ -1,0 +1,217 @@
+"""README and docs/: code runs, JSON is accepted, links lead somewhere, and the messages explained are those raised."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hjson
+import pytest
+import torch
+
+from ds_looksam.cli.check import check
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; ``language`` is everything after the fence, "python run" say."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    lines, start = page.read_text().splitlines(), None
+    for i, line in enumerate(lines):
+        if line.startswith("```"):
+            if start is None:
+                start = i
+            else:
+                yield Block(page.name, start + 1, lines[start][3:].strip(), "\n".join(lines[start + 1:i]))
+                start = None
+    assert start is None, f"{page}: the fence in line {start} is not closed"
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+def of(language: str) -> list[Block]:
+    return [block for block in ALL if block.language.split()[:1] == [language]]
+
+
+def as_object(block: Block) -> dict[str, Any]:
+    """A block that shows keys only is a piece of an object."""
+    text = block.text.strip()
+    return hjson.loads(text if text.startswith("{") else "{" + text + "}")
+
+
+def test_there_is_something_to_run():
+    pages_run = {block.page for block in ALL if block.language == "python run"}
+    assert pages_run >= {"README.md", "migrating.md"} and len(of("json")) >= 4
+
+
+@pytest.mark.parametrize("block", of("json"), ids=str)
+def test_json(block, tmp_path):
+    values = as_object(block)
+    if block.text.strip().startswith("{"):
+        json.loads(block.text)  # a whole configuration is JSON, not only Hjson
+    if "optimizer" in values:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"train_batch_size": 8} | values))
+        assert check(path).settings is not None
+
+
+@pytest.mark.parametrize("block", of("python"), ids=str)
+def test_python_is_python(block):
+    ast.parse(block.text, str(block))
+
+
+class WithLoss(torch.nn.Module):
+    """A model that returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(12, 5)
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.head(inputs), labels)
+
+
+def run_block(text: str, where: str, config: dict[str, Any]) -> tuple[int, int]:
+    """Run a block with the names that all pages use; the updates and evaluations of the engine it made.
+
+    The configuration that the page shows last before it is "config.json".
+    """
+    torch.manual_seed(1)
+    Path("config.json").write_text(json.dumps(config))
+    names: dict[str, Any] = {"data": [(torch.randn(12), torch.tensor(i % 5)) for i in range(IMAGES)],
+                             "model": WithLoss(), "network": WithLoss().head,
+                             "criterion": torch.nn.functional.cross_entropy}
+    exec(compile(text, where, "exec"), names)
+    engine = names["engine"]
+    counted = engine.looksam.updates, engine.looksam.evaluations
+    engine.destroy()
+    return counted
+
+
+IMAGES = 256
+
+
+def run_blocks() -> None:
+    """In a process of its own, in an empty folder: read blocks from stdin, leave what they counted in counted.json."""
+    import deepspeed
+
+    store = torch.distributed.FileStore(str(Path("store").resolve()), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    deepspeed.init_distributed("gloo", verbose=False)
+    Path("counted.json").write_text(json.dumps([run_block(*block) for block in json.load(sys.stdin)]))
+    torch.distributed.destroy_process_group()
+
+
+def test_python_runs(tmp_path):
+    code, expected, config = [], [], {}
+    for block in ALL:
+        if block.language == "json" and "train_batch_size" in as_object(block):
+            config = as_object(block)
+        elif block.language == "python run":
+            code.append((block.text, str(block), config))
+            updates, k = IMAGES // config["train_batch_size"], config["optimizer"]["params"]["k"]
+            expected.append([updates, updates + math.ceil(updates / k)])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                                "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    # A process of its own: DeepSpeed's loader starts workers, which a rank process of tests/ranks.py must not.
+    result = subprocess.run([sys.executable, "-c", "from tests.test_docs import run_blocks; run_blocks()"],
+                            cwd=tmp_path, input=json.dumps(code), env=environment, capture_output=True, text=True,
+                            timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((tmp_path / "counted.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def test_readme_links_every_page_of_docs():
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES if page.parent == ROOT / "docs" and f"docs/{page.name}" not in readme] == []
+
+
+ERRORS = ("LookSAMConfigError", "LookSAMReplayError", "LookSAMCheckpointError", "LookSAMVersionError", "UnknownLoss",
+          "ImportError", "FileExistsError", "_damaged")
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+
+
+def literal(node: ast.AST) -> str:
+    """The constant words of an expression, with … for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(literal, node.values))
+    if isinstance(node, ast.BinOp):
+        return literal(node.left) + literal(node.right)
+    return "…"
+
+
+def errors_and_words() -> tuple[dict[str, str], str]:
+    """The message of each error made in the package, by place; and every literal of the package."""
+    errors, words = {}, []
+    for path in sorted((ROOT / "ds_looksam").rglob("*.py")):
+        if path.parent.name == "cli":  # explains itself
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant | ast.JoinedStr):
+                words.append(literal(node))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args:
+                message = "is damaged" if node.func.id == "_damaged" else "".join(map(literal, node.args[:1]))
+                if re.search(r"\w{4}", message):  # else it is put together elsewhere
+                    errors[f"{path.relative_to(ROOT)}:{node.lineno}: {message}"] = message
+    return errors, "\n".join(words)
+
+
+def quotations() -> list[str]:
+    """What the page quotes, in headings and in the text: not what stands in code."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", TROUBLESHOOTING.read_text(), flags=re.S)
+    return [" ".join(words.split()) for words in re.findall(r'"([^"]+)"', text)]
+
+
+def test_troubleshooting_explains_every_message():
+    errors, _ = errors_and_words()
+    assert len(errors) > 30
+    quoted = quotations()
+    assert [where for where, message in errors.items() if not any(words in message for words in quoted)] == []
+
+
+def test_troubleshooting_quotes_what_the_package_says():
+    _, words = errors_and_words()
+    headings = re.findall(r'^### "(.*)"$', TROUBLESHOOTING.read_text(), flags=re.M)
+    assert len(headings) > 20
+    assert [heading for heading in headings if heading not in words] == []
+
+
+def test_the_api_reference_is_up_to_date():
+    shown = subprocess.run([sys.executable, "docs/build_api.py", "-"], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=250, check=True).stdout
+    assert shown == (ROOT / "docs" / "api.md").read_text(), "run: python docs/build_api.py"
+
