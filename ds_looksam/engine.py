@@ -262,7 +262,7 @@ class LookSAMEngine(LayerwiseEngine):
         self._window = Window()
         self._perturbed.end()
         state = "goes on" if saved is not None else "starts anew, there is nothing of its own to load,"
-        step = "a SAM step" if self._status.next_is_sam else "a reuse step"
+        step = "a SAM step" if self._status.next_is_sam else "a base step" if self._v is None else "a reuse step"
         log_dist(f"LookSAM {state} at update {self._status.updates} with {step}; weights from {path}", ranks=[0])
         if changes:
             log_dist("LookSAM: the configuration wins over the checkpoint: " + "; ".join(changes), ranks=[0])

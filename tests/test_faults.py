@@ -1,0 +1,166 @@
+"""What befalls a job: it ends in time, and started again from its newest checkpoint it ends where it would have ended.
+
+CI runs two of them, ``pytest -m faults`` the others.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from .fault_worker import STRIKE, TIMEOUT
+
+WORLD = 2
+START = 120.0
+"""Seconds for a job to start on a busy machine, and to do its few updates."""
+
+
+@dataclass
+class Job:
+    codes: list[int]
+    outputs: list[str]
+    seconds_after_first_end: float
+
+
+def run_job(folder: Path, stage: int, fault: str = "none", fault_rank: int = -1) -> Job:
+    """Run the ranks to their ends. Fails if a rank goes on for longer than the process group's timeout allows."""
+    folder.mkdir(exist_ok=True)
+    name = f"{fault}-{time.monotonic_ns()}"
+    logs = [folder.parent / f"{name}-{rank}.log" for rank in range(WORLD)]
+    environment = os.environ | {"STORE": str(folder.parent / f"{name}.store"), "PYTHONUNBUFFERED": "1",
+                                "PYTHONPATH": str(Path(__file__).parent.parent)}
+    processes = [subprocess.Popen(
+        [sys.executable, "-m", "tests.fault_worker", str(rank), str(WORLD), str(folder), str(stage), fault,
+         str(fault_rank)], env=environment, stdout=logs[rank].open("w"), stderr=subprocess.STDOUT)
+        for rank in range(WORLD)]
+    deadline, first_end = time.monotonic() + START, None
+    try:
+        while any(p.poll() is None for p in processes):
+            if first_end is None and any(p.poll() is not None for p in processes):
+                first_end = time.monotonic()
+                # The timeout runs per collective; the slack is for a busy machine.
+                deadline = first_end + TIMEOUT + 30
+            assert time.monotonic() < deadline, "a rank hangs:\n" + "\n".join(log.read_text()[-3000:] for log in logs)
+            time.sleep(0.05)
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    return Job([p.returncode for p in processes], [log.read_text() for log in logs],
+               0.0 if first_end is None else time.monotonic() - first_end)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, torch.Tensor]]:
+    return {}
+
+
+def _reference(undisturbed: dict[int, dict[str, torch.Tensor]], stage: int,
+               factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    if stage not in undisturbed:
+        folder = factory.mktemp("undisturbed") / "checkpoints"
+        job = run_job(folder, stage)
+        assert job.codes == [0] * WORLD, job.outputs
+        undisturbed[stage] = torch.load(folder / "weights-0.pt")
+    return undisturbed[stage]
+
+
+def _check(job: Job, kind: str, rank: int) -> None:
+    assert all(code != 0 for code in job.codes), (job.codes, job.outputs)
+    if kind.startswith("kill"):
+        assert job.codes[rank] == -signal.SIGKILL
+    elif kind == "term-replay":
+        assert job.codes[rank] == -signal.SIGTERM
+    elif kind == "save-on-term-replay":
+        assert "perturbed" in job.outputs[rank] and "LookSAMReplayError" in job.outputs[rank]
+    elif kind == "raise-replay":
+        assert any("the model broke in the replay" in output for output in job.outputs)
+    elif kind == "full-disk":
+        assert all("LookSAMCheckpointError" in output for output in job.outputs)
+    elif kind.startswith("inf"):
+        decisions = {next(line for line in output.splitlines() if line.startswith("decided")) for output in job.outputs}
+        assert len(decisions) == 1, decisions
+
+
+# (fault, the rank it strikes, stages)
+FAULTS: list[tuple[str, int, tuple[int, ...]]] = [
+    ("kill-replay", 1, (2, )),
+    ("save-on-term-replay", 0, (3, )),
+]
+MORE_FAULTS: list[tuple[str, int, tuple[int, ...]]] = [
+    ("kill-first", 1, (0, 1, 3)),
+    ("kill-replay", 0, (0, 3)),
+    ("kill-update", 1, (0, 2, 3)),
+    ("kill-save-deepspeed", 0, (0, 2)),
+    ("kill-save-deepspeed", 1, (2, 3)),
+    ("kill-save-looksam", 0, (0, 2)),
+    ("kill-save-looksam", 1, (3, )),
+    ("term-replay", 1, (2, )),
+    ("term-replay", -1, (3, )),
+    ("save-on-term-replay", -1, (0, 2)),
+    ("raise-replay", -1, (0, 2, 3)),
+    ("raise-replay", 1, (0, 2, 3)),
+    ("inf-first", 1, (0, 2, 3)),
+    ("inf-replay", 0, (0, 2, 3)),
+]
+
+
+def _each(faults: list[tuple[str, int, tuple[int, ...]]]) -> list[tuple[str, int, int]]:
+    return [(kind, rank, stage) for kind, rank, stages in faults for stage in stages]
+
+
+def _disturb(kind: str, rank: int, stage: int, folder: Path, reference: dict[str, torch.Tensor]) -> None:
+    job = run_job(folder, stage, kind, rank)
+    _check(job, kind, rank)
+    assert not (folder / "emergency").exists()
+    # What strikes while update 4 is being saved leaves the checkpoint of update 2 as the newest.
+    saved = STRIKE - 2 if ("save-" in kind and "term" not in kind) or kind == "full-disk" else STRIKE
+    assert (folder / "latest").read_text() == f"global_step{saved}"
+    (folder / "filler").unlink(missing_ok=True)
+    again = run_job(folder, stage)
+    assert again.codes == [0] * WORLD, again.outputs
+    assert all(f"resumed at {saved}" in output for output in again.outputs)
+    for r in range(WORLD):
+        weights = torch.load(folder / f"weights-{r}.pt")
+        for name, weight in reference.items():
+            assert torch.equal(weights[name], weight), (r, name)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("kind", "rank", "stage"), _each(FAULTS))
+def test_a_job_started_again_ends_as_if_nothing_had_happened(
+        kind: str, rank: int, stage: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+        undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
+    _disturb(kind, rank, stage, tmp_path / "checkpoints", _reference(undisturbed, stage, tmp_path_factory))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("kind", "rank", "stage"), _each(MORE_FAULTS))
+def test_every_fault(kind: str, rank: int, stage: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+                     undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
+    _disturb(kind, rank, stage, tmp_path / "checkpoints", _reference(undisturbed, stage, tmp_path_factory))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_full_disk(stage: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+                     undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode != 0:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        _disturb("full-disk", 0, stage, folder, _reference(undisturbed, stage, tmp_path_factory))
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
