@@ -157,6 +157,20 @@ class RankFile:
         return tensor
 
 
+def verify_file(path: Path) -> None:
+    """Read all of one of LookSAM's files and check it, against looksam.json beside it. Other files are passed over.
+
+    Raises:
+        LookSAMCheckpointError: it is missing, damaged or foreign.
+    """
+    if path.name == MANIFEST:
+        Manifest.read(path)
+    elif match := re.fullmatch(r"looksam_rank_(\d+)\.safetensors", path.name):
+        file = RankFile(path.parent, int(match[1]), Manifest.read(path.with_name(MANIFEST)).save_id)
+        for stored in file.ranges:
+            file.read(stored)
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` write a temporary file beside ``path``, flush it to the disk and give it its name."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -32,7 +32,7 @@ from .rank_check import check_ranks
 from .reduction import ranks_in, sum_over_ranks
 from .replay import Backward, Forward, LossFn, MicroBatch, Window, loss_again
 from .schedule import RhoFactors
-from .shards import ScaleOf
+from .shards import ScaleOf, relive_steps
 from .side_effects import without_side_effects
 from .snapshot import ModelSnapshot
 from .status import LookSAMStatus, StepKind
@@ -245,6 +245,8 @@ class LookSAMEngine(LayerwiseEngine):
                                                      load_lr_scheduler_states, load_module_only, custom_load_fn)
         if path is not None:
             client_state.pop(checkpoint.MARK, None)
+            if load_optimizer_states and not load_module_only:
+                relive_steps(self.basic_optimizer)
             if saved is not None and universal:
                 checkpoint.restore_base_groups(self.optimizer.param_groups, saved.manifest)
             self._go_on_with(saved, path)

@@ -1,39 +1,145 @@
-"""Saving and resuming. DeepSpeed's checkpoint holds weights, optimizer, LR schedule and the update count."""
+"""Saving and resuming, so that a job may be killed at any moment.
+
+A checkpoint is written into a folder with another name, listed, flushed and renamed: ``checkpoints/update-0000100`` is
+complete if it is there. Beside DeepSpeed's and LookSAM's files lies one of each rank: its random generators' state and
+the sums of the metrics line that it is in the middle of.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ds_looksam.checkpoint import together
+from ds_looksam.checkpoint_files import verify_file, write_atomically
+
 FOLDER = "checkpoints"
+LISTING = "files.json"
 
 
 def path(run_dir: Path, update: int) -> Path:
     return run_dir / FOLDER / f"update-{update:07d}"
 
 
-def save(engine: Any, run_dir: Path, facts: dict[str, Any]) -> None:
-    """Write a checkpoint of this update, with ``facts`` about the run beside it. Collective."""
-    folder = path(run_dir, engine.global_steps)
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=facts)
+def save(engine: Any, run_dir: Path, facts: dict[str, Any], sums: Tensor, keep: int = 0) -> None:
+    """Write a checkpoint of this update, with ``facts`` about the run in it. Collective.
+
+    Args:
+        sums: of this rank's metrics, to go on with.
+        keep: how many checkpoints to leave, the newest; 0 for all.
+    """
+    rank, final = dist.get_rank(), path(run_dir, engine.global_steps)
+    partial = final.with_name(f".partial-{final.name}")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(str(partial.parent), tag=partial.name, client_state=facts, save_latest=False)
+    if engine.checkpoint_engine.is_decoupled():
+        engine.checkpoint_engine.commit(engine.checkpoint_engine.get_commit_info())
+    together(lambda: save_file(_random_state() | {"sums": sums.cpu()}, partial / _rank_file(rank)), engine.device,
+             f"checkpoint {final} could not be written")
+
+    def complete() -> None:
+        if rank == 0:
+            sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+            (partial / LISTING).write_text(json.dumps(sizes, indent=1))
+            for name in [*sizes, LISTING]:
+                with open(partial / name, "rb") as file:
+                    os.fsync(file.fileno())
+            shutil.rmtree(final, ignore_errors=True)  # there is one if this run went back behind a damaged one
+            os.replace(partial, final)
+            write_atomically(final.parent / "latest", lambda temporary: temporary.write_text(final.name))
+            for old in _all(run_dir)[keep:] if keep else []:
+                shutil.rmtree(old)
+
+    together(complete, engine.device, f"checkpoint {final} could not be completed")
 
 
-def resume(engine: Any, run_dir: Path, must_agree: dict[str, Any]) -> dict[str, Any]:
-    """Load the newest checkpoint of a run; the position of the run is then ``engine.global_steps``. Collective.
+def resume(engine: Any, run_dir: Path, must_agree: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """Load the newest whole checkpoint of a run, and put back this rank's random generators. Collective.
+
+    The position of the run is then ``engine.global_steps``. A damaged checkpoint is passed over with a warning.
 
     Args:
         must_agree: facts without which the rest of the run would not be the rest of that run.
 
     Returns:
-        The facts that were saved with it; empty if there is no checkpoint yet.
+        The facts and sums that were saved with it; empty and None if there is no checkpoint yet. The sums are None, and
+        the generators left as they are, where another number of ranks wrote it.
 
     Raises:
         ValueError: a fact in ``must_agree`` was another one when the checkpoint was written.
+        RuntimeError: there are checkpoints, but none that is whole.
     """
-    loaded, facts = engine.load_checkpoint(str(run_dir / FOLDER))
-    if loaded is None:
-        return {}
-    for name, value in must_agree.items():
-        if facts.get(name) != value:
-            raise ValueError(f"--resume: {name} is {value!r}, but {loaded} was written with {facts.get(name)!r}")
-    return facts
+    rank = dist.get_rank()
+    found: list[Any] = [[p.name for p in _all(run_dir)] if rank == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    for name in found[0]:
+        folder = run_dir / FOLDER / name
+        damage = _damage(folder)
+        if damage is None:
+            break
+        if rank == 0:
+            warnings.warn(f"--resume passes over {folder}: {damage}", stacklevel=2)
+    else:
+        if found[0]:
+            raise RuntimeError(f"--resume: every checkpoint in {run_dir / FOLDER} is damaged; --overwrite starts again")
+        return {}, None
+    loaded, facts = engine.load_checkpoint(str(folder.parent), tag=name)
+    for key, value in must_agree.items():
+        if facts.get(key) != value:
+            raise ValueError(f"--resume: {key} is {value!r}, but {loaded} was written with {facts.get(key)!r}")
+    if facts.get("ranks") != dist.get_world_size():
+        return facts, None
+    state = load_file(folder / _rank_file(rank))
+    torch.set_rng_state(state["cpu"])
+    if "device" in state:
+        get_accelerator().set_rng_state(state["device"])
+    return facts, state["sums"]
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state if get_accelerator().device_name() == "cpu" else state | {"device": get_accelerator().get_rng_state()}
+
+
+def _rank_file(rank: int) -> str:
+    return f"run_rank_{rank:05d}.safetensors"
+
+
+def _all(run_dir: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((run_dir / FOLDER).glob("update-*"), reverse=True)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint. Collective: the ranks share out its files, and read each of them once."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found = None
+    try:
+        sizes = json.loads((folder / LISTING).read_bytes())
+        for name in sorted(sizes)[rank::world_size]:
+            file = folder / name
+            if file.stat().st_size != sizes[name]:
+                raise ValueError(f"{name} has {file.stat().st_size} bytes, it had {sizes[name]}")
+            if file.suffix == ".pt" and zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    if (record := archive.testzip()) is not None:
+                        raise ValueError(f"{name}: the checksum of {record} is wrong")
+            verify_file(file)
+    except Exception as error:
+        found = f"{error}"
+    all_found: list[Any] = [None] * world_size
+    dist.all_gather_object(all_found, found)
+    return next((damage for damage in all_found if damage is not None), None)

@@ -6,7 +6,7 @@ One process, torchrun, deepspeed or mpirun, all the same:
     torchrun --standalone --nproc-per-node 8 launch/train.py --data-dir DIR --model B/16 --config configs/FILE.json
 
 DIR holds IDX files or one folder per class (launch/images.py). The run's folder gets metrics.csv, metrics.png and
-checkpoints.
+checkpoints. On SIGTERM or SIGUSR1 it saves and ends with exit code 75; --resume goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from images import Batch, Images, open_images
 from order import TrainingOrder, evaluation_shard
 from report import Progress, Row, RunLog, plot
+from stopping import SAVED_TO_GO_ON, Stopped, StopSignals
 from torch import Tensor
 from torch.utils.data import DataLoader
 from vits import build_vit
@@ -53,8 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=int, help="loader processes a rank (default: 8 for folders, 0 for IDX files)")
     add("--seed", type=int, default=0)
     add("--run-dir", type=Path, help="what the run leaves behind (default runs/MODEL-CONFIG)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in the run's folder, if there is one")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint of the run, if there is one")
     add("--overwrite", action="store_true", help="start again in a folder that has a run in it")
+    add("--save-every", type=int, default=0, help="updates between checkpoints, beside that at the end of each epoch")
+    add("--keep", type=int, default=3, help="checkpoints to keep, the newest; 0 for all (default 3)")
     add("--log-every", type=int, default=10, help="updates between training lines of metrics.csv (default 10)")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
@@ -63,6 +67,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--resume and --overwrite exclude each other")
     if args.epochs < 1 or args.log_every < 1 or not 0 <= args.warmup < 1:
         parser.error("--epochs and --log-every must be at least 1, --warmup at least 0 and less than 1")
+    if args.save_every < 0 or args.keep < 0:
+        parser.error("--save-every and --keep must be at least 0")
     return args
 
 
@@ -128,7 +134,13 @@ class Trainer:
         self.dtype = next(model.parameters()).dtype
         self.mean, self.std = (torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (images.mean, images.std))
 
-        facts = checkpoints.resume(self.engine, args.run_dir, self._identity()) if args.resume else {}
+        self.stop = StopSignals()
+        self.sums = Sums.zero(self.device)
+        facts: dict[str, Any] = {}
+        if args.resume:
+            facts, sums = checkpoints.resume(self.engine, args.run_dir, self._identity())
+            if sums is not None:
+                self.sums.values.copy_(sums)
         self.seconds: float = facts.get("seconds", 0.0)
         self.log = RunLog(args.run_dir / "metrics.csv" if self.rank == 0 else None, resume_at=self.update)
         self.progress = Progress(self.rank == 0, self.total_updates, self.update)
@@ -139,24 +151,35 @@ class Trainer:
         return self.engine.global_steps
 
     def run(self) -> str:
-        """Train to the end. Returns the closing words."""
+        """Train to the end. Returns the closing words.
+
+        Raises:
+            Stopped: a signal has told one of the ranks to stop.
+        """
         accuracy = None
         while self.update < self.total_updates:
             self.train_epoch()
             loss, accuracy = self.evaluate()
             self.log.write(self._row("test", loss, accuracy))
-            checkpoints.save(self.engine, self.args.run_dir, self._identity() | {"seconds": self.seconds})
+            self.save()
             self.progress.say(f"epoch {self.update // self.order.updates_per_epoch}/{self.args.epochs}: test loss "
                               f"{loss:.4f}, test accuracy {accuracy:.4f}, {self.seconds:.0f} s of training")
+            if self.stop.stopping and self.update < self.total_updates:
+                raise Stopped
+        self.stop.close()
         if accuracy is None:  # resumed at its end
             _, accuracy = self.evaluate()
         self.progress.close()
         self.log.close()
         return self._report(accuracy)
 
+    def save(self) -> None:
+        facts = self._identity() | {"seconds": self.seconds, "ranks": self.world_size}
+        checkpoints.save(self.engine, self.args.run_dir, facts, self.sums.values, self.args.keep)
+
     def train_epoch(self) -> None:
         """From the run's position to the end of its epoch."""
-        engine, sums = self.engine, Sums.zero(self.device)
+        engine, sums = self.engine, self.sums
         engine.train()
         self.train_images.epoch = self.update // self.order.updates_per_epoch
         logged, images_logged, started = self.seconds, self.update, time.perf_counter() - self.seconds
@@ -177,6 +200,14 @@ class Trainer:
                 row = self._row("train", loss, accuracy, speed)
                 self.log.write(row)
                 self.progress.set(row)
+            stopping = self.stop.ask()
+            due = self.args.save_every and self.update % self.args.save_every == 0
+            if (stopping or due) and self.update % self.order.updates_per_epoch != 0:  # there it saves after the test
+                self.seconds = time.perf_counter() - started
+                self.save()
+                if stopping:
+                    raise Stopped
+                started = time.perf_counter() - self.seconds
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -195,8 +226,9 @@ class Trainer:
     def _batches(self, images: Images, indices: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised pixels [B, channels, size, size] in the model's dtype, and labels [B], on the device."""
         workers = self.args.workers if self.args.workers is not None else 8 * (images.channels == 3)
-        loader: DataLoader[Batch] = DataLoader(images, batch_sampler=indices, collate_fn=as_it_is,
-                                               num_workers=workers, pin_memory=self.device.type != "cpu")
+        # A generator of its own: to draw the workers' seeds from torch's would shift a resumed run's dropout masks.
+        loader: DataLoader[Batch] = DataLoader(images, batch_sampler=indices, collate_fn=as_it_is, num_workers=workers,
+                                               pin_memory=self.device.type != "cpu", generator=torch.Generator())
         for pixels, labels in loader:
             pixels = pixels.to(self.device, non_blocking=True).float().div_(255).sub_(self.mean).div_(self.std)
             yield pixels.to(self.dtype), labels.to(self.device, non_blocking=True)
@@ -263,11 +295,22 @@ def main() -> None:
         print(f"ViT {args.model} ({sum(p.numel() for p in trainer.engine.module.parameters()):,} parameters), "
               f"{len(trainer.train_images):,} training and {len(trainer.test_images):,} test images, "
               f"{trainer.world_size} x {trainer.device.type}, {args.config}", flush=True)
-    words = trainer.run()
+    code = 0
+    try:
+        words = trainer.run()
+    except Stopped:
+        code = SAVED_TO_GO_ON
+        words = (f"\nStopped by {trainer.stop.caught or 'a signal'} after update {trainer.update} of "
+                 f"{trainer.total_updates}; --resume goes on\n"
+                 f"Checkpoint     {checkpoints.path(args.run_dir, trainer.update)}")
+        trainer.stop.close()
+        trainer.progress.close()
+        trainer.log.close()
     if trainer.rank == 0:
         print(words, flush=True)
     trainer.engine.destroy()
     distributed.leave()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -49,12 +49,12 @@ class Move:
 
 
 MOVES = [
-    Move(Place(1, 1), Place(4, 1)),
     Move(Place(4, 2), Place(2, 2), model="tied", two_groups=True),
     Move(Place(2, 2), Place(2, 3), model="straddling", alpha=0.7),
-    Move(Place(2, 3), Place(4, 2), model="random-3"),
 ]
 MORE_MOVES = [
+    Move(Place(1, 1), Place(4, 1)),
+    Move(Place(2, 3), Place(4, 2), model="random-3"),
     Move(Place(2, 3), Place(1, 3), two_groups=True),
     Move(Place(2, 3), Place(4, 3), model="dead_and_frozen"),
     Move(Place(4, 3), Place(2, 3), model="tied", two_groups=True),

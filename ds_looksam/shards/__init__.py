@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ..errors import LookSAMConfigError
 from .base import GradientShards, ScaleOf, Segment, full_shape
 from .bf16 import BF16Shards
+from .cpu_adam import relive_steps
 from .fp16 import FP16Shards
 from .host import HostEngine
 from .replicated import ReplicatedShards
@@ -20,7 +21,7 @@ from .zero3_offload import Zero3OffloadShards
 from .zero12 import Zero12Shards
 from .zero12_offload import Zero12OffloadShards
 
-__all__ = ["GradientShards", "HostEngine", "ScaleOf", "Segment", "full_shape", "open_shards"]
+__all__ = ["GradientShards", "HostEngine", "ScaleOf", "Segment", "full_shape", "open_shards", "relive_steps"]
 
 
 def open_shards(engine: HostEngine) -> GradientShards:
