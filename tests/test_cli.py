@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_shipped_configurations_pass(path, capsys):
     captured = capsys.readouterr()
     assert not captured.err and "128 = " in captured.out
     assert ("trains without LookSAM" in captured.out) == path.stem.startswith("adamw")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "large-batch").glob("*.json")), ids=lambda path: path.stem)
+def test_large_batch_recipes_pass_at_the_world_size_in_their_name(path, capsys):
+    gpus = re.search(r"(\d+)gpu", path.stem)
+    assert gpus is not None
+    assert main(["check", str(path), "--world-size", gpus[1], "--params", "86e6"]) == 0
+    out = capsys.readouterr().out
+    assert f"x {gpus[1]} ranks" in out and "fight" not in out
 
 
 @pytest.mark.parametrize(("changes", "arguments", "words"), [
@@ -112,6 +122,20 @@ def test_bytes_sent(check, stage, extra, sent):
     assert value(out, "extra sent, SAM step") == f"{sent:.2f} MiB"
     assert value(out, "extra sent, on average") == f"{sent / 4:.2f} MiB"
     assert value(out, "evaluations an update").startswith("1.25 ")
+
+
+WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+"""What a rank sends in a ring, in units of (N - 1)/N of the payload."""
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bytes_sent_are_those_that_were_counted(check, stage):
+    """benchmarks/traffic.py holds its formulas against the collectives of real ranks."""
+    from benchmarks.traffic import EVALUATION, PUBLICATION
+
+    _, out, _ = check("--world-size", "4", "--params", str(MIB), zero_optimization={"stage": stage})
+    payloads = [*EVALUATION[stage].items(), *PUBLICATION[stage].items()]
+    assert value(out, "extra sent, SAM step") == f"{sum(WIRE[kind] * size for kind, size in payloads) * 3:.2f} MiB"
 
 
 @pytest.mark.parametrize(("zero", "params", "expected"), [

@@ -43,8 +43,8 @@ def warnings(config: Any, settings: LookSAMConfig | None, parameters: int | None
             if moved < step:
                 yield (f"{precision} with a tiny rho: a weight is moved by rho/√parameters = {moved:.1e} on average, "
                        f"less than half a {precision} step of a weight of {TYPICAL_WEIGHT:g} ({step:.1e}), so that "
-                       "rounding decides where w + eps lies. Watch engine.looksam.perturbation_ratio and "
-                       "perturbation_cosine (docs/low-precision.md)")
+                       f"rounding decides where w + eps lies. Use rho {step * math.sqrt(parameters):.2g} or more, and "
+                       "watch engine.looksam.perturbation_cosine (docs/low-precision.md)")
     clip = config.gradient_clipping
     if clip > 0 and fixed is not None and fixed > MODEST_ALPHA and k > 1:
         factor = math.sqrt(1 + fixed**2)
