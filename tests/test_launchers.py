@@ -281,13 +281,17 @@ class SlurmJob:
 
     @classmethod
     def submit(cls, job: Job, *program: str) -> SlurmJob:
+        """With the tiny program, which is told ``program`` beside."""
+        return cls.submit_script(job, "--program", str(ROOT / "tests" / "launched.py"), "--", "--case",
+                                 str(job.folder / "case.pickle"), "--out", str(job.folder), *program)
+
+    @classmethod
+    def submit_script(cls, job: Job, *arguments: str) -> SlurmJob:
         variables = [line for line in (job.folder / ".deepspeed_env").read_text().splitlines() if "=" in line]
         return cls(job, job.hosts[0].run([
             "env", *(f"{name}={value}" for name, value in job.environment.items()), "sbatch", "--parsable", "--nodes=2",
             "--ntasks-per-node=2", f"--output={job.folder}/slurm.out", "launch/slurm.sbatch",
-            *(word for line in variables for word in ("--env", line)), "--program",
-            str(ROOT / "tests" / "launched.py"), "--", "--case", str(job.folder / "case.pickle"), "--out",
-            str(job.folder), *program], cwd=ROOT).strip())
+            *(word for line in variables for word in ("--env", line)), *arguments], cwd=ROOT).strip())
 
     def facts(self) -> dict[str, str]:
         fields = self.job.hosts[0].run(["scontrol", "--oneliner", "show", "job", self.number]).split()
@@ -333,6 +337,26 @@ def test_slurm_requeues_a_job_that_saved_on_a_signal_or_was_preempted(job, slurm
     assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("COMPLETED", "2", "0:0"), slurm_job.output()
     assert job.starts() == [0, 2, 5]
     job.check_weights()
+
+
+@pytest.mark.hosts
+def test_train_py_that_slurm_stopped_goes_on(job, slurm_cluster, data):  # noqa: F811
+    """The default program: requeued after the signal before the end of its time, it is the run that was not stopped."""
+    def arguments(run: str) -> list[str]:
+        return ["--env", f"PYTHONPATH={ROOT}", "--", "--model", MODEL,
+                *options(data, job.folder / run, "looksam_zero2", epochs=12), "--resume"]
+
+    job.start_script("ssh.sh", "--hostfile", "hosts", *arguments("whole")).succeeds()
+    slurm_job = SlurmJob.submit_script(job, *arguments("stopped"))
+    slurm_job.wait(lambda: (job.folder / "stopped" / "checkpoints" / "latest").exists())
+    job.hosts[0].run(["scancel", "--signal=USR1", slurm_job.number])
+    slurm_job.wait(lambda: slurm_job.facts()["Restarts"] == "1")
+    slurm_job.wait(lambda: (job.folder / "stopped" / "metrics.png").exists())
+    facts = slurm_job.wait_for_end()
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), slurm_job.output()
+    updates = 12 * 5  # 642 images in batches of 128
+    whole, stopped = weights(job.folder / "whole", updates), weights(job.folder / "stopped", updates)
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
 # What goes wrong ---------------------------------------------------------------------------------------------------
