@@ -234,6 +234,10 @@ def test_as_a_program_in_a_pipe_and_in_a_terminal():
     command = [sys.executable, "-m", "ds_looksam", "check", str(ROOT / "configs" / "looksam_zero2.json")]
     piped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert piped.returncode == 0 and piped.stdout.splitlines()[2].startswith("  optimizer  ")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # as "| head" does
+        assert b"rror" not in process.stderr.read()
     ours, its = pty.openpty()
     with subprocess.Popen(command, cwd=ROOT, stdout=its, stderr=its, env=os.environ | {"TERM": "xterm"}) as process:
         os.close(its)

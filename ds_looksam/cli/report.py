@@ -36,11 +36,11 @@ def run() -> int:
     print_table("Optional packages", [(name, _installed(name) or "not installed", use)
                                       for name, use in OPTIONAL.items()])
     print_table("Optimizer types registered with DeepSpeed", [
-        *((name, "LookSAM around any supported base") for name in OPTIMIZER_TYPES),
+        *((name, "around any supported base optimizer") for name in OPTIMIZER_TYPES),
         *((name, "alone, on ZeRO shards") for name in LAYERWISE_OPTIMIZERS)])
-    print_table("Supported", [(row.feature, ", ".join(map(str, row.stages)), ", ".join(row.precisions),
-                               "yes" if row.offload else "") for row in SUPPORTED],
-                ("feature", "ZeRO stage", "precision", "with offload"))
+    print_table("Supported", [(", ".join(map(str, row.stages)), ", ".join(row.precisions),
+                               "yes" if row.offload else "", row.feature) for row in SUPPORTED],
+                ("ZeRO stage", "precision", "with offload", "feature"))  # the widest last: plain text is not wrapped
     print_table("Refused at deepspeed.initialize", [(row.feature, row.instead) for row in REFUSED],
                 ("feature", "use instead"))
     return 0
@@ -64,7 +64,7 @@ def _machine() -> Iterator[tuple[str, str]]:
         names = [torch.cuda.get_device_name(i) for i in range(accelerator.device_count())]
         yield "devices", ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)) or "none"
     for precision, supported in ("bf16", accelerator.is_bf16_supported()), ("fp16", accelerator.is_fp16_supported()):
-        yield precision, "supported" if supported else "not supported by this accelerator"
+        yield precision, f"{'supported' if supported else 'not supported'}, says DeepSpeed's accelerator"
     compilers = [compiler for compiler in ("c++", "nvcc") if shutil.which(compiler)]
     note = 'DeepSpeed compiles its own optimizers with them; without, use "torch_adam": true'
     yield "compilers", f"{', '.join(compilers) or 'none'} ({note})"
