@@ -5,6 +5,7 @@ Under Look-LayerSAM they are in test_layerwise_oracle.py.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,26 @@ def test_torch_optimizer_matches_oracle(base: str, options: dict[str, Any], two_
         optimizer.step()
     weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     assert distance(weights, reference(case)) <= 1e-6
+
+
+@pytest.mark.parametrize("base", ["Lamb", "Lars"])
+def test_copies_and_state_dicts_go_on_as_the_original(base: str) -> None:
+    def steps(optimizer: torch.optim.Optimizer, p: torch.nn.Parameter) -> torch.Tensor:
+        for i in range(3):
+            p.grad = torch.arange(6.0).view(2, 3) - i
+            optimizer.step()
+        return p.detach().clone()
+
+    start = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = getattr(ds_looksam, base)([start], lr=0.1)
+    steps(optimizer, start)
+    copied = copy.deepcopy(optimizer)
+    again = torch.nn.Parameter(start.detach().clone())
+    loaded = getattr(ds_looksam, base)([again], lr=0.7)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share the moments
+    expected = steps(optimizer, start)
+    assert torch.equal(steps(copied, copied.param_groups[0]["params"][0]), expected)
+    assert torch.equal(steps(loaded, again), expected)
 
 
 GRID = {

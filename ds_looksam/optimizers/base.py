@@ -46,6 +46,16 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
+        self._stand_alone()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """torch copies and unpickles the state and the param groups; a copy is bound to nothing. load_state_dict() ends
+        here too, and must not undo the binding."""
+        super().__setstate__(state)
+        if not hasattr(self, "_gathered"):
+            self._stand_alone()
+
+    def _stand_alone(self) -> None:
         self._gathered: list[Flat] = []
         self._norms: Tensor | None = None
         self._own = {id(p) for group in self.param_groups for p in group["params"]}
