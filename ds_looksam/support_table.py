@@ -106,8 +106,9 @@ SUPPORTED = (
     Supported("base AdamW, Adam (`adam_w_mode` false: L2), `torch_adam`, SGD (momentum, Nesterov), Adagrad", ALL, FULL,
               True, ("test_bases.py::test_bases", "test_bases.py::test_bases_on_the_cpu")),
     Supported("base Lion", ZERO, FULL, True, ("test_bases.py::test_lion", )),
-    Supported("base LAMB and LARS, Look-LayerSAM", ALL, FULL, False, ("test_layerwise_oracle.py::test_matches_oracle",
-    )),
+    Supported("base LAMB and LARS, Look-LayerSAM", ALL, BF16, True,
+              ("test_layerwise_oracle.py::test_matches_oracle",
+               "test_optimizers.py::test_offload_and_bf16_under_look_layer_sam")),
 )
 
 REFUSED = (
