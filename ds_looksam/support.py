@@ -107,6 +107,10 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
         if zero.offload_optimizer.ratio != 1.0:
             yield ("zero_optimization.offload_optimizer.ratio: not supported (a second optimizer updates the part that "
                    "stays on the accelerator, out of the LR scheduler's sight); leave it at 1.0")
+    if zero.offload_optimizer is not None and (zero.offload_optimizer.pipeline_read or
+                                               zero.offload_optimizer.pipeline_write):
+        yield ("zero_optimization.offload_optimizer.pipeline_read, pipeline_write: not supported (results were not "
+               "always those without); leave them off")
     if zero.offload_optimizer is not None and zero.offload_optimizer.super_offload:
         yield "zero_optimization.offload_optimizer.super_offload: not supported; leave it off (ordinary offload)"
     if zero.zenflow is not None:

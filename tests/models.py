@@ -163,7 +163,8 @@ class Random(Classifier):
             square = draw.random() < 0.4
             new = width if square else draw.randint(1, 31)
             layer = nn.Linear(width, new, bias=draw.random() < 0.7)
-            same_shape = [m for m in self.layers if m.weight.shape == layer.weight.shape]
+            # Not by weight.shape, which is (0,) under zero.Init.
+            same_shape = [m for m in self.layers if (m.in_features, m.out_features) == (width, new)]
             if same_shape and draw.random() < 0.5:
                 layer.weight = draw.choice(same_shape).weight
             elif draw.random() < 0.15:
