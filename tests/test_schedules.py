@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import ds_looksam  # noqa: F401 - registers LookSAM in the rank processes too
+
 from . import oracle
 from .models import CLASSES, FEATURES, make_model
 from .ranks import run_on_ranks
