@@ -101,8 +101,6 @@ SUPPORTED = (
               ("test_oracle_grid.py::test_matches_oracle", "test_offload.py::test_offload_to_cpu")),
     Supported("`scheduler`, every one of DeepSpeed's, and torch's through `lr_scheduler=`", ALL, FULL, False,
               ("test_schedules.py::test_schedulers", )),
-    Supported("`training_data`, `engine.deepspeed_io`", ALL, FULL, False,
-              ("test_schedules.py::test_deepspeeds_data_loader", )),
     Supported("base AdamW, Adam (`adam_w_mode` false: L2), `torch_adam`, SGD (momentum, Nesterov), Adagrad", ALL, FULL,
               True, ("test_bases.py::test_bases", "test_bases.py::test_bases_on_the_cpu")),
     Supported("base Lion", ZERO, FULL, True, ("test_bases.py::test_lion", )),

@@ -1,4 +1,4 @@
-"""LR schedules and DeepSpeed's data loader: the rate a scheduler sets reaches the base optimizer, once per update."""
+"""LR schedules: the rate a scheduler sets reaches the base optimizer, once per update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 import ds_looksam  # noqa: F401 - registers LookSAM in the rank processes too
 
 from . import oracle
-from .models import CLASSES, FEATURES, make_model
+from .models import make_model
 from .ranks import run_on_ranks
 from .test_oracle_grid import TOLERANCE
 from .training import Case, distance, engine_for, master_weights, named, train_window
@@ -81,63 +81,3 @@ def test_schedulers(scheduler: str, stage: int) -> None:
     assert len({str(hyper) for hyper in schedule}) > 3, "the schedule was meant to move"
     if scheduler != "torch":
         assert schedule == run_on_ranks(case.world, train_base_on_schedule, case, scheduler)[0]
-
-
-# The data loader ------------------------------------------------------------------------------------------------------
-
-SAMPLES = 96
-
-
-class Samples(torch.utils.data.Dataset):
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(SAMPLES, FEATURES, generator=generator)
-        self.y = torch.randint(0, CLASSES, (SAMPLES, ), generator=generator)
-
-    def __len__(self) -> int:
-        return SAMPLES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
-
-
-def train_from_loader(case: Case, repeated: bool) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
-    """An epoch of DeepSpeed's loader, distributed and shuffled by DeepSpeed: weights, and what this rank was given."""
-    import deepspeed
-
-    module, data = make_model(case.model, case.seed), Samples()
-    engine, _, loader, _ = deepspeed.initialize(model=module, config=case.json(), training_data=data,
-                                                model_parameters=case.model_parameters(module))
-    try:
-        if repeated:  # what train_batch-like loops use: an iterator that never ends
-            from deepspeed.runtime.dataloader import RepeatingLoader
-
-            loader = RepeatingLoader(engine.deepspeed_io(data))
-        seen = []
-        for x, y in loader:
-            seen.append((x.clone(), y.clone()))
-            engine.backward(engine(x, y))
-            engine.step()
-            if len(seen) == case.updates * case.accumulation:
-                break
-        return master_weights(engine), seen
-    finally:
-        engine.destroy()
-
-
-@pytest.mark.parametrize("repeated", [False, True], ids=["training_data", "deepspeed_io"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeeds_data_loader(stage: int, repeated: bool) -> None:
-    case = Case(stage=stage, accumulation=2, updates=8 if repeated else 6)
-    results = run_on_ranks(case.world, train_from_loader, case, repeated)
-    module = make_model(case.model, case.seed)
-    groups = case.oracle_groups(module)
-    reference = oracle.build(module, groups, base=case.base, k=case.k)
-    for update in range(case.updates):
-        here = slice(update * case.accumulation, (update + 1) * case.accumulation)
-        reference.update([batch for _, seen in results for batch in seen[here]])
-    for weights, seen in results:
-        assert len(seen) == case.updates * case.accumulation
-        assert distance(weights, named(reference.w, module, groups)) <= TOLERANCE
-    assert not torch.equal(results[0][1][0][0], results[1][1][0][0]), "ranks were meant to get different samples"
