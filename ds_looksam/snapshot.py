@@ -82,19 +82,20 @@ class ComputeMode:
     time of one call.
     """
 
-    training: tuple[bool, ...]
+    training: tuple[tuple[nn.Module, bool], ...]
     autocast: AutocastState
     own_forward: Callable[..., Any] | None
 
     @classmethod
     def capture(cls, module: nn.Module) -> ComputeMode:
-        return cls(training=tuple(m.training for m in module.modules()), autocast=AutocastState.capture(),
+        return cls(training=tuple((m, m.training) for m in module.modules()), autocast=AutocastState.capture(),
                    own_forward=vars(module).get("forward"))
 
     def apply(self, module: nn.Module) -> None:
         """Set all of it again (without calling user code in ``train()``)."""
-        for m, flag in zip(module.modules(), self.training, strict=True):
-            m.training = flag
+        for m, flag in self.training:
+            if m.training != flag:  # nn.Module's __setattr__ is slow, and hardly ever needed
+                m.training = flag
         self.autocast.apply()
         if self.own_forward is None:
             vars(module).pop("forward", None)
@@ -120,11 +121,12 @@ class ModelSnapshot:
         outside = [(p, p.grad) for p in module.parameters() if p.requires_grad and id(p) not in known]
         for p, _ in outside:
             p.grad = None
+        mode = ComputeMode.capture(module)
         return cls(module=module,
                    random=RandomState.capture(),
-                   mode=ComputeMode.capture(module),
-                   buffers=[(owner, name, buffer, buffer.detach().clone()) for owner in module.modules()
-                            for name, buffer in owner.named_buffers(recurse=False)],
+                   mode=mode,
+                   buffers=[(owner, name, buffer, buffer.detach().clone()) for owner, _ in mode.training
+                            for name, buffer in owner._buffers.items() if buffer is not None],
                    outside_gradients=outside)
 
     def restore(self) -> None:

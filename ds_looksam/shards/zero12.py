@@ -107,13 +107,14 @@ class Zero12Shards(GradientShards):
 
     def _fragments_of(self, i: int, flat: Tensor) -> list[Tensor]:
         """Views of ``flat`` with the shapes and padding marks of the fragments last taken for group i."""
-        views, offset = [], 0
-        for shape, is_padding in self._fragment_shapes[i]:
-            view = flat.narrow(0, offset, shape.numel()).view(shape)
+        fragments = self._fragment_shapes[i]
+        views = []
+        for part, (shape, is_padding) in zip(flat.split([shape.numel() for shape, _ in fragments]), fragments,
+                                             strict=True):
+            view = part.view(shape)
             if is_padding:
-                view._zero_padding = True  # type: ignore[attr-defined]
+                view._zero_padding = True
             views.append(view)
-            offset += shape.numel()
         return views
 
     def _start_window(self) -> None:

@@ -3,8 +3,9 @@
 What DeepSpeed keeps per sub-group i, on this rank:
 
 - ``fp32_partitioned_groups_flat[i]``: the fp32 master weights, the partitions of the sub-group's parameters one after
-  another, each with its own padding at the end. In fp32 training this is the same tensor as
-- ``fp16_partitioned_groups_flat[i]``: the partitions in the model's dtype, from which every forward gathers.
+  another, each with its own padding at the end.
+- ``fp16_partitioned_groups_flat[i]``: the partitions in the model's dtype, from which every forward gathers. Another
+  tensor in fp32 training too, but the same one as the master under torch autocast.
 - ``averaged_gradients[i]``: one partition per parameter, views of one buffer that lives as long as the optimizer. The
   first micro-batch of a window that has a gradient for a parameter overwrites its partition, later ones add to it, and
   a parameter that takes no part in the window's loss still shows the gradient of an earlier one: DeepSpeed 0.19.8 alone
@@ -80,7 +81,7 @@ class Zero3Shards(GradientShards):
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
         masters = [master.detach() for master in self._zero.fp32_partitioned_groups_flat]
-        # fp32 training: model and master are one tensor, so a clean copy must outlive the replay.
+        # torch autocast: model and master are one tensor, so a clean copy must outlive the replay.
         self._clean = {i: masters[i].clone() for i in range(len(masters)) if self._model_flat_is_master[i]}
         model = [flat.data for flat in self._zero.fp16_partitioned_groups_flat]
         moved = perturb_flats(masters, gradient, scale_of, model, self.device)
