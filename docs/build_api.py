@@ -17,6 +17,7 @@ import pydantic
 
 import ds_looksam
 from ds_looksam.config import RhoSchedule
+from ds_looksam.evaluation import ReplayingEngine
 
 TARGET = Path(__file__).parent / "api.md"
 INTRODUCTION = """# API reference
@@ -43,7 +44,10 @@ def entry(name: str, thing: Any) -> Iterator[str]:
     yield markdown(inspect.getdoc(thing) or "")
     if not inspect.isclass(thing):
         return
-    for member, value in vars(thing).items():
+    members = dict(vars(thing))
+    if thing is ds_looksam.LookSAMEngine:
+        members = {**vars(ReplayingEngine), **members}
+    for member, value in members.items():
         inner = value.fget if isinstance(value, property) else value
         if member.startswith("_") or not inspect.isfunction(inner) or not inner.__doc__:
             continue

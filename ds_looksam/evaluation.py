@@ -1,0 +1,191 @@
+"""An engine that remembers how an accumulation window was evaluated, and can evaluate it again at other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import LookSAMReplayError
+from .guard import PerturbedWeights
+from .loss_path import UnknownLoss
+from .optimizers.engine import LayerwiseEngine
+from .replay import Backward, Forward, LossFn, MicroBatch, Window, loss_again
+from .side_effects import without_side_effects
+
+Closure = Callable[[], Any]
+
+
+class ReplayingEngine(LayerwiseEngine):
+    """The user's loop: ``forward`` and ``backward`` of a window that ends in a SAM step are recorded, and
+    :meth:`_evaluate_again` runs them once more. :class:`~ds_looksam.engine.LookSAMEngine` decides when.
+    """
+
+    loss_fn: LossFn | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.loss_fn = None
+        self._window = Window()
+        self._closure: Closure | None = None
+        self._replaying = False
+        self._evaluating_again = False  # inside one forward or backward of a replay
+        self._replayed_forwards = self._replayed_backwards = 0
+        self._replayed = Window()  # of the second evaluation; only its loss
+        self._noted_direct_backward = False
+        super().__init__(*args, **kwargs)
+        self._perturbed = PerturbedWeights(self.module)
+
+    @property
+    def _window_is_recorded(self) -> bool:
+        """Whether the window now running may have to be evaluated again. The same throughout a window."""
+        raise NotImplementedError
+
+    # The user's loop ------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; in a window that ends in a SAM step the inputs and the RNG state are remembered."""
+        if self._perturbed:
+            self._refuse_unless_in_closure("forward")
+            return self._forward_again(*inputs, **kwargs)
+        with self._window.not_recording():
+            if not (self._window_is_recorded and torch.is_grad_enabled()):
+                return super().forward(*inputs, **kwargs)
+            record = Forward.capture(self.module, inputs, kwargs)
+            output = super().forward(*inputs, **kwargs)
+        self._window.add_forward(record, self.module, output, self._note_direct_backward)
+        return output
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """As DeepSpeed's; in a window that ends in a SAM step it is remembered how ``loss`` was formed."""
+        if self._perturbed:
+            self._refuse_unless_in_closure("backward")
+            return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if self._window_is_recorded:
+            self._window.add_backward(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas))
+            self._window.add_loss(loss, self._share(scale_wrt_gas))
+        return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    def _backward_now(self, scale_wrt_gas: bool = True, direct: bool = False) -> Backward:
+        return Backward(self.is_gradient_accumulation_boundary(), scale_wrt_gas, direct, no_sync=self.inside_no_sync(),
+                        coalesced=self.inside_coalesce())
+
+    def _note_direct_backward(self, loss: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None,
+                              create_graph: bool = False, inputs: Any = None) -> None:
+        """The user called ``loss.backward()``, on what came out of a forward of a SAM step's window."""
+        self._window.add_backward(loss, self._backward_now(direct=True))
+        self._window.add_loss(loss, self._share(direct=True))
+        self._noted_direct_backward = True
+        if gradient is not None or create_graph or inputs is not None:
+            self._window.unmatched = UnknownLoss("Tensor.backward() was called with gradient, create_graph or inputs")
+
+    def direct_backward_begins(self) -> None:
+        if not self._noted_direct_backward and self._window_is_recorded and not self._perturbed:
+            self._window.unmatched = UnknownLoss("a backward was run by neither engine.backward(loss) nor "
+                                                 "loss.backward() (torch.autograd.backward, say)")
+        self._noted_direct_backward = False
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None, closure: Closure | None = None) -> None:
+        """As DeepSpeed's; at the boundary of a SAM step the window is evaluated a second time, at w + eps.
+
+        Args:
+            lr_kwargs: handed to the LR scheduler, as in DeepSpeed.
+            closure: runs ``engine(...)`` and ``engine.backward(...)`` for every micro-batch of the window again. Only
+                called in SAM steps, and only needed where the loss can neither be replayed nor recomputed by
+                ``loss_fn``.
+
+        Raises:
+            LookSAMReplayError: the second evaluation cannot be run. Weights, gradients, RNG and statistics are as
+                before the call.
+        """
+        self._perturbed.refuse("engine.step()")
+        self._window.stop_recording()
+        self._closure = closure
+        try:
+            super().step(lr_kwargs)
+        except BaseException:
+            self.leave_failed_step()
+            raise
+        finally:
+            self._closure = None
+
+    # The second evaluation ------------------------------------------------------------------------------------------
+
+    def _evaluate_again(self) -> None:
+        """Forward and backward of every micro-batch of the window, with its own RNG state and training flags."""
+        self._replaying, self._replayed_forwards, self._replayed_backwards = True, 0, 0
+        self._replayed = Window()
+        try:
+            with self.running_again(), torch.enable_grad(), without_side_effects(self.module):
+                if self._closure is not None:
+                    self._call_closure(self._closure)
+                else:
+                    self._replay_window(self._window.micro_batches)
+                self.finish_unmanaged_window()
+        finally:
+            self._replaying = False
+
+    def _replay_window(self, micro_batches: list[MicroBatch]) -> None:
+        coalesced = any(micro_batch.backward.coalesced for micro_batch in micro_batches)
+        with self.coalesce_grad_reduction() if coalesced else nullcontext():
+            for micro_batch in micro_batches:
+                args, kwargs = micro_batch.forward.inputs()
+                loss = loss_again(micro_batch, self._forward_again(*args, **kwargs), self.loss_fn)
+                backward = micro_batch.backward
+                with self.no_sync() if backward.no_sync else nullcontext():
+                    self._backward_again(loss, scale_wrt_gas=backward.scale_wrt_gas, direct=backward.direct)
+
+    def _call_closure(self, closure: Closure) -> None:
+        closure()
+        if self._replayed_backwards != self._window.backwards:
+            raise LookSAMReplayError(
+                f"engine.step(closure=...): the closure called engine.backward() {self._replayed_backwards} times, the "
+                f"window had {self._window.backwards}. It must evaluate the whole accumulation window.")
+
+    def _forward_again(self, *inputs: Any, **kwargs: Any) -> Any:
+        recorded = self._window.micro_batches
+        if self._replayed_forwards < len(recorded):
+            forward = recorded[self._replayed_forwards].forward
+            forward.mode.apply(self.module)
+            forward.random.restore()
+        self._replayed_forwards += 1
+        self._evaluating_again = True
+        try:
+            return super().forward(*inputs, **kwargs)
+        finally:
+            self._evaluating_again = False
+
+    def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,
+                        direct: bool = False) -> Tensor:
+        recorded = self._window.micro_batches
+        if self._replayed_backwards < len(recorded):
+            self.set_boundary_of_next_backward(recorded[self._replayed_backwards].backward.is_boundary)
+        self._replayed_backwards += 1
+        self._replayed.add_loss(loss, self._share(scale_wrt_gas, direct))
+        self._evaluating_again = True
+        try:
+            if direct:
+                return self.backward_directly(loss)
+            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        finally:
+            self._evaluating_again = False
+
+    def _refuse_unless_in_closure(self, what: str) -> None:
+        """Only the user's closure runs the engine at perturbed weights: not a hook, not an evaluation without grad."""
+        by_closure = self._replaying and self._closure is not None and not self._evaluating_again
+        if not (by_closure and torch.is_grad_enabled()):
+            self._perturbed.refuse(f"engine.{what}()")
+
+    def _loss_rise(self) -> Tensor:
+        """The window's loss at w + eps minus its loss at w on this rank, float64 [1] where the sums are."""
+        before, after = self._window.loss, self._replayed.loss
+        rise = torch.tensor(torch.nan) if before is None or after is None else after - before
+        return rise.to(self._shards.device, torch.float64).reshape(1)
+
+    def _share(self, scale_wrt_gas: bool = True, direct: bool = False) -> float:
+        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so. A loss
+        whose backward was called directly carries the loss scale."""
+        share = 1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0
+        return share / self.gradient_loss_scale() if direct else share
