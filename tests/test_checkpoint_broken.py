@@ -65,7 +65,7 @@ def _flip_description(tag: Path) -> None:
 
 
 def _flip_manifest(tag: Path) -> None:
-    _flip(tag / "looksam.json", (tag / "looksam.json").read_bytes().index(b'"updates": ') + 11)
+    _flip(tag / "looksam.json", (tag / "looksam.json").read_bytes().index(b'"updates": 4') + 11)
 
 
 def _cut_manifest(tag: Path) -> None:
