@@ -54,6 +54,7 @@ def test_torch_optimizer_on_the_cpu() -> None:
                               config={"zero_force_ds_cpu_optimizer": False}), TOLERANCE["fp32"])
 
 
+@pytest.mark.grid  # an operator of its own to compile
 @pytest.mark.parametrize("case", [
     Case(clipping=0.05, accumulation=2),
     Case(two_groups=True, zero={"sub_group_size": 300_000}),
