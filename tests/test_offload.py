@@ -70,7 +70,7 @@ def test_optimizer_state_on_nvme(case: Case, tmp_path: Path) -> None:
     if case.precision == "fp32":
         check_against_oracle(case, TOLERANCE["fp32"])
         return
-    # Bits, where the oracle's tolerance says little. (With clipping the last one differs: norms are added up otherwise.)
+    # Bits, where the tolerance says little. (With clipping the last one differs: norms are added up otherwise.)
     on_cpu = replace(case, zero={**case.zero, "offload_optimizer": CPU})
     for nvme, cpu in zip(run_on_ranks(2, train, case), run_on_ranks(2, train, on_cpu), strict=True):
         for name, weight in cpu.weights.items():
