@@ -128,8 +128,8 @@ class Case:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + 1009 * update + number)
         x = torch.randn(self.micro_batch, FEATURES, generator=generator, dtype=torch.float64)
         y = torch.randint(0, CLASSES, (self.micro_batch, ), generator=generator)
-        if self.model == "sometimes":
-            y[0] = (update // 2 + i) % 2  # what it looks at: the same on every rank
+        # What the model "sometimes" looks at: the same on every rank, and another in the window's next micro-batch.
+        y[0] = (update // 2 + (i if self.model == "sometimes" else 0)) % 2
         return x, y
 
 

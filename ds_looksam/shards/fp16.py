@@ -29,10 +29,11 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, perturb_flats
+from .base import ScaleOf, perturb_flats
+from .replicated import WholeShards
 
 
-class FP16Shards(GradientShards):
+class FP16Shards(WholeShards):
     def __init__(self, optimizer: FP16_UnfusedOptimizer | FP16_Optimizer) -> None:
         self._wrapper = optimizer
         self.process_group: Any | None = None
@@ -49,19 +50,6 @@ class FP16Shards(GradientShards):
                 "fp16 with zero_optimization.stage 0: DeepSpeed 0.19.8 does not multiply the loss by the loss scale "
                 "there, but divides the gradient by it, with LookSAM or without. Use zero_optimization.stage 1, bf16, "
                 "or \"fp16\": {\"loss_scale\": 1}.")
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for params in self._groups for p in params]
-
-    def layout(self) -> list[list[Segment]]:
-        flats = []
-        for params in self._groups:
-            start, segments = 0, []
-            for p in params:
-                segments.append(Segment(p, start, 0, p.numel(), p.numel()))
-                start += p.numel()
-            flats.append(segments)
-        return flats
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = []

@@ -14,14 +14,10 @@ from ..algebra import Shard
 from .base import GradientShards, ScaleOf, Segment, perturb_flats
 
 
-class ReplicatedShards(GradientShards):
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.process_group: Any | None = None
-        self.device = device
-        self._groups = [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
-                        for group in optimizer.param_groups]
-        self.group_of = list(range(len(self._groups)))
-        self._clean: Shard | None = None
+class WholeShards(GradientShards):
+    """Every rank holds everything: one flat tensor per param group, its parameters one after another."""
+
+    _groups: list[list[torch.nn.Parameter]]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for params in self._groups for p in params]
@@ -36,8 +32,19 @@ class ReplicatedShards(GradientShards):
             flats.append(segments)
         return flats
 
+
+class ReplicatedShards(WholeShards):
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.process_group: Any | None = None
+        self.device = device
+        self._groups = [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
+                        for group in optimizer.param_groups]
+        self.group_of = list(range(len(self._groups)))
+        self._clean: Shard | None = None
+
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
-        gradient = [self._flatten([p.grad for p in params]) for params in self._groups]
+        gradient = [self._flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+                    for params in self._groups]
         for params in self._groups:
             for p in params:
                 p.grad = None
