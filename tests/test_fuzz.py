@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import pytest
+
+from .fuzz import check, seeds
 
 
-def test_a_few_draws() -> None:
-    run = subprocess.run([sys.executable, "-m", "tests.fuzz", "--draws", "10", "--seed", "0"], timeout=280,
-                         cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert run.returncode == 0, run.stdout[-5000:]
+@pytest.mark.parametrize("seed", list(seeds(20, seed=0)))
+def test_draw(seed: int) -> None:
+    check(seed)
