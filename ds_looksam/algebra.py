@@ -207,8 +207,7 @@ def update_beta(beta: Tensor | None, v_dot_g_v: Tensor, v_squared: Tensor, g_squ
     b says how much of the fresh g_v the stored v would have given, in units of ‖g‖. Where it is not defined
     (‖v‖ or ‖g‖ is 0) it counts as 0.
     """
-    b = v_dot_g_v / (v_squared * g_squared).sqrt()
-    b = torch.where(torch.isfinite(b), b, torch.zeros_like(b))
+    b = cosine(v_dot_g_v, v_squared, g_squared)  # the same quotient, though of g_v with v in units of ‖g‖
     return b if beta is None else BETA_DECAY * beta + (1 - BETA_DECAY) * b
 
 
