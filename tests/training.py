@@ -322,11 +322,31 @@ def check_against_oracle(case: Case, tolerance: float, dtype: torch.dtype = torc
 
     ``tolerance`` is for a g_v that is used at its own length. A fixed alpha makes a short g_v (small rho, flat loss) as
     long as alpha ‖g‖, and its rounding error with it; the 10 lets the usual alpha and rho pass without an allowance.
+
+    Samples on which an element of the gradient happens to cancel, so that Adam divides rounding by rounding, are held
+    to what they leave to anybody: ``ROUNDING`` times the error of a naive program in fp32, and never more than 1e-4.
     """
     reference, error = compare_with_oracle(case, dtype, v_dtype)
     tolerance *= max(1.0, reference.amplification / 10)
+    if error > tolerance and case.precision == "fp32":
+        tolerance = max(tolerance, min(ROUNDING * naive_error(case), 1e-4))
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e} for {case}"
     return reference
+
+
+ROUNDING = 20
+"""Seen over 40 cases of the grid: 1.0 to 1.4 with SGD, 4 to 12 with AdamW, whose operators keep their moments and
+1 - beta2^t, which starts at 1e-3, in fp32 too."""
+
+
+def naive_error(case: Case) -> float:
+    """Relative error of the oracle when it computes gradients in fp32 and rounds its weights to fp32 after each update.
+    """
+    reference, module, groups = start_oracle(case, torch.float32)
+    for update in range(case.updates):
+        reference.update(case.window(update))
+        reference.w = reference.w.float().double()
+    return distance(named(reference.w, module, groups), run_oracle(case)[1])
 
 
 def compare_with_oracle(case: Case, dtype: torch.dtype = torch.float64,
