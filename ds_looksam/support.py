@@ -115,9 +115,9 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
         yield "zero_optimization.offload_optimizer.super_offload: not supported; leave it off (ordinary offload)"
     if zero.zenflow is not None:
         yield "zero_optimization.zenflow: not supported; leave it out"
-    if config.data_efficiency_enabled:
-        yield ("data_efficiency.enabled: not supported (curriculum sampling and random-LTD have not been tested with a "
-               "second evaluation); leave it off")
+    if _is_anything_enabled(config.data_efficiency_config):
+        yield ("data_efficiency: not supported (curriculum sampling, dynamic batching and random-LTD have not been "
+               "tested with a second evaluation); leave it out, or set \"enabled\" to false in all its blocks")
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, key):
             yield f"zero_optimization.{key}: not supported (ZeRO++ quantization); leave it out"
@@ -125,6 +125,11 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
         yield "compile.deepcompile: not supported; use engine.compile() without it"
     if config.tensor_parallel_config.autotp_size > 1:
         yield "tensor_parallel.autotp_size: not supported; use data parallelism (ZeRO)"
+
+
+def _is_anything_enabled(block: Any) -> bool:
+    """Whether "enabled" is true anywhere in a block of the JSON: DeepSpeed looks at some inner blocks only."""
+    return isinstance(block, dict) and (bool(block.get("enabled")) or any(map(_is_anything_enabled, block.values())))
 
 
 def refuse_model(engine: Any) -> None:

@@ -21,8 +21,10 @@ class Supported:
     Attributes:
         feature: the JSON key or call, and what it is.
         stages: ZeRO stages it was compared with the oracle on; on the others DeepSpeed does not have it, or see
-        Refused. precisions: likewise. offload: whether also with ``offload_optimizer`` to the CPU. tests:
-        ``file::function`` of the tests that show it.
+            Refused.
+        precisions: likewise.
+        offload: whether also with ``offload_optimizer`` to the CPU.
+        tests: ``file::function`` of the tests that show it.
     """
 
     feature: str
@@ -87,7 +89,7 @@ SUPPORTED = (
     Supported("`engine.compile()`", ALL, FULL, False, ("test_torch_features.py::test_compiled", )),
     Supported("gradient accumulation, managed or `managed_gradient_accumulation` false", ALL, EVERY, True,
               ("test_accumulation.py::test_ways_to_accumulate",
-              "test_low_precision.py::test_low_precision_accumulation",
+               "test_low_precision.py::test_low_precision_accumulation",
                "test_accumulation.py::test_ways_to_accumulate_with_offload")),
     Supported("`set_gradient_accumulation_boundary`", ALL, FULL, False,
               ("test_accumulation.py::test_ways_to_accumulate", )),
@@ -97,6 +99,8 @@ SUPPORTED = (
     Supported("`engine.coalesce_grad_reduction()`", ZERO, FULL, True,
               ("test_accumulation.py::test_ways_to_accumulate",
                "test_accumulation.py::test_ways_to_accumulate_with_offload")),
+    Supported("`deepspeed.initialize(training_data=)`, `engine.deepspeed_io`, `RepeatingLoader`", ALL, FULL, False,
+              ("test_data_loaders.py::test_training_data", )),
     Supported("`gradient_clipping`", ALL, EVERY, True,
               ("test_oracle_grid.py::test_matches_oracle", "test_offload.py::test_offload_to_cpu")),
     Supported("`scheduler`, every one of DeepSpeed's, and torch's through `lr_scheduler=`", ALL, FULL, False,
@@ -128,13 +132,15 @@ REFUSED = (
     Refused("ZeRO++ quantization: `zero_quantized_gradients`", "leave it off",
             {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}),
     Refused("DeepCompile: `compile.deepcompile`", "`engine.compile()` without it", {"compile": {"deepcompile": True}}),
-    Refused("AutoTP: `tensor_parallel.autotp_size`", "data parallelism (ZeRO)", {"tensor_parallel": {"autotp_size":
-    2}}), Refused("`torch_autocast.dtype` float16", "bfloat16, or `fp16`",
+    Refused("AutoTP: `tensor_parallel.autotp_size`", "data parallelism (ZeRO)",
+            {"tensor_parallel": {"autotp_size": 2}}),
+    Refused("`torch_autocast.dtype` float16", "bfloat16, or `fp16`",
             {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
     Refused("`fp16_master_weights_and_grads`", "leave it off, or `bf16_master_weights_and_grads`",
             {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}),
-    Refused("curriculum sampling and random-LTD: `data_efficiency`", "leave it off",
-            {"data_efficiency": {"enabled": True}}),
+    Refused("`data_efficiency`: curriculum sampling, dynamic batching, random-LTD", "leave it out",
+            {"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabled": True,
+                                                                           "curriculum_metrics": {}}}}}),
     Refused("base Muon", "AdamW, or LookSAM without Muon", {"optimizer": {"base_optimizer": "Muon"}}),
     Refused("hybrid engine: `hybrid_engine.enabled`", "leave it off", {"hybrid_engine": {"enabled": True}}),
     Refused("`PipelineModule`", "a plain module with ZeRO"),

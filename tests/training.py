@@ -152,8 +152,9 @@ class Result:
 
 @contextmanager
 def engine_for(case: Case, looksam: bool = True, module: nn.Module | None = None,
-               adapt: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Any]:
-    """A DeepSpeed engine on this rank, destroyed afterwards. Collective."""
+               adapt: Callable[[dict[str, Any]], None] | None = None, **initialize: Any) -> Iterator[Any]:
+    """A DeepSpeed engine on this rank, destroyed afterwards; ``initialize`` goes to deepspeed.initialize. Collective.
+    """
     import deepspeed
 
     import ds_looksam  # noqa: F401 - the import is what a user writes
@@ -169,7 +170,7 @@ def engine_for(case: Case, looksam: bool = True, module: nn.Module | None = None
     parameters = case.model_parameters(module)
     if not looksam and isinstance(parameters[0], dict):
         parameters[1].pop("rho", None)
-    engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=parameters)
+    engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=parameters, **initialize)
     try:
         yield engine
     finally:

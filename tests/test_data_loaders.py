@@ -1,0 +1,79 @@
+"""Training from the loader that ``deepspeed.initialize(training_data=...)`` returns, against the oracle."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .models import CLASSES, FEATURES
+from .ranks import run_on_ranks
+from .test_oracle_grid import TOLERANCE
+from .training import Case, distance, engine_for, master_weights, named, start_oracle
+
+SAMPLES = 53
+"""27 for each of 2 ranks, one of them twice: 6 whole micro-batches of 4 and a shorter one, so that windows of 3 cross
+the ends of epochs."""
+CASE = Case(accumulation=3, clipping=0.05, updates=7)
+
+
+def samples() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(FEATURES, generator=generator), torch.randint(0, CLASSES, (), generator=generator))
+            for _ in range(SAMPLES)]
+
+
+def epoch_of_rank(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
+    """One epoch's micro-batches, in the order that torch documents for DistributedSampler: a permutation drawn from
+    seed 0, filled up from its start to a multiple of the world size, every world-th sample for each rank."""
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
+    while len(order) % world:
+        order.append(order[len(order) - SAMPLES])
+    mine = [samples()[i] for i in order[rank::world]]
+    batches = [mine[i:i + CASE.micro_batch] for i in range(0, len(mine), CASE.micro_batch)]
+    return [(torch.stack([x for x, _ in batch]), torch.stack([y for _, y in batch])) for batch in batches]
+
+
+def micro_batches(rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from epoch_of_rank(rank, world)
+
+
+def train_batch(engine: Any, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """What PipelineEngine.train_batch does, as users of the plain engine write it."""
+    for _ in range(engine.gradient_accumulation_steps()):
+        x, y = next(batches)
+        engine.backward(engine(x, y))
+        engine.step()
+
+
+def train_from_loader(case: Case, workers: int) -> dict[str, Tensor]:
+    from deepspeed.runtime.dataloader import RepeatingLoader
+
+    process = multiprocessing.current_process()
+    process._config["daemon"] = False  # or Python lets it have no DataLoader workers
+    with engine_for(case, training_data=samples()) as engine:
+        loader = engine.training_dataloader
+        assert len(loader) == 7
+        loader.num_local_io_workers = workers
+        batches = RepeatingLoader(loader)
+        for _ in range(case.updates):
+            train_batch(engine, batches)
+        process._config["daemon"] = True
+        return master_weights(engine)
+
+
+@pytest.mark.parametrize(("stage", "workers"), [(0, 0), (1, 0), (2, 2), (3, 0)])
+def test_training_data(stage: int, workers: int) -> None:
+    case = Case(**{**vars(CASE), "stage": stage})
+    reference, module, groups = start_oracle(case)
+    streams = [micro_batches(rank, case.world) for rank in range(case.world)]
+    for _ in range(case.updates):
+        reference.update([next(stream) for stream in streams for _ in range(case.accumulation)])
+    expected = named(reference.w, module, groups)
+    for got in run_on_ranks(case.world, train_from_loader, case, workers):
+        assert distance(got, expected) <= TOLERANCE
