@@ -3,7 +3,8 @@
 The ordinary loop is ``outputs = engine(x); loss = criterion(outputs, y); engine.backward(loss)``: what turns the output
 into the loss is the user's code, and LookSAM needs its value at w + eps too. Between the engine's forward and backward
 a :class:`LossTape` sees every torch function, and keeps those whose arguments depend on the model's output or on its
-parameters, with all other arguments as they were. :meth:`Recording.loss` calls them again.
+parameters, with all other arguments as they were. :meth:`~ds_looksam.loss_recording.Recording.loss`
+calls them again.
 
 That is the user's loss at w + eps if every dependence on the output went through a recorded call. What can break this
 is noticed, and makes the recording unusable (:class:`~ds_looksam.loss_path.UnknownLoss`) instead of wrong:
@@ -16,32 +17,32 @@ is noticed, and makes the recording unusable (:class:`~ds_looksam.loss_path.Unkn
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .errors import LookSAMReplayError
 from .loss_path import UnknownLoss
+from .loss_recording import (
+    OUTPUT,
+    GraphId,
+    RecordedCall,
+    Recording,
+    Slot,
+    graph_id,
+    graph_of,
+    output_tensors,
+    storage_of,
+    version_of,
+)
 from .snapshot import AutocastState, TorchRandomState
-
-GraphId = tuple[str, int] | None
-"""What tells an autograd node from every other one without keeping it alive: its name and sequence number."""
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Stands for a tensor that depends on the model, in the arguments of a recorded call."""
-
-    number: int
 
 
 @dataclass
@@ -52,40 +53,6 @@ class _Known:
     version: int | None
     made_by: GraphId
 
-
-@dataclass(eq=False)
-class _Call:
-    """One torch function call. ``args`` and ``kwargs`` hold :class:`_Slot` in place of dependent tensors."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    constants: list[tuple[Tensor, int | None]]
-    autocast: AutocastState
-    grad_enabled: bool
-    random: TorchRandomState | None  # set if the call drew random numbers
-    reads: list[int] = field(default_factory=list)
-    results: list[int] = field(default_factory=list)
-    shapes: list[torch.Size] = field(default_factory=list)
-    storages_read: set[int] = field(default_factory=set)
-    storages_written: set[int] = field(default_factory=set)
-    problem: str | None = None  # why it cannot be called again
-
-    @property
-    def name(self) -> str:
-        return resolve_name(self.function) or getattr(self.function, "__name__", repr(self.function))
-
-    @property
-    def is_scaling(self) -> bool:
-        """Multiplies or divides one dependent one-element tensor by a constant."""
-        return (getattr(self.function, "__name__", "") in _SCALINGS and len(self.reads) == 1
-                and all(shape.numel() == 1 for shape in self.shapes))
-
-
-_OUTPUT = "output"  # stands for the nodes of the model's output in a described graph
-
-_SCALINGS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "div", "div_", "divide", "true_divide",
-             "__truediv__", "__itruediv__", "neg", "neg_", "negative", "__neg__"}
 
 # Functions that change running statistics without telling autograd's version counters.
 _UPDATE_STATISTICS = {"batch_norm", "instance_norm"}
@@ -114,11 +81,11 @@ class LossTape(TorchFunctionMode):
         self._on_backward = on_backward
         self._own_parameters: set[int] | None = None
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._calls: list[_Call] = []
+        self._calls: list[RecordedCall] = []
         self._read_out: tuple[int, str] | None = None  # (number of calls before it, function)
         self._numbers = itertools.count()
         self._roots = output_tensors(output)
-        self._root_nodes = {_graph_id(t) for t in self._roots} - {None}
+        self._root_nodes = {graph_id(t) for t in self._roots} - {None}
         self._root_slots = [self._learn(t).slot for t in self._roots]
         self._roots = []  # a forward whose output is dropped must be freed with it
 
@@ -156,7 +123,7 @@ class LossTape(TorchFunctionMode):
         if known is None:
             raise UnknownLoss("the loss given to backward() does not come from the model's output by torch functions")
         self._check_known(loss, known, "the loss given to backward()")
-        calls = self._needed_for(known.slot, _storage(loss))
+        calls = self._needed_for(known.slot, storage_of(loss))
         for call in calls:
             if call.problem is not None:
                 raise UnknownLoss(call.problem)
@@ -169,8 +136,8 @@ class LossTape(TorchFunctionMode):
                     f"a value that depends on the model's output was read out to Python ({name}) before the loss was "
                     f"complete ({late.name} came later): what your code did with it cannot be seen. Read it after "
                     "the loss is formed")
-        graph = _graph(loss, self._root_nodes)
-        if _OUTPUT not in graph:
+        graph = graph_of(loss, self._root_nodes)
+        if OUTPUT not in graph:
             raise UnknownLoss("the loss given to backward() does not depend on the output of the model")
         return Recording(calls, self._root_slots, known.slot, graph)
 
@@ -191,14 +158,14 @@ class LossTape(TorchFunctionMode):
             return function(*args, **kwargs)
 
         call = self._describe(function, args, kwargs, tensors)
-        versions = [_version(t) for t in tensors]
+        versions = [version_of(t) for t in tensors]
         random = TorchRandomState.capture()
         result = function(*args, **kwargs)
         if not random.is_current():
             call.random = random
 
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        changed = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+        changed = [t for t, version in zip(tensors, versions, strict=True) if version_of(t) != version]
         if not made and not changed:
             name = getattr(function, "__name__", "")
             if name in _HOOKS:
@@ -220,20 +187,21 @@ class LossTape(TorchFunctionMode):
         return id(tensor) in self._own_parameters
 
     def _describe(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-                  tensors: list[Tensor]) -> _Call:
-        constants = [(t, _version(t)) for t in tensors if t not in self._known and not self._is_own(t)]
-        call = _Call(function, args, kwargs, constants, AutocastState.capture(), torch.is_grad_enabled(), random=None)
+                  tensors: list[Tensor]) -> RecordedCall:
+        constants = [(t, version_of(t)) for t in tensors if t not in self._known and not self._is_own(t)]
+        call = RecordedCall(function, args, kwargs, constants, AutocastState.capture(), torch.is_grad_enabled(),
+                            random=None)
 
         def stand_in(leaf: Any) -> Any:
             known = self._known.get(leaf) if isinstance(leaf, Tensor) else None
-            return leaf if known is None else _Slot(known.slot)
+            return leaf if known is None else Slot(known.slot)
 
         call.args, call.kwargs = tree_map(stand_in, (args, kwargs))
         for t in tensors:
             known = self._known.get(t)
             if known is not None:
                 call.reads.append(known.slot)
-                call.storages_read.add(_storage(t))
+                call.storages_read.add(storage_of(t))
                 try:
                     self._check_known(t, known, f"an argument of {call.name}")
                 except UnknownLoss as reason:
@@ -243,7 +211,7 @@ class LossTape(TorchFunctionMode):
                                 f"output nor from torch functions called since ({t.grad_fn.name()})")
         return call
 
-    def _take_in(self, call: _Call, made: list[Tensor], changed: list[Tensor]) -> None:
+    def _take_in(self, call: RecordedCall, made: list[Tensor], changed: list[Tensor]) -> None:
         if getattr(call.function, "__name__", "") in _UPDATE_STATISTICS and any(
                 not t.requires_grad and t.dim() == 1 for t, _ in call.constants):
             call.problem = f"{call.name} may update running statistics in place, which must happen once"
@@ -251,11 +219,11 @@ class LossTape(TorchFunctionMode):
             if t not in self._known:
                 call.problem = (f"{call.name} changes a tensor in place that was there before the model's forward "
                                 f"(shape {tuple(t.shape)})")
-            call.storages_written.add(_storage(t))
+            call.storages_written.add(storage_of(t))
         if changed:  # their views and bases look different now too
             for t, known in self._known.items():
-                if _storage(t) in call.storages_written:
-                    known.version, known.made_by = _version(t), _graph_id(t)
+                if storage_of(t) in call.storages_written:
+                    known.version, known.made_by = version_of(t), graph_id(t)
         for t in made:
             call.results.append(self._learn(t).slot)
             call.shapes.append(t.shape)
@@ -269,21 +237,21 @@ class LossTape(TorchFunctionMode):
         known = self._known.get(tensor)
         if known is None:
             known = self._known[tensor] = _Known(next(self._numbers), None, None)
-        known.version, known.made_by = _version(tensor), _graph_id(tensor)
+        known.version, known.made_by = version_of(tensor), graph_id(tensor)
         return known
 
     def _check_known(self, tensor: Tensor, known: _Known, what: str) -> None:
-        if _graph_id(tensor) != known.made_by:
+        if graph_id(tensor) != known.made_by:
             by = "nothing" if tensor.grad_fn is None else tensor.grad_fn.name()
             raise UnknownLoss(f"{what} was made by an autograd node that no torch function made ({by}), such as a "
                               "custom autograd.Function")
-        if _version(tensor) != known.version:
+        if version_of(tensor) != known.version:
             raise UnknownLoss(f"{what} was changed in place by something that is not a torch function")
 
     def _note_read_out(self, name: str) -> None:
         self._read_out = len(self._calls), name
 
-    def _needed_for(self, slot: int, storage: int) -> list[_Call]:
+    def _needed_for(self, slot: int, storage: int) -> list[RecordedCall]:
         """The calls that decide the value in ``slot``, in their order."""
         slots, storages, needed = {slot}, {storage}, []
         for call in reversed(self._calls):
@@ -292,128 +260,6 @@ class LossTape(TorchFunctionMode):
                 slots.update(call.reads)
                 storages.update(call.storages_read)
         return needed[::-1]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """The calls that made a loss out of a model's output."""
-
-    calls: list[_Call]
-    root_slots: list[int]
-    loss_slot: int
-    graph: list[Any]
-
-    def check(self) -> None:
-        """Raise LookSAMReplayError if a tensor that the loss was formed with has been changed in place since."""
-        for call in self.calls:
-            for tensor, version in call.constants:
-                if _version(tensor) != version:
-                    raise LookSAMReplayError(
-                        f"an argument of {call.name} (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in "
-                        "place after the loss was formed with it, so the second evaluation would form another loss. "
-                        "Give each micro-batch its own tensors, or call engine.step(closure=...).")
-
-    def loss(self, output: Any) -> Tensor:
-        """The loss that the recorded calls make of ``output``.
-
-        Raises:
-            LookSAMReplayError: it is not the same function of the output; or as :meth:`check`.
-        """
-        self.check()
-        roots = output_tensors(output)
-        if len(roots) != len(self.root_slots):
-            raise LookSAMReplayError(f"the model returned {len(self.root_slots)} tensors in the first evaluation and "
-                                     f"{len(roots)} in the second")
-        root_nodes = {_graph_id(t) for t in roots} - {None}
-        values = dict(zip(self.root_slots, roots, strict=True))
-        random, autocast, grad_enabled = TorchRandomState.capture(), AutocastState.capture(), torch.is_grad_enabled()
-        try:
-            for call in self.calls:
-                self._call_again(call, values)
-        finally:
-            random.restore()
-            autocast.apply()
-            torch.set_grad_enabled(grad_enabled)
-        loss = values[self.loss_slot]
-        if _graph(loss, root_nodes) != self.graph:
-            raise LookSAMReplayError("the second evaluation formed the loss by other operations than the first one: "
-                                     "set engine.loss_fn, or call engine.step(closure=...)")
-        return loss
-
-    def _call_again(self, call: _Call, values: dict[int, Tensor]) -> None:
-        outside = {id(t) for t, _ in call.constants if t.requires_grad}
-
-        def value(leaf: Any) -> Any:
-            if isinstance(leaf, _Slot):
-                return values[leaf.number]
-            # Not the model's: another optimizer's parameter, say. Its gradient was counted in the first evaluation.
-            return leaf.detach().requires_grad_() if id(leaf) in outside else leaf
-
-        args, kwargs = tree_map(value, (call.args, call.kwargs))
-        call.autocast.apply()
-        torch.set_grad_enabled(call.grad_enabled)
-        if call.random is not None:
-            call.random.restore()
-        result = call.function(*args, **kwargs)
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if [t.shape for t in made] != call.shapes:
-            raise LookSAMReplayError(
-                f"{call.name} returned shapes {[tuple(s) for s in call.shapes]} in the first evaluation and "
-                f"{[tuple(t.shape) for t in made]} in the second: they depend on the model's output. Set "
-                "engine.loss_fn, or call engine.step(closure=...).")
-        values.update(zip(call.results, made, strict=True))
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """The tensors in a model's output, in an order that is the same for every output of one structure: containers,
-    dataclasses, and attributes of other objects."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, Mapping):
-            found += [t for value in leaf.values() for t in output_tensors(value)]
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += [t for f in dataclasses.fields(leaf) for t in output_tensors(getattr(leaf, f.name))]
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf):
-            found += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
-    return found
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _storage(tensor: Tensor) -> int:
-    """The same for tensors that share memory. The address may be reused after it was freed: then calls are kept that
-    are not needed."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse tensors have none
-        return id(tensor)
-
-
-def _graph_id(tensor: Tensor) -> GraphId:
-    node = tensor.grad_fn
-    return None if node is None else (node.name(), node._sequence_nr())
-
-
-def _graph(loss: Tensor, until: set[GraphId]) -> list[Any]:
-    """The autograd graph of ``loss`` down to the nodes ``until``, as something that can be compared."""
-    numbers: dict[Any, int] = {}
-    described: list[Any] = []
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in numbers:
-            continue
-        numbers[node] = len(numbers)
-        is_root = (node.name(), node._sequence_nr()) in until
-        described.append(_OUTPUT if is_root else node.name())
-        if not is_root:
-            described.append([(numbers.get(upstream), number) for upstream, number in node.next_functions])
-            stack.extend(upstream for upstream, _ in node.next_functions)
-    return described
 
 
 def _push_at_bottom(mode: TorchFunctionMode) -> None:

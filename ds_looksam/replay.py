@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import LookSAMReplayError
 from .loss_path import LossPath, UnknownLoss, follow, mark, model_loss, trace
-from .loss_tape import LossTape, Recording
+from .loss_recording import Recording
+from .loss_tape import LossTape
 from .snapshot import ComputeMode, RandomState
 
 LossFn = Callable[..., Tensor]

@@ -15,7 +15,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from ds_looksam.errors import LookSAMReplayError
 from ds_looksam.loss_path import UnknownLoss
-from ds_looksam.loss_tape import LossTape, Recording
+from ds_looksam.loss_recording import Recording
+from ds_looksam.loss_tape import LossTape
 
 CLASSES = 5
 
