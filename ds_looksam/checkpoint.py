@@ -1,33 +1,32 @@
 """LookSAM's state in a checkpoint, beside DeepSpeed's: saved by parameter name, loaded at any world size and stage.
 
-Saving: every rank writes its part of g_v and rank 0 what they have in common (see ``checkpoint_files.py``), DeepSpeed
-saves its own, and once all of that is there ``latest`` is made to name it. Loading: everything of LookSAM's is found,
-read and checked before DeepSpeed's ``load_checkpoint`` changes anything. In both, ranks agree on how it went by one
-small all-reduce per phase, so that all of them go on or all of them raise.
-
-At the world size and stage that saved, a rank reads its own file and no other. Otherwise the ranks share out the work
-of reading the files' headers, tell each other which ranges lie where, and each reads the blocks that overlap its part.
+Saving: every rank writes its part of g_v and rank 0 what they have in common (``checkpoint_files.py``), DeepSpeed saves
+its own, and once all of that is there ``latest`` is made to name it. Loading: everything of LookSAM's is found, read
+(``checkpoint_layout.py``) and checked before DeepSpeed's ``load_checkpoint`` changes anything. In both, ranks agree on
+how it went by one small all-reduce per phase, so that all of them go on or all of them raise.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch import Tensor
 
+from .agreement import from_rank_0, together
 from .algebra import Shard
-from .checkpoint_files import MANIFEST, Manifest, Range, RankFile, write_atomically, write_rank_file
+from .checkpoint_files import MANIFEST, Manifest, write_atomically, write_rank_file
+from .checkpoint_layout import Trained, read_own_part
 from .config import OPTIMIZER_TYPES, LookSAMConfig
 from .errors import LookSAMCheckpointError
-from .shards import GradientShards, full_shape
+from .shards import GradientShards
 from .status import LookSAMStatus
 from .support import deepspeed_name
 
@@ -36,29 +35,6 @@ MARK = "ds_looksam"
 
 WITHOUT = ("To do without LookSAM's saved state (the next update is then a SAM step): "
            "engine.load_checkpoint(..., load_looksam_states=False).")
-
-Result = TypeVar("Result")
-
-
-@dataclass
-class Trained:
-    """Which parameters LookSAM trains, by name, and where this rank's elements of them lie in its flat tensors."""
-
-    shapes: dict[str, list[int]]
-    layout: list[list[tuple[int, Range]]]
-    """For each flat tensor: (start, range of a parameter that lies there)."""
-
-    @classmethod
-    def of(cls, module: torch.nn.Module, shards: GradientShards) -> Trained:
-        names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
-        unnamed = [p for p in shards.parameters() if id(p) not in names]
-        if unnamed:
-            raise LookSAMCheckpointError(
-                f"a parameter of shape {full_shape(unnamed[0])} is optimized but is no parameter of the model, so its "
-                "part of LookSAM's state has no name to be saved or loaded by")
-        layout = [[(s.start, Range(names[id(s.parameter)], s.param_offset, s.param_offset + s.numel))
-                   for s in segments] for segments in shards.layout()]
-        return cls({names[id(p)]: list(full_shape(p)) for p in shards.parameters()}, layout)
 
 
 @dataclass
@@ -119,9 +95,6 @@ def _plain_status(status: LookSAMStatus) -> dict[str, Any]:
     return {name: {"float64": value.item()} if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
-# Loading ------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def deferred_write_errors(checkpoint_engine: CheckpointEngine) -> Iterator[list[Exception]]:
     """What DeepSpeed's own writes raise inside is kept in the list.
@@ -159,6 +132,9 @@ def finish_save(folder: Path, errors: list[Exception], latest: bool, writes_comm
             write_atomically(folder.parent / "latest", lambda temporary: temporary.write_text(folder.name))
 
     together(write_latest, device, f"{folder.parent / 'latest'} could not be written")
+
+
+# Loading ------------------------------------------------------------------------------------------------------------
 
 
 def resolve_tag(load_dir: str, tag: Any, universal: bool) -> str | None:
@@ -200,17 +176,7 @@ def load(folder: Path, *, module: torch.nn.Module, shards: GradientShards, setti
     trained = together(check, device, where)
     if manifest.files == 0:
         return Saved(manifest, None)
-
-    group = shards.process_group
-    rank = 0 if group is None else dist.get_rank(group=group)
-    wanted = {part for segments in trained.layout for _, part in segments}
-    own = together(lambda: RankFile(at, rank, manifest.save_id) if rank < manifest.files else None, device, where)
-    if _all_ranks(own is not None and _covers(own.ranges, wanted), device):
-        stored = {part: rank for part in own.ranges} if own is not None else {}
-    else:
-        stored = _index_of_all_files(at, manifest, device, where)
-    v = together(lambda: _read(at, manifest, stored, trained, shards.new_shard()), device, where)
-    return Saved(manifest, v)
+    return Saved(manifest, read_own_part(at, manifest, trained, shards, device, where))
 
 
 def restore_status(status: LookSAMStatus, values: dict[str, Any], device: torch.device) -> None:
@@ -337,97 +303,3 @@ def _other_base(path: Path, saved: str, settings: LookSAMConfig) -> LookSAMCheck
         f"{path}: the checkpoint's base optimizer is {saved!r}, the configuration's is {settings.base_optimizer!r}, "
         f"and one cannot go on with the state of the other. Set optimizer.params.base_optimizer to {saved!r}, or load "
         "the weights alone: engine.load_checkpoint(..., load_module_only=True).")
-
-
-def _covers(ranges: list[Range], wanted: set[Range]) -> bool:
-    """Whether every range of ``wanted`` is made up of ``ranges``, which may be cut into blocks."""
-    by_name = _by_name({part: 0 for part in ranges})
-    return all(sum(min(hi, part.hi) - max(lo, part.lo) for lo, hi, _ in by_name.get(part.name, [])
-                   if lo < part.hi and hi > part.lo) == part.hi - part.lo for part in wanted)
-
-
-def _by_name(stored: dict[Range, int]) -> dict[str, list[tuple[int, int, int]]]:
-    by_name: dict[str, list[tuple[int, int, int]]] = {}
-    for part, file in stored.items():
-        by_name.setdefault(part.name, []).append((part.lo, part.hi, file))
-    return by_name
-
-
-def _index_of_all_files(folder: Path, manifest: Manifest, device: torch.device, where: str) -> dict[Range, int]:
-    """Range -> number of the file it lies in, over all files. Collective; a rank reads every world-size-th header."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-
-    def headers() -> list[tuple[str, int]]:
-        return [(part.key, i) for i in range(rank, manifest.files, world)
-                for part in RankFile(folder, i, manifest.save_id).ranges]
-
-    mine = together(headers, device, where)
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, mine)
-    return {Range.from_key(key, folder): i for part in gathered for key, i in part}
-
-
-def _read(folder: Path, manifest: Manifest, stored: dict[Range, int], trained: Trained, v: Shard) -> Shard:
-    """Fill this rank's flat tensors from the files' blocks; what is no parameter's element stays as it is."""
-    by_name, files = _by_name(stored), dict[int, RankFile]()
-    for flat, segments in zip(v, trained.layout, strict=True):
-        for start, part in segments:
-            missing = part.hi - part.lo
-            for lo, hi, i in by_name.get(part.name, []):
-                first, last = max(lo, part.lo), min(hi, part.hi)
-                if first < last:
-                    if i not in files:
-                        files[i] = RankFile(folder, i, manifest.save_id)
-                    elements = files[i].read(Range(part.name, lo, hi))[first - lo:last - lo]
-                    flat[start + first - part.lo:start + last - part.lo].copy_(elements)
-                    missing -= last - first
-            if missing != 0:
-                raise LookSAMCheckpointError(f"{folder}: the files do not hold every element of {part.key} once")
-    return v
-
-
-# Agreement ----------------------------------------------------------------------------------------------------------
-
-
-def together(function: Callable[[], Result], device: torch.device, what: str) -> Result:
-    """Call ``function`` on this rank; if it raises on any rank, raise on every rank. Collective: one small all-reduce.
-
-    Without it a rank with a broken file would raise, and the others would wait for it in the next collective.
-
-    Raises:
-        LookSAMCheckpointError: beginning with ``what``, and saying what went wrong on which ranks.
-    """
-    error: Exception | None = None
-    try:
-        result = function()
-    except Exception as raised:
-        error = raised
-    if _all_ranks(error is None, device):
-        return result
-    messages: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else
-                           str(error) if isinstance(error, LookSAMCheckpointError) else
-                           f"{type(error).__name__}: {error}")
-    failed: dict[str, list[int]] = {}
-    for rank, message in enumerate(messages):
-        if message is not None:
-            failed.setdefault(message, []).append(rank)
-    reasons = [message if len(ranks) == len(messages) else f"{message} (on rank {', '.join(map(str, ranks[:4]))})"
-               for message, ranks in list(failed.items())[:4]]
-    raise LookSAMCheckpointError(f"{what}: " + "; ".join(reasons)) from error
-
-
-def _all_ranks(yes: bool, device: torch.device) -> bool:
-    """Whether it is so on every rank. Collective."""
-    flag = torch.tensor([0 if yes else 1], dtype=torch.int32, device=device)
-    dist.all_reduce(flag)
-    return int(flag.item()) == 0
-
-
-def from_rank_0(function: Callable[[], Result], device: torch.device) -> Result:
-    """The result of ``function`` on rank 0, on every rank; what it raises there, everywhere. Collective."""
-    rank = dist.get_rank()
-    result = together(lambda: function() if rank == 0 else None, device, "LookSAM's part of the checkpoint")
-    box: list[Any] = [result]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import log_dist
+from deepspeed.utils import log_dist, logger
 from torch import Tensor
 
 from . import algebra, checkpoint, monitor
+from .agreement import from_rank_0, raised_everywhere
 from .algebra import Shard
 from .config import (
     GroupSettings,
@@ -22,6 +23,7 @@ from .config import (
     parse_params,
     set_group_defaults,
 )
+from .errors import LookSAMReplayError
 from .evaluation import ReplayingEngine
 from .layers import perturbation_scales
 from .rank_check import check_ranks
@@ -148,7 +150,7 @@ class LookSAMEngine(ReplayingEngine):
         if self._replaying:
             self._perturbed.refuse("engine.load_checkpoint()")
         universal = self.load_universal_checkpoint()
-        tag = checkpoint.from_rank_0(lambda: checkpoint.resolve_tag(load_dir, tag, universal), self.device)
+        tag = from_rank_0(lambda: checkpoint.resolve_tag(load_dir, tag, universal), self.device)
         goes_on = load_optimizer_states and load_looksam_states and not load_module_only
         saved = None
         if goes_on and tag is not None:
@@ -277,27 +279,50 @@ class LookSAMEngine(ReplayingEngine):
             moved = shards.perturb_weights(g, scale_of)
             self._evaluate_again()
             g_s = shards.take_gradient(survives_evaluation=False)
-        except Exception:
+            parts = [algebra.replay_sums(g, g_s, self._v, shards.device), moved, self._loss_rise()]
+            sums = sum_over_ranks(torch.cat(parts), shards.process_group)
+        except Exception as error:
             # Any other BaseException ends the process: restoring is collective, and the other ranks may not be told.
-            shards.abort_evaluation()
-            shards.restore_weights()
-            shards.give_gradient(g)
-            shards.tell_squared_norm(g_squared)
-            self._perturbed.end()
+            self._leave_evaluation(error, g, g_squared)
             raise
         finally:
             snapshot.restore()
         shards.unperturb_local()
         status.evaluations += 1
 
-        parts = [algebra.replay_sums(g, g_s, self._v, shards.device), moved, self._loss_rise()]
-        replayed, moved, loss_rise = sum_over_ranks(torch.cat(parts), shards.process_group).split([4, 3, 1])
+        replayed, moved, loss_rise = sums.split([4, 3, 1])
         scalars = algebra.ReplayScalars.from_sums(g_squared, replayed, moved)
         g_v = algebra.project_out_(g, g_s, scalars.along)
         shards.give_gradient(g_s)
         shards.tell_squared_norm(scalars.g_s_squared)
         sharpness = loss_rise.sum() / ranks_in(shards.process_group)
         return _Fresh(g_v, g_squared, v_squared, scalars, sharpness, self.gradient_loss_scale())
+
+    def _leave_evaluation(self, error: Exception, g: Shard, g_squared: Tensor) -> None:
+        """The second evaluation raised. If it did so on every rank, all is put back as it was before step(). Otherwise
+        what this rank can put back alone, and the weights stay marked as perturbed: a load or the job's end is left.
+
+        Raises:
+            LookSAMReplayError: this rank's error is only what came of another rank's.
+        """
+        shards = self._shards
+        apart = None if shards.process_group is None else raised_everywhere(error, shards.process_group, self.progress)
+        if apart is None:
+            shards.abort_evaluation()
+            shards.restore_weights()
+        else:
+            shards.unperturb_local()
+        shards.give_gradient(g)
+        shards.tell_squared_norm(g_squared)
+        if apart is None:
+            self._perturbed.end()
+            return
+        told = ("In the second evaluation of a SAM step " + (apart.first or "the other ranks were lost") +
+                ". The ranks are not at one place any more and the weights are still perturbed, so nothing can be "
+                "saved; go on from a checkpoint.")
+        if apart.comes_after:
+            raise LookSAMReplayError(told) from error
+        logger.error(f"LookSAM: {told}")
 
     def _scales(self, g: Shard, groups: list[GroupSettings]) -> tuple[Tensor, Tensor, ScaleOf]:
         """‖g‖², ‖v‖² and the factor of g in eps = rho g / ‖g‖. One all-reduce of two scalars."""

@@ -10,7 +10,8 @@ class LookSAMConfigError(LookSAMError, ValueError):
 
 
 class LookSAMReplayError(LookSAMError, RuntimeError):
-    """The second gradient evaluation of a SAM step cannot be run. Nothing has been changed."""
+    """The second gradient evaluation of a SAM step cannot be run. Nothing has been changed, but where another rank alone
+    failed in it."""
 
 
 class LookSAMVersionError(LookSAMError, RuntimeError):

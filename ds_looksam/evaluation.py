@@ -98,7 +98,7 @@ class ReplayingEngine(LayerwiseEngine):
 
         Raises:
             LookSAMReplayError: the second evaluation cannot be run. Weights, gradients, RNG and statistics are as
-                before the call.
+                before the call, unless another rank alone failed: then a checkpoint must be loaded.
         """
         self._perturbed.refuse("engine.step()")
         self._window.stop_recording()
@@ -112,6 +112,11 @@ class ReplayingEngine(LayerwiseEngine):
             self._closure = None
 
     # The second evaluation ------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> str:
+        """How far the second evaluation has come."""
+        return f"forward {self._replayed_forwards}, backward {self._replayed_backwards}"
 
     def _evaluate_again(self) -> None:
         """Forward and backward of every micro-batch of the window, with its own RNG state and training flags."""

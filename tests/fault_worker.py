@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class ModelBroke(Exception):
+    pass
+
+
 class Fault:
     def __init__(self, kind: str, engine: Any, folder: Path) -> None:
         self.kind, self.engine, self.folder = kind, engine, folder
+        self.raised_at: float | None = None
         engine.module.register_forward_hook(self.in_forward)
         if kind == "kill-update":
             self._before(engine.basic_optimizer, "step", die)
@@ -64,7 +70,8 @@ class Fault:
         if in_replay and self.kind in ("term-replay", "save-on-term-replay"):
             os.kill(os.getpid(), signal.SIGTERM)
         if in_replay and self.kind == "raise-replay":
-            raise RuntimeError("the model broke in the replay")
+            self.raised_at = time.monotonic()
+            raise ModelBroke("the model broke in the replay")
         if self.kind == ("inf-replay" if in_replay else "inf-first"):
             return output * float("inf")
         return None
@@ -73,6 +80,20 @@ class Fault:
         """What many training scripts do on SIGTERM."""
         self.engine.save_checkpoint(str(self.folder), tag="emergency")
         sys.exit(0)
+
+    def save_and_raise(self, error: Exception) -> None:
+        """What other training scripts do on an exception."""
+        if self.raised_at is not None:
+            print(f"told after {time.monotonic() - self.raised_at:.1f} s", flush=True)
+        for what, save in (("checkpoint", lambda: self.engine.save_checkpoint(str(self.folder), tag="emergency",
+                                                                             save_latest=False)),
+                           ("state", lambda: torch.save(self.engine.module.state_dict(),
+                                                        self.folder / "emergency.pt"))):
+            try:
+                save()
+            except Exception as refused:
+                print(f"emergency {what}: {type(refused).__name__}: {refused}", flush=True)
+        raise error
 
     def before_save(self) -> None:
         if self.strikes and self.kind == "full-disk":
@@ -111,12 +132,22 @@ class Fault:
         setattr(owner, name, replacement)
 
 
+def open_store(rank: int, world: int) -> torch.distributed.Store:
+    """As launchers have it: on a port, kept by rank 0 and gone with it. The file only tells the port."""
+    told = torch.distributed.FileStore(os.environ["STORE"], world)
+    store = torch.distributed.TCPStore("127.0.0.1", int(told.get("port")) if rank else 0, world, rank == 0,
+                                       wait_for_workers=False)
+    if rank == 0:
+        told.set("port", str(store.port))
+    return store
+
+
 def main() -> None:
     rank, world, folder, stage = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     kind, fault_rank = (sys.argv[5], int(sys.argv[6])) if len(sys.argv) > 5 else ("none", -1)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    store = torch.distributed.FileStore(os.environ["STORE"], world)
+    store = open_store(rank, world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world,
                                          timeout=datetime.timedelta(seconds=TIMEOUT))
     import deepspeed
@@ -132,7 +163,10 @@ def main() -> None:
             if engine.global_steps % SAVE_EVERY == 0:
                 fault.before_save()
                 engine.save_checkpoint(str(folder))
-            train_window(engine, case, engine.global_steps)
+            try:
+                train_window(engine, case, engine.global_steps)
+            except Exception as error:
+                fault.save_and_raise(error)
             if kind.startswith("inf"):
                 Fault.after_step(Fault(kind, engine, folder))
         torch.save(master_weights(engine), folder / f"weights-{rank}.pt")

@@ -89,6 +89,7 @@ def g_v_of(case: Case, folder: str, tag: str) -> list[tuple[str, int, int, torch
     import math
 
     from ds_looksam import checkpoint
+    from ds_looksam.checkpoint_layout import Trained
 
     from .training import engine_for
 
@@ -96,7 +97,7 @@ def g_v_of(case: Case, folder: str, tag: str) -> list[tuple[str, int, int, torch
         saved = checkpoint.load(Path(folder) / tag, module=engine.module, shards=engine._shards,
                                 settings=engine._settings, device=engine.device, universal=False)
         assert saved is not None and saved.v is not None
-        trained = checkpoint.Trained.of(engine.module, engine._shards)
+        trained = Trained.of(engine.module, engine._shards)
         return [(part.name, math.prod(trained.shapes[part.name]), part.lo, flat[at:at + part.hi - part.lo].clone())
                 for flat, segments in zip(saved.v, trained.layout, strict=True) for at, part in segments]
 

@@ -1,0 +1,127 @@
+"""What the ranks agree on when something fails on one of them, so that all go on or all raise, and none waits for ever.
+
+While nothing is under way, by an all-reduce (:func:`together`). In the middle of a second evaluation, where the other
+ranks may be waiting in a collective that the failed one will never join, by the process group's key-value store
+(:func:`raised_everywhere`): the store answers whatever the group is doing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from deepspeed import comm as dist
+from torch.distributed import PrefixStore
+from torch.distributed.distributed_c10d import _get_default_store
+
+from .errors import LookSAMCheckpointError
+
+Result = TypeVar("Result")
+
+
+def together(function: Callable[[], Result], device: torch.device, what: str) -> Result:
+    """Call ``function`` on this rank; if it raises on any rank, raise on every rank. Collective: one small all-reduce.
+
+    Without it a rank with a broken file would raise, and the others would wait for it in the next collective.
+
+    Raises:
+        LookSAMCheckpointError: beginning with ``what``, and saying what went wrong on which ranks.
+    """
+    error: Exception | None = None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    if on_all_ranks(error is None, device):
+        return result
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else
+                           str(error) if isinstance(error, LookSAMCheckpointError) else _in_words(error))
+    failed: dict[str, list[int]] = {}
+    for rank, message in enumerate(messages):
+        if message is not None:
+            failed.setdefault(message, []).append(rank)
+    reasons = [message if len(ranks) == len(messages) else f"{message} (on rank {', '.join(map(str, ranks[:4]))})"
+               for message, ranks in list(failed.items())[:4]]
+    raise LookSAMCheckpointError(f"{what}: " + "; ".join(reasons)) from error
+
+
+def on_all_ranks(yes: bool, device: torch.device) -> bool:
+    """Whether it is so on every rank. Collective."""
+    flag = torch.tensor([0 if yes else 1], dtype=torch.int32, device=device)
+    dist.all_reduce(flag)
+    return int(flag.item()) == 0
+
+
+def from_rank_0(function: Callable[[], Result], device: torch.device) -> Result:
+    """The result of ``function`` on rank 0, on every rank; what it raises there, everywhere. Collective."""
+    rank = dist.get_rank()
+    result = together(lambda: function() if rank == 0 else None, device, "LookSAM's part of the checkpoint")
+    box: list[Any] = [result]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+GRACE = 5.0
+"""Seconds that a rank waits for the others to raise too, before it takes itself for the only one. Every replayed
+micro-batch ends in a collective, so ranks that all raise do so within the time that one micro-batch takes."""
+
+_failures = itertools.count()
+"""The number of failed evaluations so far, the same on all ranks as long as they failed together. When they did not,
+the job is over, but for the restart of its processes."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Not every rank raised, or not at the same place: no collective can be counted on any more.
+
+    Attributes:
+        first: which rank raised first, and what; None if the ranks' store does not answer any more.
+        comes_after: whether the others had been given up before this rank raised, which is then what came of it.
+    """
+
+    first: str | None
+    comes_after: bool
+
+
+def raised_everywhere(error: Exception, group: Any, place: str) -> Apart | None:
+    """Whether every rank of ``group`` has raised at the same place. Not collective, and does not wait for more than
+    :data:`GRACE` seconds.
+
+    Args:
+        error: what this rank raised.
+        place: where. Ranks that raised at different places would meet in different collectives.
+
+    Returns:
+        None if so, on every rank alike: they may go on with a collective.
+    """
+    world_size, failure = dist.get_world_size(group=group), next(_failures)
+    if world_size == 1:
+        return None
+    try:
+        place = f"{place}, {group._get_sequence_number_for_group()} collectives"
+        store = PrefixStore(f"ds_looksam/failure-{failure}", _get_default_store())
+        comes_after = store.check(["verdict"])
+        first = store.compare_set("first", "", f"rank {dist.get_rank(group=group)} raised {_in_words(error)}").decode()
+        same_place = store.compare_set("place", "", place).decode() == place
+        store.add("raised", 1)
+        deadline = time.monotonic() + GRACE
+        # add(.., 0) reads the counter without blocking.
+        while same_place and not store.check(["verdict"]) and store.add("raised", 0) < world_size:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        everywhere = same_place and store.add("raised", 0) == world_size
+        # The first to write this decides for all: one that gives up, and one that sees the last of them raise.
+        verdict = store.compare_set("verdict", "", "together" if everywhere else "apart").decode()
+    except Exception:  # the rank that keeps the store has ended, or this backend has none
+        return Apart(None, comes_after=True)
+    return None if verdict == "together" else Apart(first, comes_after)
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
