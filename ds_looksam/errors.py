@@ -10,7 +10,7 @@ class LookSAMConfigError(LookSAMError, ValueError):
 
 
 class LookSAMReplayError(LookSAMError, RuntimeError):
-    """The second gradient evaluation of a SAM step cannot be run. Nothing has been changed, but where another rank alone
+    """The second gradient evaluation of a SAM step cannot be run. Nothing has been changed, unless another rank alone
     failed in it."""
 
 
