@@ -30,7 +30,7 @@ from .rank_check import check_ranks
 from .reduction import ranks_in, sum_over_ranks
 from .replay import Window
 from .schedule import RhoFactors
-from .shards import ScaleOf, relive_steps
+from .shards import ScaleOf, relive_steps, tag_for_muon
 from .snapshot import ModelSnapshot
 from .status import LookSAMStatus, StepKind
 from .support import deepspeed_name, refuse_model, refuse_unsupported
@@ -69,6 +69,7 @@ class LookSAMEngine(ReplayingEngine):
         # From here on DeepSpeed sees the configuration of a run with the base optimizer alone.
         config_class.optimizer_name = deepspeed_name(settings.base_optimizer)
         config_class.optimizer_params = base_params
+        tag_for_muon(config_class, kwargs["model"])
 
         self._status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates)
         self._v: Shard | None = None

@@ -13,7 +13,6 @@ from .errors import LookSAMConfigError
 from .optimizers import LAYERWISE_OPTIMIZERS
 
 _BASES_REFUSED = {
-    "muon": "it orthogonalises whole matrices while gradients are being partitioned, before LookSAM sees them",
     "lbfgs": "it evaluates the loss itself",
     "sparseadam": "it takes sparse gradients",
 }
@@ -70,6 +69,23 @@ def _layerwise_problems(config: Any) -> Iterator[str]:
         yield "torch_autocast.dtype: \"float16\" is not supported with LAMB and LARS; use \"bfloat16\""
 
 
+def _muon_problems(config: Any) -> Iterator[str]:
+    """Muon has to orthogonalise u, so DeepSpeed must come to it after LookSAM's turn, inside the optimizer's step."""
+    zero, stage = config.zero_config, int(config.zero_config.stage)
+    offload = zero.offload_optimizer.device if zero.offload_optimizer is not None else "none"
+    muon = "optimizer.params.base_optimizer: \"Muon\" is not supported with"
+    if stage in (1, 2) and offload == "none":
+        yield (f"{muon} zero_optimization.stage {stage} (DeepSpeed orthogonalises the gradient while it is being "
+               "partitioned, before LookSAM sees it); use stage 3 with \"reduce_scatter\": false, or "
+               "zero_optimization.offload_optimizer.device \"cpu\"")
+    if offload == "nvme":
+        yield f"{muon} zero_optimization.offload_optimizer.device \"nvme\"; use \"cpu\""
+    if stage == 3 and zero.reduce_scatter:
+        yield f"{muon} zero_optimization.reduce_scatter true at stage 3, by DeepSpeed; use false"
+    if stage == 0 and (config.float16_config.enabled or config.bfloat16_config.enabled):
+        yield f"{muon} zero_optimization.stage 0 in bf16 and fp16; use stage 3 with \"reduce_scatter\": false"
+
+
 def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> Iterator[str]:
     name = deepspeed_name(settings.base_optimizer)
     base = name.lower()
@@ -83,6 +99,8 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
     if base in _BASES_REFUSED:
         yield (f"optimizer.params.base_optimizer: {settings.base_optimizer!r} is not supported "
                f"({_BASES_REFUSED[base]}); use \"AdamW\", \"SGD\" or another element-wise optimizer")
+    if base == "muon":
+        yield from _muon_problems(config)
     if client_optimizer is not None:
         yield ("deepspeed.initialize(optimizer=...) would override the JSON's optimizer block: leave it out, and name "
                "the base in optimizer.params.base_optimizer")

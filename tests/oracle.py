@@ -41,14 +41,14 @@ class Group:
 
 class Base:
     """Optimizers on one vector with per-element hyper-parameters: AdamW, Adam with L2 regularisation, SGD with
-    (heavy-ball or Nesterov) momentum, Adagrad, Lion, LAMB and LARS.
+    (heavy-ball or Nesterov) momentum, Adagrad, Lion, LAMB and LARS; Muon with AdamW for what is no matrix.
 
-    ``layers``: where each parameter tensor lies in the vector, and its group.
+    ``layers``: where each parameter tensor lies in the vector, and its group; ``shapes``: those of the tensors.
     """
 
     def __init__(self, name: str, groups: Sequence[Group], group_of: Tensor,
-                 layers: Sequence[tuple[slice, Group]] = ()) -> None:
-        self.name, self.groups, self.group_of, self.layers = name, groups, group_of, layers
+                 layers: Sequence[tuple[slice, Group]] = (), shapes: Sequence[Sequence[int]] = ()) -> None:
+        self.name, self.groups, self.group_of, self.layers, self.shapes = name, groups, group_of, layers, shapes
         self.m: Tensor | None = None
         self.s: Tensor | None = None
         self.steps = 0
@@ -56,8 +56,35 @@ class Base:
     def of_group(self, value: Callable[[Group], float]) -> Tensor:
         return torch.tensor([value(g) for g in self.groups], dtype=torch.float64)[self.group_of]
 
+    def orthogonalise(self, u: Tensor) -> Tensor:
+        """Muon's part that comes before the step, and on ZeRO before clipping: momentum (Nesterov's) and Newton-Schulz,
+        one matrix after the other (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
+        if self.name != "Muon":
+            return u
+        if self.m is None:
+            self.m = torch.zeros_like(u)
+        new = u.clone()
+        for (at, group), shape in zip(self.layers, self.shapes, strict=True):
+            if len(shape) >= 2:
+                b = group.momentum
+                self.m[at] = b * self.m[at] + (1 - b) * u[at]
+                matrix = ((1 - b) * u[at] + b * self.m[at]).view(shape[0], -1)
+                scale = math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))
+                new[at] = scale * newton_schulz(matrix).reshape(-1)
+        return new
+
+    def muon(self, w: Tensor, u: Tensor) -> Tensor:
+        adamw, new = self.adamw.step(w, u), w.clone()
+        for (at, group), shape in zip(self.layers, self.shapes, strict=True):
+            new[at] = (1 - group.lr * group.weight_decay) * w[at] - group.lr * u[at] if len(shape) >= 2 else adamw[at]
+        return new
+
     def step(self, w: Tensor, u: Tensor) -> Tensor:
         self.steps += 1
+        if self.name == "Muon":
+            if self.steps == 1:
+                self.adamw = Base("AdamW", self.groups, self.group_of)
+            return self.muon(w, u)
         lr, decay = self.of_group(lambda g: g.lr), self.of_group(lambda g: g.weight_decay)
         if self.name == "SGD":
             u = u + decay * w
@@ -120,6 +147,15 @@ class Base:
         return w - self.m
 
 
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """Five steps of the quintic iteration that takes singular values near 1, with the published coefficients."""
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    return x
+
+
 @dataclass
 class Oracle:
     """w, and everything that Algorithm 1 carries from one update to the next."""
@@ -144,6 +180,8 @@ class Oracle:
     """What g_v is rounded to when it is stored."""
     divisor: float = 1.0
     """The base gets u / divisor."""
+    orthogonalises_first: bool = True
+    """With Muon, whether what is clipped is its update (ZeRO) or the gradient that it gets (ZeRO stage 0)."""
     amplification: float = 1.0
     """The largest alpha ‖g‖ / ‖g_v‖ of a reuse step: how much longer than it was computed g_v was added."""
 
@@ -158,9 +196,13 @@ class Oracle:
         else:
             u = self.reuse(g, norm)
         u = u / self.divisor
+        if self.orthogonalises_first:
+            u = self.base.orthogonalise(u)
         if self.clipping > 0 and u.norm() > self.clipping:
             u = u * (self.clipping / (u.norm() + 1e-6))  # the 1e-6 is DeepSpeed's and torch's
             self.clipped += 1
+        if not self.orthogonalises_first:
+            u = self.base.orthogonalise(u)
         self.w = self.base.step(self.w, u)
         self.t += 1
         self.history.append(self.w)
@@ -253,7 +295,8 @@ def build(module: nn.Module, groups: Sequence[Group], *, base: str, k: int, clip
             layers.append((slice(offset, offset + parameters[name].numel()), group))
             offset += parameters[name].numel()
     return Oracle(w=w, gradient=ModuleGradient(module, names, dtype, loss_scale, autocast), k=k, clipping=clipping,
-                  base=Base(base, groups, group_of, layers), layer_scale=layer_scale)
+                  base=Base(base, groups, group_of, layers, [parameters[name].shape for name in names]),
+                  layer_scale=layer_scale)
 
 
 def rho_factor(schedule: dict[str, Any]) -> Callable[[int], float]:

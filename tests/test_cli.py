@@ -67,7 +67,7 @@ def test_large_batch_recipes_pass_at_the_world_size_in_their_name(path, capsys):
     ({"optimizer": looksam(k=0)}, (), "optimizer.params.k: Input should be greater than or equal to 1"),
     ({"optimizer": looksam(rhoo=1)}, (), "Did you mean 'rho'?"),
     ({"optimizer": looksam(momentum=0.9)}, (), "optimizer.params.momentum"),
-    ({"optimizer": looksam(base_optimizer="Muon")}, (), "optimizer.params.base_optimizer: 'Muon' is not supported"),
+    ({"optimizer": looksam(base_optimizer="Muon")}, (), 'optimizer.params.base_optimizer: "Muon" is not supported'),
     ({"optimizer": looksam(base_optimizer="Lars", betas=[0, 0])}, (), "optimizer.params.betas"),
     ({"optimizer": {"type": "looksam", "params": {}}}, (), "Did you mean 'LookSAM'?"),
     ({"optimizer": {"type": "LookSAMM", "params": {}}}, (), "Did you mean 'LookSAM'?"),

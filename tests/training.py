@@ -55,6 +55,7 @@ class Case:
             "Lars": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02},
             "Adagrad": {"lr": 0.05, "weight_decay": 0.01, "eps": 1e-8},
             "Lion": {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)},
+            "Muon": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "eps": 1e-6, "betas": (0.9, 0.95)},
             # With L2 regularisation; DeepSpeed takes "Adam" for AdamW unless it is told.
             "Adam": {"lr": 1e-2, "weight_decay": 0.1, "adam_w_mode": False},
         }.get(self.base, {"lr": 1e-2, "weight_decay": 0.1}), **self.options}
@@ -162,8 +163,7 @@ def engine_for(case: Case, looksam: bool = True, module: nn.Module | None = None
     config = case.json(looksam)
     if adapt is not None:
         adapt(config)
-    if case.precision == "fp16":
-        _allow_fp16_on_cpu()
+    _let_cpu_compute_fp16(case.precision == "fp16")
     if module is None:
         with deepspeed.zero.Init(config_dict_or_path=config) if case.zero_init else nullcontext():
             module = make_model(case.model, case.seed)
@@ -172,7 +172,9 @@ def engine_for(case: Case, looksam: bool = True, module: nn.Module | None = None
         parameters[1].pop("rho", None)
     engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=parameters, **initialize)
     try:
-        yield engine
+        # Muon's functions are compiled, and two ranks that were given other shapes before do not round alike then.
+        with torch.compiler.set_stance("force_eager") if case.base == "Muon" else nullcontext():
+            yield engine
     finally:
         engine.destroy()
         forget_process_wide_settings()
@@ -187,12 +189,13 @@ def forget_process_wide_settings() -> None:
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
-def _allow_fp16_on_cpu() -> None:
-    """DeepSpeed refuses fp16 on a CPU without AVX512-FP16, for speed: torch computes it there too, just slowly."""
+def _let_cpu_compute_fp16(yes: bool) -> None:
+    """DeepSpeed refuses fp16 on a CPU without AVX512-FP16, for speed: torch computes it there too, just slowly. Where
+    it has fp16, Muon computes in it whatever the model's dtype is."""
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
-        get_accelerator().is_fp16_supported = lambda: True
+        get_accelerator().is_fp16_supported = lambda: yes
 
 
 def train_window(engine: Any, case: Case, update: int) -> None:
@@ -275,6 +278,7 @@ def start_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.
                              layer_scale=case.layer_scale, autocast=autocast,
                              loss_scale=case.loss_scale if case.precision == "fp16" and case.stage > 0 else 1.0)
     reference.v_dtype = v_dtype
+    reference.orthogonalises_first = case.stage > 0
     if case.stage == 0 and case.precision != "fp32":
         # Oddities of plain DeepSpeed 0.19.8 (shards/fp16.py): a step with gradient 0 when the wrapper is built, which
         # the model's weights do not show until the first update, and gradients divided by a loss scale they don't have.

@@ -14,14 +14,15 @@ from .base import GradientShards, ScaleOf, Segment, full_shape
 from .bf16 import BF16Shards
 from .cpu_adam import relive_steps
 from .fp16 import FP16Shards
-from .host import HostEngine
+from .host import HostEngine, tag_for_muon
 from .replicated import ReplicatedShards
 from .zero3 import Zero3Shards
 from .zero3_offload import Zero3OffloadShards
 from .zero12 import Zero12Shards
 from .zero12_offload import Zero12OffloadShards
 
-__all__ = ["GradientShards", "HostEngine", "ScaleOf", "Segment", "full_shape", "open_shards", "relive_steps"]
+__all__ = ["GradientShards", "HostEngine", "ScaleOf", "Segment", "full_shape", "open_shards", "relive_steps",
+           "tag_for_muon"]
 
 
 def open_shards(engine: HostEngine) -> GradientShards:

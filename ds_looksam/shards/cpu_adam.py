@@ -17,7 +17,7 @@ def relive_steps(optimizer: torch.optim.Optimizer) -> None:
     never stopped. Costs some microseconds for each step. Nothing to do for other optimizers, on an accelerator, or
     where groups have different betas (pow() each time then).
     """
-    update = _update_of(optimizer)
+    update = _update_of(getattr(optimizer, "aux_optimizer", optimizer))  # of Muon, for what is no matrix
     betas = {tuple(group["betas"]) for group in optimizer.param_groups if "betas" in group}
     steps = [int(state["step"]) for state in optimizer.state.values() if "step" in state]
     if update is None or len(betas) != 1 or not steps:
@@ -28,7 +28,7 @@ def relive_steps(optimizer: torch.optim.Optimizer) -> None:
         update(step, beta1, beta2, *element)
 
 
-def _update_of(optimizer: torch.optim.Optimizer) -> Any:
+def _update_of(optimizer: torch.optim.Optimizer | None) -> Any:
     """f(step, beta1, beta2, parameter, gradient, exp_avg, exp_avg_sq) of a CPU Adam; None for another optimizer."""
     if isinstance(optimizer, DeepSpeedCPUAdam):
         def update(step: int, beta1: float, beta2: float, *tensors: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -129,7 +130,9 @@ class HostEngine(DeepSpeedEngine):
             own = self.own_optimizer_class()
             if own is not None:
                 return own(model_parameters, **(self.optimizer_params() or {}))
-            return super(HostEngine, self)._configure_basic_optimizer(model_parameters)
+            optimizer = super(HostEngine, self)._configure_basic_optimizer(model_parameters)
+            keep_group_keys(model_parameters, optimizer)
+            return optimizer
 
         return self.prepare_base_optimizer(build)
 
@@ -147,6 +150,22 @@ class HostEngine(DeepSpeedEngine):
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         self.update_at_boundary(lambda: super(HostEngine, self)._take_model_step(lr_kwargs))
+
+
+def tag_for_muon(config_class: Any, model: torch.nn.Module) -> None:
+    """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize has looked for it in vain."""
+    deepspeed.set_optimizer_flags(config_class, model)
+
+
+def keep_group_keys(given: list[Any], optimizer: torch.optim.Optimizer) -> None:
+    """Bring back what DeepSpeed drops of a user's param groups when it makes two of each, for Muon and for its Adam."""
+    for built in optimizer.param_groups:
+        if "use_muon" in built:
+            first = built["params"][0]
+            for group in given:
+                if isinstance(group, dict) and any(p is first for p in group["params"]):
+                    for key, value in group.items():
+                        built.setdefault(key, value)
 
 
 def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:

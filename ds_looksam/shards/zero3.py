@@ -68,9 +68,10 @@ class Zero3Shards(GradientShards):
         return gradient
 
     def give_gradient(self, gradient: Shard) -> None:
-        # One tensor per sub-group: DeepSpeed's step flattens a list of one without copying it.
+        # One tensor per sub-group: DeepSpeed's step flattens a list of one without copying it. Muon takes them apart.
         for i, flat in enumerate(gradient):
-            self._zero.averaged_gradients[i] = [flat]
+            sizes = [p.partition_numel() for p in self._zero.fp16_groups[i]]
+            self._zero.averaged_gradients[i] = list(flat.split(sizes)) if self._zero.use_muon else [flat]
 
     def end_window(self) -> None:
         self._zero.grad_partitions_flat_buffer.zero_()
