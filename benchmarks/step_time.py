@@ -1,15 +1,20 @@
 """How long an update takes: the base optimizer, SAM, SAM every k-th step, LookSAM and Look-LayerSAM. Prints Markdown.
 
-    python -m benchmarks.step_time --ranks 2 --stage 1 2      # on a CPU: a ViT of 5.4M parameters
-    python -m benchmarks.step_time --model B/16 --image 224 --classes 1000 --precision bf16 --micro-batch 256 # GPU
+    python -m benchmarks.step_time --ranks 2 --stage 0 1 2 3  # on a CPU: a ViT of 5.4M parameters
+    python -m benchmarks.step_time --model nano/7 --micro-batch 1 --k 2 --rounds 200  # what Python costs
+    python -m benchmarks.step_time --model B/16 --image 224 --classes 1000 --precision bf16 --micro-batch 256  # one GPU
 
-All of them train in the same processes, in turns: every round gives each a cycle of k updates, on the same data, and
-the order is reversed from round to round, so that a machine that slows down slows all of them down. A ratio is taken
-within its round; the table has the median over rounds and, in brackets, the quartiles.
+All of them train in the same processes and take turns, one update each, on the same data; the order is reversed from
+one turn to the next. So every update has one of the base optimizer right beside it, and what is reported is made of
+such pairs: a machine that slows down slows both. A round is k turns. The tables have the median over rounds (over
+updates, in the second one) and, in brackets, the quartiles.
 
 The *ideal* is arithmetic: if an evaluation (forward, backward and the reduction of the gradient) takes E and an update
-U, as measured on the base optimizer here, then T updates that need N evaluations take N E + T U, and nothing else. The
-overhead is what is measured over that.
+U, as the base optimizer's updates beside it took, then T updates that need N evaluations take N E + T U, and nothing
+else. The overhead is what is measured over that.
+
+There are two clocks. *Wall* is what a user waits. *CPU* is the processor time of this process and its threads: it does
+not count other programs, nor waiting for other ranks or for a GPU, but neither does it show a wait that LookSAM causes.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import chain, product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -38,20 +44,38 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 }
 
 
+Seconds = tuple[float, float]
+"""By the wall clock, and of this process's own CPU time."""
+
+WALL, CPU = 0, 1
+
+
+@dataclass
+class Update:
+    """What one update took: forward and backward, and ``step()``."""
+
+    kind: str
+    evaluation: Seconds
+    step: Seconds
+
+    def seconds(self, clock: int, evaluations: float = 1) -> float:
+        """As the base optimizer's, what an update of so many evaluations would take."""
+        return evaluations * self.evaluation[clock] + self.step[clock]
+
+
 @dataclass
 class Contender:
-    """An engine and what its updates took: ``seconds`` by kind of step, and ``cycles``, seconds of k updates each."""
+    """An engine, how many evaluations an update of it takes, and its updates round by round."""
 
     engine: Any
-    evaluations: float  # per update
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    cycles: list[float] = field(default_factory=list)
+    evaluations: float
+    rounds: list[list[Update]] = field(default_factory=list)
 
     def kind(self) -> str:
         return self.engine.looksam.step_kind if hasattr(self.engine, "looksam") else "base"
 
 
-def build(args: argparse.Namespace, stage: int, name: str) -> Contender:
+def build(args: argparse.Namespace, stage: int, precision: str, name: str) -> Contender:
     import deepspeed
     from vits import build_vit
 
@@ -69,7 +93,7 @@ def build(args: argparse.Namespace, stage: int, name: str) -> Contender:
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_accumulation_steps": args.accumulation,
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": args.precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -78,82 +102,101 @@ def build(args: argparse.Namespace, stage: int, name: str) -> Contender:
     return Contender(engine, 1.0 if name == "base" else 1 + 1 / params["k"])
 
 
-def batch(args: argparse.Namespace, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+def batch(args: argparse.Namespace, device: torch.device, precision: str, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (args.micro_batch, args.channels, args.image, args.image)
     pixels = torch.randn(shape, generator=generator)
     labels = torch.randint(args.classes, (args.micro_batch, ), generator=generator)
-    return pixels.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32), labels.to(device)
+    return pixels.to(device, torch.bfloat16 if precision == "bf16" else torch.float32), labels.to(device)
 
 
-def update(contender: Contender, data: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """One accumulation window. Seconds in forward and backward, and in step(), the device waited for after each."""
+def now() -> Seconds:
     from deepspeed.accelerator import get_accelerator
 
-    engine, evaluation, step = contender.engine, 0.0, 0.0
+    get_accelerator().synchronize()
+    return time.perf_counter(), time.process_time()
+
+
+def update(contender: Contender, data: list[tuple[Tensor, Tensor]]) -> Update:
+    """One accumulation window; the device is waited for after forward and backward, and after step()."""
+    engine = contender.engine
+    evaluation, step = [0.0, 0.0], [0.0, 0.0]
     for pixels, labels in data:
-        start = time.perf_counter()
+        start = now()
         engine.backward(engine(pixel_values=pixels, labels=labels).loss)
-        get_accelerator().synchronize()
-        middle = time.perf_counter()
+        middle = now()
         engine.step()
-        get_accelerator().synchronize()
-        evaluation += middle - start
-        step += time.perf_counter() - middle
-    return evaluation, step
+        end = now()
+        for clock in (WALL, CPU):
+            evaluation[clock] += middle[clock] - start[clock]
+            step[clock] += end[clock] - middle[clock]
+    return Update(contender.kind(), (evaluation[0], evaluation[1]), (step[0], step[1]))
 
 
-def measure(args: argparse.Namespace, stage: int) -> dict[str, Contender]:
+def measure(args: argparse.Namespace, stage: int, precision: str, seconds: float) -> dict[str, Contender]:
+    """At most ``args.rounds`` rounds, and no more than fit into ``seconds`` (but three)."""
     import deepspeed
 
-    contenders = {name: build(args, stage, name) for name in args.only}
+    begin = time.perf_counter()
+    contenders = {name: build(args, stage, precision, name) for name in args.only}
     device = contenders["base"].engine.device
-    data = [batch(args, device, seed) for seed in range(args.accumulation)]
+    data = [batch(args, device, precision, seed) for seed in range(args.accumulation)]
     for contender in contenders.values():
-        for _ in range(args.k + 1):  # the first g_v, the first reuse, stage 3's trace, caches; the last was a SAM step
+        for _ in range(3):  # the first g_v, the first reuse, stage 3's trace, caches
             update(contender, data)
-    parts: dict[str, list[float]] = {"evaluation": [], "update": []}
     for number in range(args.rounds):
-        order = list(contenders.items())
-        for name, contender in order[::-1] if number % 2 else order:
-            total = 0.0
-            deepspeed.comm.barrier()
-            for _ in range(args.k):
-                evaluation, step = update(contender, data)
-                contender.seconds.setdefault(contender.kind(), []).append(evaluation + step)
-                total += evaluation + step
-                if name == "base":
-                    parts["evaluation"].append(evaluation)
-                    parts["update"].append(step)
-            contender.cycles.append(total)
-    contenders["base"].seconds |= parts
+        start = time.perf_counter()
+        for contender in contenders.values():
+            contender.rounds.append([])
+        for turn in range(args.k):
+            order = list(contenders.values())
+            for contender in order[::-1] if (number + turn) % 2 else order:
+                deepspeed.comm.barrier()
+                contender.rounds[-1].append(update(contender, data))
+        end = time.perf_counter()
+        full = torch.tensor([float(number >= 2 and end - begin + (end - start) > seconds)], device=device)
+        deepspeed.comm.broadcast(full, 0)  # the ranks' clocks differ, and all have to stop together
+        if full.item():
+            break
     for contender in contenders.values():
         contender.engine.destroy()
     return contenders
 
 
-def report(contenders: dict[str, Contender], k: int) -> str:
+def report(contenders: dict[str, Contender]) -> str:
     base = contenders["base"]
-    evaluation, step = median(base.seconds["evaluation"]), median(base.seconds["update"])
-    share = evaluation / (evaluation + step)
-    lines = ["| | evaluations an update | ms an update | ratio to base | ideal | overhead over the ideal |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| | evaluations an update | ms an update | ratio to base | ideal | overhead | in CPU time |",
+             "|---|---|---|---|---|---|---|"]
     for name, contender in contenders.items():
-        ratios = [cycle / of_base for cycle, of_base in zip(contender.cycles, base.cycles, strict=True)]
-        ideal = contender.evaluations * share + 1 - share
-        milliseconds = spread([1e3 * cycle / k for cycle in contender.cycles], ".1f")
-        overhead = spread([100 * (ratio / ideal - 1) for ratio in ratios], "+.1f")
-        lines.append(f"| {name} | {contender.evaluations:.2f} | {milliseconds} | {spread(ratios, '.3f')} | "
-                     f"{ideal:.3f} | {overhead} % |")
-    of_base = median(base.seconds["base"])
-    lines.append(f"\nAn evaluation is {share:.1%} of a base step.")
+        pairs = list(zip(contender.rounds, base.rounds, strict=True))
+        milliseconds = [1e3 * total(ours) / len(ours) for ours, _ in pairs]
+        ratios = [total(ours) / total(theirs) for ours, theirs in pairs]
+        ideal = median(total(theirs, evaluations=contender.evaluations) / total(theirs) for _, theirs in pairs)
+        wall, cpu = ([100 * (total(ours, clock) / total(theirs, clock, contender.evaluations) - 1)
+                      for ours, theirs in pairs] for clock in (WALL, CPU))
+        lines.append(f"| {name} | {contender.evaluations:.2f} | {spread(milliseconds, '.1f')} | "
+                     f"{spread(ratios, '.3f')} | {ideal:.3f} | {spread(wall, '+.1f')} % | {spread(cpu, '+.1f')} % |")
+    lines += ["", "| step | of a base step | ideal | ms over the ideal | in CPU time | CPU time of a base step |",
+              "|---|---|---|---|---|---|"]
     for name, contender in contenders.items():
+        updates = list(zip(chain(*contender.rounds), chain(*base.rounds), strict=True))
         for kind, evaluations in (("sam", 2), ("reuse", 1), ("base", 1)):
-            if kind in contender.seconds and name != "base":
-                ideal = (evaluations * share + 1 - share) * of_base
-                lines.append(f"- {name}, {kind} step: {spread([s / of_base for s in contender.seconds[kind]], '.3f')} "
-                             f"of a base step; the ideal is {ideal / of_base:.3f}")
+            beside = [(ours, theirs) for ours, theirs in updates if ours.kind == kind]
+            if not beside or contender is base:
+                continue
+            ratios = [ours.seconds(WALL) / theirs.seconds(WALL) for ours, theirs in beside]
+            ideal = median(theirs.seconds(WALL, evaluations) / theirs.seconds(WALL) for _, theirs in beside)
+            wall, cpu = ([1e3 * (ours.seconds(clock) - theirs.seconds(clock, evaluations)) for ours, theirs in beside]
+                         for clock in (WALL, CPU))
+            of_base = 1e3 * median(theirs.seconds(CPU) for _, theirs in beside)
+            lines.append(f"| {name}, {kind} | {spread(ratios, '.3f')} | {ideal:.3f} | {spread(wall, '+.2f')} | "
+                         f"{spread(cpu, '+.2f')} | {of_base:.2f} |")
     return "\n".join(lines)
+
+
+def total(updates: list[Update], clock: int = WALL, evaluations: float = 1) -> float:
+    """Seconds of a round; ``evaluations`` as in :meth:`Update.seconds`."""
+    return sum(u.seconds(clock, evaluations) for u in updates)
 
 
 def spread(values: list[float], form: str) -> str:
@@ -166,7 +209,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1, help="processes on this machine, one GPU each where there are")
     parser.add_argument("--stage", type=int, nargs="+", default=[2], choices=[0, 1, 2, 3])
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--offload", action="store_true", help="the optimizer's state on the CPU (stages 1 to 3)")
     parser.add_argument("--model", default="Ti/4", help="a ViT's SIZE/PATCH, as of launch/train.py")
     parser.add_argument("--image", type=int, default=28)
@@ -177,7 +220,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--rho", type=float, default=0.05)
     parser.add_argument("--alpha", type=float, default=0.7)
-    parser.add_argument("--rounds", type=int, default=9, help="cycles of k updates measured of each")
+    parser.add_argument("--rounds", type=int, default=15, help="k updates of each are one; at most so many")
+    parser.add_argument("--minutes", type=float, default=11.0,
+                        help="for everything together: fewer rounds where it would take longer, but at least three")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS),
                         help="leave some out, to save memory; base always runs")
     args = parser.parse_args(argv)
@@ -198,16 +243,18 @@ def main() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed()
-    for stage in args.stage:
-        contenders = measure(args, stage)
+    seconds = 60 * args.minutes / (len(args.stage) * len(args.precision))
+    for stage, precision in product(args.stage, args.precision):
+        contenders = measure(args, stage, precision, seconds)
         if torch.distributed.get_rank() == 0:
             numel = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel
                         for p in contenders["base"].engine.module.parameters())
             device = "CPU" if get_accelerator().device_name() == "cpu" else torch.cuda.get_device_name()
-            print(f"\nZeRO stage {stage}{' with offload' if args.offload else ''}, {args.precision}, "
+            print(f"\nZeRO stage {stage}{' with offload' if args.offload else ''}, {precision}, "
                   f"{torch.distributed.get_world_size()} ranks on {device}, ViT-{args.model} ({numel / 1e6:.1f}M "
                   f"parameters, {args.image}x{args.image}), micro-batch {args.micro_batch}, accumulation "
-                  f"{args.accumulation}, k {args.k}, {args.rounds} rounds\n\n{report(contenders, args.k)}", flush=True)
+                  f"{args.accumulation}, k {args.k}, {len(contenders['base'].rounds)} rounds\n\n{report(contenders)}",
+                  flush=True)
         del contenders
     torch.distributed.destroy_process_group()
 
