@@ -156,11 +156,15 @@ def refuse_model(engine: Any) -> None:
     Raises:
         LookSAMConfigError: the model is parallel in another way than by data, or its gradients are sparse.
     """
-    if engine.has_moe_layers:
-        raise LookSAMConfigError("LookSAM does not support MoE layers (norms over expert groups are not implemented); "
-                                 "use dense layers")
-    if engine.sequence_parallel_size > 1:
-        raise LookSAMConfigError("LookSAM does not support sequence_parallel_size > 1; use data parallelism (ZeRO)")
+    # DeepSpeed's own MoE layers, and parameters that say themselves that they are not the same on every rank.
+    if engine.has_moe_layers or any(getattr(p, "allreduce", True) is False for p in engine.module.parameters()):
+        raise LookSAMConfigError("LookSAM does not support MoE layers, nor other parameters with allreduce = False "
+                                 "(norms over expert groups are not implemented); use dense layers")
+    if engine.sequence_parallel_size > 1 and engine.mpu is None:
+        raise LookSAMConfigError(
+            "sequence_parallel_size: not supported in the JSON (gradients and optimizer state are then averaged and "
+            "partitioned over the data parallel ranks alone); leave it out, and use deepspeed.initialize(mpu=...) with "
+            "what UlyssesSPAttentionHF.register_with_transformers returns")
     if any(getattr(module, "sparse", False) is True for module in engine.module.modules()):
         raise LookSAMConfigError("LookSAM does not support sparse gradients; build embeddings with sparse=False")
     if engine.mp_world_size > 1:

@@ -101,6 +101,9 @@ SUPPORTED = (
                "test_accumulation.py::test_ways_to_accumulate_with_offload")),
     Supported("`deepspeed.initialize(training_data=)`, `engine.deepspeed_io`, `RepeatingLoader`", ALL, FULL, False,
               ("test_data_loaders.py::test_training_data", )),
+    Supported("Ulysses: `deepspeed.sequence.layer.DistributedAttention`, with "
+              "`deepspeed.runtime.sequence_parallel.parallel_state_sp` as `mpu`", ALL, FULL, True,
+              ("test_ulysses.py::test_ulysses", "test_ulysses.py::test_resume_is_bit_exact")),
     Supported("`gradient_clipping`", ALL, EVERY, True,
               ("test_oracle_grid.py::test_matches_oracle", "test_offload.py::test_offload_to_cpu")),
     Supported("`scheduler`, every one of DeepSpeed's, and torch's through `lr_scheduler=`", ALL, FULL, False,
@@ -159,8 +162,9 @@ REFUSED = (
     Refused("hybrid engine: `hybrid_engine.enabled`", "leave it off", {"hybrid_engine": {"enabled": True}}),
     Refused("`PipelineModule`", "a plain module with ZeRO"),
     Refused("MoE layers (`deepspeed.moe`)", "dense layers"),
-    Refused("Ulysses: `sequence_parallel_size` above 1", "data parallelism (ZeRO)"),
-    Refused("model parallelism (`mpu`)", "data parallelism (ZeRO)"),
+    Refused("parameters with `allreduce = False` (experts outside `deepspeed.moe`)", "dense layers"),
+    Refused("Ulysses through `sequence_parallel_size` in the JSON", "`deepspeed.initialize(mpu=)`"),
+    Refused("tensor parallelism (`mpu` with a model parallel size above 1)", "data parallelism (ZeRO)"),
     Refused("sparse gradients (`nn.Embedding(sparse=True)`)", "`sparse=False`"),
     Refused("`deepspeed.initialize(optimizer=...)`", "name it in `optimizer.params.base_optimizer`"),
 )

@@ -79,6 +79,15 @@ def with_ulysses() -> None:
         groups.mesh_device = None  # DeepSpeed keeps it for the life of the process
 
 
+def with_expert() -> None:
+    from deepspeed.utils import groups
+
+    groups._create_expert_and_data_parallel(1)
+    module = make_model("mlp")
+    module.second.weight.allreduce, module.second.weight.group_name = False, "ep_size_1"
+    initialize(module=module)
+
+
 class TwoWayModelParallel:
     """What LookSAM reads of a Megatron-like mpu."""
 
@@ -123,8 +132,9 @@ def with_client_optimizer() -> None:
 CALLS: dict[str, tuple[int, Callable[[], None]]] = {
     "`PipelineModule`": (1, with_pipeline),
     "MoE layers (`deepspeed.moe`)": (1, with_moe),
-    "Ulysses: `sequence_parallel_size` above 1": (2, with_ulysses),
-    "model parallelism (`mpu`)": (2, with_mpu),
+    "parameters with `allreduce = False` (experts outside `deepspeed.moe`)": (1, with_expert),
+    "Ulysses through `sequence_parallel_size` in the JSON": (2, with_ulysses),
+    "tensor parallelism (`mpu` with a model parallel size above 1)": (2, with_mpu),
     "sparse gradients (`nn.Embedding(sparse=True)`)": (1, with_sparse_embedding),
     "`deepspeed.initialize(optimizer=...)`": (1, with_client_optimizer),
 }
