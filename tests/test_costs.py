@@ -27,10 +27,19 @@ def _case(stage: int, **changes: Any) -> Case:
     return replace(CASE, stage=stage, zero=nothing_stays_gathered(stage), **changes)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_collectives_and_synchronisations(stage: int, precision: str) -> None:
-    case = _case(stage, precision=precision)
+CASES = [_case(stage, precision=precision) for stage in STAGES for precision in ("fp32", "bf16")] + [
+    _case(0, precision="bf16", base="SGD"),  # FP16_UnfusedOptimizer
+    _case(1, precision="bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}),  # BF16_Optimizer
+]
+
+
+def _id(case: Case) -> str:
+    return "-".join([f"stage{case.stage}", case.precision, case.base, *case.config])
+
+
+@pytest.mark.parametrize("case", CASES, ids=_id)
+def test_collectives_and_synchronisations(case: Case) -> None:
+    stage, precision = case.stage, case.precision
     steps = run_on_ranks(2, record_steps, case, True)[0]
     plain = run_on_ranks(2, record_steps, case, False)[0]
     # Windows 0 .. 2 include what happens once (stage 3 records its trace); 3 is a SAM step, 4 and 5 reuse.
@@ -92,10 +101,10 @@ def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(stage: int, world: 
 # Bytes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_state_is_one_fp32_shard_and_a_sam_step_holds_one_more(stage: int, precision: str) -> None:
-    case = _case(stage, precision=precision, accumulation=1, k=2)
+@pytest.mark.parametrize("case", CASES, ids=_id)
+def test_state_is_one_fp32_shard_and_a_sam_step_holds_one_more(case: Case) -> None:
+    stage, precision = case.stage, case.precision
+    case = replace(case, accumulation=1, k=2)
     ours = run_on_ranks(2, measure_memory, case, True)[0]
     plain = run_on_ranks(2, measure_memory, case, False)[0]
     shard = 4 * NUMEL // (1 if stage == 0 else 2)
