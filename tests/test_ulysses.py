@@ -40,11 +40,12 @@ class Attention(nn.Module):
         self.into = nn.Linear(FEATURES, 3 * WIDTH, bias=False)
         self.out = nn.Linear(WIDTH, FEATURES)
         self.attend: Any = attend
+        self.times = 1
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         q, k, v = self.into(x).unflatten(-1, (3, HEADS, WIDTH // HEADS)).unbind(2)
         error = self.out(self.attend(q, k, v, 0).flatten(2)) - y
-        return error.square().sum() / (len(x) * LENGTH * FEATURES)
+        return self.times * error.square().sum() / (len(x) * LENGTH * FEATURES)
 
 
 def sequences(update: int, replica: int, i: int) -> tuple[Tensor, Tensor]:
@@ -86,22 +87,59 @@ def train(case: Case) -> dict[str, Tensor]:
         return master_weights(engine)
 
 
-@pytest.mark.parametrize(("stage", "zero"), [
-    (0, {}), pytest.param(1, {}, marks=pytest.mark.grid), (2, {}), (3, {}),
-    (2, CPU), pytest.param(3, CPU, marks=pytest.mark.grid)
-])
-def test_ulysses(stage: int, zero: dict[str, Any]) -> None:
-    case = replace(CASE, stage=stage, zero=zero)
+def by_oracle(case: Case, times: int = 1) -> dict[str, Tensor]:
     module = Attention()
+    module.times = times
     parameters = case.oracle_groups(module)
     reference = oracle.build(module, parameters, base=case.base, k=case.k, clipping=case.clipping)
     for update in range(case.updates):
         reference.update([sequences(update, replica, i) for replica in range(WORLD // SEQUENCE_RANKS)
                           for i in range(case.accumulation)])
     assert reference.clipped > 0, "clipping was meant to bind"
-    expected = named(reference.w, module, parameters)
+    return named(reference.w, module, parameters)
+
+
+@pytest.mark.parametrize(("stage", "zero"), [
+    (0, {}), pytest.param(1, {}, marks=pytest.mark.grid), (2, {}), (3, {}),
+    (2, CPU), pytest.param(3, CPU, marks=pytest.mark.grid)
+])
+def test_ulysses(stage: int, zero: dict[str, Any]) -> None:
+    case = replace(CASE, stage=stage, zero=zero)
+    expected = by_oracle(case)
     for got in run_on_ranks(WORLD, train, case):
         assert distance(got, expected) <= (3 if zero else 1) * TOLERANCE  # DeepSpeedCPUAdam: see test_offload
+
+
+def train_on_whole_loss(case: Case, loss_fn: bool) -> dict[str, Tensor] | str:
+    """The loss of the whole sequence is formed on each rank, by a collective outside the model, as in DeepSpeed's
+    tutorial (with all_gather there, whose backward torch does not have for gloo's groups)."""
+    import torch.distributed.nn.functional as differentiable
+
+    from ds_looksam import LookSAMReplayError
+
+    def whole(part_of_loss: Tensor, *inputs: Tensor) -> Tensor:
+        return differentiable.all_reduce(part_of_loss, group=engine.get_sequence_parallel_group())
+
+    with engine_on_parts(case) as (engine, replica, here):
+        engine.loss_fn = whole if loss_fn else None
+        for update in range(case.updates):
+            for i in range(case.accumulation):
+                x, y = (t[:, here].float() for t in sequences(update, replica, i))
+                engine.backward(whole(engine(x, y)))
+                try:
+                    engine.step()
+                except LookSAMReplayError as error:
+                    return str(error)
+        return master_weights(engine)
+
+
+def test_loss_added_up_outside_the_model() -> None:
+    """The backward of that collective adds up as well, so the gradient is that of the loss times SEQUENCE_RANKS."""
+    expected = by_oracle(CASE, times=SEQUENCE_RANKS)
+    for got in run_on_ranks(WORLD, train_on_whole_loss, CASE, True):
+        assert distance(got, expected) <= TOLERANCE
+    for message in run_on_ranks(WORLD, train_on_whole_loss, CASE, False):
+        assert "engine.loss_fn" in message and "_AllReduceBackward" in message
 
 
 def train_with_a_stop(case: Case, folder: str) -> dict[str, Tensor]:
