@@ -33,6 +33,7 @@ setup(
     classifiers=["Programming Language :: Python :: 3.11", "Operating System :: POSIX :: Linux", "Typing :: Typed"],
     install_requires=[
         *(f"{package}{wanted}" for package, wanted in versions["TESTED"].items()),
+        "hjson",
         "numpy",
         "packaging",
         "pydantic>=2",

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from pathlib import Path
+
 import pytest
+
+
+def pytest_report_header() -> str:
+    """Say which package is tested. tests/run_wheel.sh wants the installed one, which a source tree would hide."""
+    spec = importlib.util.find_spec("ds_looksam")
+    where = spec.origin if spec and spec.origin else "not found"
+    if os.environ.get("LOOKSAM_TEST_INSTALLED") and "site-packages" not in Path(where).parts:
+        raise pytest.UsageError(f"the installed ds_looksam is to be tested, but what is imported is {where}")
+    return f"ds_looksam: {where}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,9 +18,11 @@ import hjson
 import pytest
 import torch
 
+import ds_looksam
 from ds_looksam.cli.check import check
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(ds_looksam.__file__).parent  # not always beside the tests: tests/run_wheel.sh
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -177,7 +179,7 @@ def literal(node: ast.AST) -> str:
 def errors_and_words() -> tuple[dict[str, str], str]:
     """The message of each error made in the package, by place; and every literal of the package."""
     errors, words = {}, []
-    for path in sorted((ROOT / "ds_looksam").rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         if path.parent.name == "cli":  # explains itself
             continue
         for node in ast.walk(ast.parse(path.read_text())):
@@ -186,7 +188,7 @@ def errors_and_words() -> tuple[dict[str, str], str]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args:
                 message = "is damaged" if node.func.id == "_damaged" else "".join(map(literal, node.args[:1]))
                 if re.search(r"\w{4}", message):  # else it is put together elsewhere
-                    errors[f"{path.relative_to(ROOT)}:{node.lineno}: {message}"] = message
+                    errors[f"{path.relative_to(PACKAGE)}:{node.lineno}: {message}"] = message
     return errors, "\n".join(words)
 
 

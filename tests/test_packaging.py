@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -15,6 +20,8 @@ from packaging.specifiers import Specifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
 from ds_looksam._versions import TESTED, __version__
+
+from .ranks import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,20 +54,73 @@ def test_all_that_the_installed_package_asks_for_is_pinned():
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)].version), requirement
 
 
-def test_the_wheel_holds_the_whole_package_with_its_types_and_works_without_the_source(tmp_path):
-    source = tmp_path / "source"  # a build leaves folders beside what it builds
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this source tree. Its metadata, and its files with their contents, are what is read of it."""
+    if not (ROOT / "ds_looksam").is_dir():
+        pytest.skip("an installed wheel is being tested, its source is not here")
+    source = tmp_path_factory.mktemp("source")  # a build leaves folders beside what it builds
     shutil.copytree(ROOT / "ds_looksam", source / "ds_looksam", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    subprocess.run([sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-build-isolation", "--no-index",
-                    "--target", str(tmp_path / "site"), str(source)], check=True, timeout=200)
+    subprocess.run([sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation", "--no-index",
+                    "--wheel-dir", str(source / "dist"), str(source)], check=True, timeout=200)
+    return next((source / "dist").glob("*.whl"))
 
-    installed = tmp_path / "site" / "ds_looksam"
-    wanted = {p.relative_to(source / "ds_looksam") for p in (source / "ds_looksam").rglob("*") if p.is_file()}
-    assert wanted <= {p.relative_to(installed) for p in installed.rglob("*") if p.is_file()}
-    assert Path("py.typed") in wanted
 
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "DS_ACCELERATOR": "cpu"}
+def test_the_wheel_holds_the_whole_package_with_its_types_and_nothing_else(wheel):
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "ds_looksam").rglob("*") if p.is_file()}
+    wanted = {name for name in files if "__pycache__" not in name}
+    assert {"ds_looksam/py.typed", "ds_looksam/shards/zero3.py", "ds_looksam/cli/__init__.py"} <= wanted
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == wanted
+
+
+def test_the_wheels_metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    [path] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(path))
+    assert (metadata["Name"], metadata["Version"]) == ("ds_looksam", __version__)
+    assert metadata["License"] == "Apache-2.0" and any(name.endswith("/LICENSE") for name in archive.namelist())
+    assert metadata.get_payload(decode=True).decode().startswith("# ds_looksam")
+    declared = [c.rpartition(" ")[2] for c in metadata.get_all("Classifier") if re.search(r"Python :: 3\.\d", c)]
+    assert declared and metadata["Requires-Python"] == f">={declared[0]}"
+    requirements = {r.name: r for r in map(Requirement, metadata.get_all("Requires-Dist")) if r.marker is None}
+    assert {name: SpecifierSet(wanted) for name, wanted in TESTED.items()} == {
+        name: requirements[name].specifier for name in TESTED}
+    # What the package imports at the top of its modules is what it needs; optional things are imported where used.
+    imported = {name for source in archive.namelist() if source.startswith("ds_looksam/") and source.endswith(".py")
+                for name in imports_at_the_top(archive.read(source))}
+    assert imported - sys.stdlib_module_names - {"ds_looksam"} == set(requirements)
+
+
+def imports_at_the_top(source: bytes) -> Iterator[str]:
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.module.partition(".")[0]
+
+
+def test_the_wheel_works_without_the_source(wheel, tmp_path):
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-index", "--target", str(site),
+                    str(wheel)], check=True, timeout=200)
+    environment = {**os.environ, "PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu"}
+    script = [sys.executable, str(site / "bin" / "ds-looksam"), "report"]  # the console script that pip made
+    shown = subprocess.run(script, cwd=tmp_path, check=True, env=environment, capture_output=True, text=True,
+                           timeout=200).stdout
+    assert re.search(rf"ds_looksam +{re.escape(__version__)}", shown) and "Adagrad" in shown
     where = subprocess.run([sys.executable, "-c", "import ds_looksam; print(ds_looksam.__file__)"], cwd=tmp_path,
                            check=True, env=environment, capture_output=True, text=True, timeout=200).stdout
-    assert str(installed) in where
+    assert str(site) in where
+
+
+def package_file() -> str:
+    import ds_looksam
+
+    return ds_looksam.__file__
+
+
+def test_rank_processes_test_the_same_package():
+    assert run_on_ranks(1, package_file) == [package_file()]
