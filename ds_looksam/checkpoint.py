@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 from .agreement import from_rank_0, together
@@ -117,9 +118,8 @@ def deferred_write_errors(checkpoint_engine: CheckpointEngine) -> Iterator[list[
         del checkpoint_engine.save
 
 
-def finish_save(folder: Path, errors: list[Exception], latest: bool, writes_common_files: bool,
-                device: torch.device) -> None:
-    """After DeepSpeed's part: raise if a rank failed; only then let ``latest`` name the checkpoint. Collective."""
+def refuse_incomplete(folder: Path, errors: list[Exception], device: torch.device) -> None:
+    """After DeepSpeed's part: raise on every rank if one failed. Collective."""
 
     def raise_error() -> None:
         if errors:
@@ -127,14 +127,29 @@ def finish_save(folder: Path, errors: list[Exception], latest: bool, writes_comm
 
     together(raise_error, device, f"checkpoint {folder} could not be written")
 
+
+def name_latest(folder: Path, writes_common_files: bool, device: torch.device) -> None:
+    """Let ``latest`` name a checkpoint of which every rank has written its part. Collective."""
+
     def write_latest() -> None:
-        if latest and writes_common_files:
+        if writes_common_files:
             write_atomically(folder.parent / "latest", lambda temporary: temporary.write_text(folder.name))
 
     together(write_latest, device, f"{folder.parent / 'latest'} could not be written")
 
 
 # Loading ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_pickles(checkpoint_engine: CheckpointEngine) -> Iterator[None]:
+    """DeepSpeed 0.19.8 reads with ``checkpoint.writer`` by torch's default, weights_only, which refuses what it has
+    written. Inside it reads as it does without that key."""
+    checkpoint_engine.load = TorchCheckpointEngine().load
+    try:
+        yield
+    finally:
+        del checkpoint_engine.load
 
 
 def resolve_tag(load_dir: str, tag: Any, universal: bool) -> str | None:

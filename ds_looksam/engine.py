@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.utils import log_dist, logger
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from .config import (
     parse_params,
     set_group_defaults,
 )
-from .errors import LookSAMReplayError
+from .errors import LookSAMCheckpointError, LookSAMReplayError
 from .evaluation import ReplayingEngine
 from .layers import perturbation_scales
 from .rank_check import check_ranks
@@ -72,11 +74,15 @@ class LookSAMEngine(ReplayingEngine):
         tag_for_muon(config_class, kwargs["model"])
 
         self._status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates)
+        self._to_be_named: Path | None = None  # the checkpoint that DeepSpeed's decoupled writer is still writing
         self._v: Shard | None = None
         self._v_squared_local: Tensor | None = None  # this rank's part of ‖v‖²
 
         super().__init__(*args, config_class=config_class, **kwargs)
         self.open_shards()
+        if self.zero_nvme_offload_optimizer():
+            log_dist("LookSAM: zero_optimization.offload_optimizer.device is \"nvme\": save_checkpoint and "
+                     "load_checkpoint will raise, save_16bit_model works", ranks=[0], level=logging.WARNING)
         log_dist(f"LookSAM: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, base optimizer "
                  f"{type(self.basic_optimizer).__name__} in {type(self.optimizer).__name__}", ranks=[0])
 
@@ -113,24 +119,34 @@ class LookSAMEngine(ReplayingEngine):
 
         Raises:
             LookSAMReplayError: the weights are perturbed.
-            LookSAMCheckpointError: on every rank, if one of them could not write.
+            LookSAMCheckpointError: on every rank, if one of them could not write, or the optimizer's state is on NVMe.
         """
         self._perturbed.refuse("engine.save_checkpoint()")
+        self._refuse_nvme("save_checkpoint")
         if not save_dir:
             return super().save_checkpoint(save_dir)  # DeepSpeed's own refusal
         folder = Path(save_dir) / (f"global_step{self.global_steps}" if tag is None else str(tag))
-        is_common_writer = (self.local_rank if self.use_node_local_storage() else self.global_rank) == 0
         mark = checkpoint.save(folder, v=self._v, module=self.module, shards=self._shards, status=self._status,
                                settings=self._settings, configured_groups=self._configured_groups,
                                param_groups=self.optimizer.param_groups, device=self.device,
-                               writes_common_files=is_common_writer)
-        # A decoupled writer is not done when save_checkpoint returns, and writes ``latest`` itself when it is.
-        decoupled = self.checkpoint_engine.is_decoupled()
+                               writes_common_files=self._writes_common_files())
         with checkpoint.deferred_write_errors(self.checkpoint_engine) as errors:
             result = super().save_checkpoint(save_dir, folder.name, {**(client_state or {}), **mark},
-                                             save_latest and decoupled, exclude_frozen_parameters)
-        checkpoint.finish_save(folder, errors, save_latest and not decoupled, is_common_writer, self.device)
+                                             False, exclude_frozen_parameters)
+        checkpoint.refuse_incomplete(folder, errors, self.device)
+        self._to_be_named = folder if save_latest else None
+        if not self.checkpoint_engine.is_decoupled():
+            self.writer_is_done()
         return result
+
+    def writer_is_done(self) -> None:
+        """Every rank's part of the last checkpoint is there: ``latest`` may name it. Collective."""
+        if self._to_be_named is not None:
+            checkpoint.name_latest(self._to_be_named, self._writes_common_files(), self.device)
+            self._to_be_named = None
+
+    def _writes_common_files(self) -> bool:
+        return (self.local_rank if self.use_node_local_storage() else self.global_rank) == 0
 
     def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
@@ -150,6 +166,7 @@ class LookSAMEngine(ReplayingEngine):
         """
         if self._replaying:
             self._perturbed.refuse("engine.load_checkpoint()")
+        self._refuse_nvme("load_checkpoint")
         universal = self.load_universal_checkpoint()
         tag = from_rank_0(lambda: checkpoint.resolve_tag(load_dir, tag, universal), self.device)
         goes_on = load_optimizer_states and load_looksam_states and not load_module_only
@@ -162,8 +179,9 @@ class LookSAMEngine(ReplayingEngine):
             self._shards.unperturb_local()
         if load_module_only and self.zero_optimization_partition_weights():
             load_optimizer_states = False  # or DeepSpeed's ZeRO-3 loads nothing at all, and says nothing
-        path, client_state = super().load_checkpoint(load_dir, tag, load_module_strict, load_optimizer_states,
-                                                     load_lr_scheduler_states, load_module_only, custom_load_fn)
+        with checkpoint.whole_pickles(self.checkpoint_engine):
+            path, client_state = super().load_checkpoint(load_dir, tag, load_module_strict, load_optimizer_states,
+                                                         load_lr_scheduler_states, load_module_only, custom_load_fn)
         if path is not None:
             client_state.pop(checkpoint.MARK, None)
             if load_optimizer_states and not load_module_only:
@@ -172,6 +190,13 @@ class LookSAMEngine(ReplayingEngine):
                 checkpoint.restore_base_groups(self.optimizer.param_groups, saved.manifest)
             self._go_on_with(saved, path)
         return path, client_state
+
+    def _refuse_nvme(self, what: str) -> None:
+        if self.zero_nvme_offload_optimizer():
+            raise LookSAMCheckpointError(
+                f"engine.{what}(): with zero_optimization.offload_optimizer.device \"nvme\" DeepSpeed 0.19.8 cannot go "
+                "on from a checkpoint of such a run (it restores neither the optimizer's step count nor the model's "
+                "weights). Use \"cpu\" to save and resume, or save weights alone: engine.save_16bit_model(...).")
 
     def _go_on_with(self, saved: checkpoint.Saved | None, path: str) -> None:
         manifest = None if saved is None else saved.manifest
@@ -307,7 +332,7 @@ class LookSAMEngine(ReplayingEngine):
             LookSAMReplayError: this rank's error is only what came of another rank's.
         """
         shards = self._shards
-        apart = None if shards.process_group is None else raised_everywhere(error, shards.process_group, self.progress)
+        apart = raised_everywhere(error, shards.process_group or dist.get_world_group(), self.progress)
         if apart is None:
             shards.abort_evaluation()
             shards.restore_weights()
@@ -319,8 +344,8 @@ class LookSAMEngine(ReplayingEngine):
             self._perturbed.end()
             return
         told = ("In the second evaluation of a SAM step " + (apart.first or "the other ranks were lost") +
-                ". The ranks are not at one place any more and the weights are still perturbed, so nothing can be "
-                "saved; go on from a checkpoint.")
+                ". The ranks are not at one place any more, so the weights cannot be put back on all of them and "
+                "nothing can be saved; go on from a checkpoint.")
         if apart.comes_after:
             raise LookSAMReplayError(told) from error
         logger.error(f"LookSAM: {told}")

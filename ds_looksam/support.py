@@ -136,6 +136,15 @@ def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> It
     if _is_anything_enabled(config.data_efficiency_config):
         yield ("data_efficiency: not supported (curriculum sampling, dynamic batching and random-LTD have not been "
                "tested with a second evaluation); leave it out, or set \"enabled\" to false in all its blocks")
+    writer = config.checkpoint_config["writer"]
+    if writer is not None and stage != 3:
+        yield ("checkpoint.writer: supported with zero_optimization.stage 3 only (on the other stages DeepSpeed 0.19.8 "
+               "lets several ranks write the same file, and cannot hand a decoupled writer its state); leave it out")
+    if writer is not None and writer["type"] != "PYTHON":
+        yield (f"checkpoint.writer.type: {writer['type']!r} is not supported (\"fast\", the default, takes an "
+               "accelerator and has not been tested, \"mock\" writes nothing); use \"python\"")
+    if config.datastates_config.enabled:
+        yield "datastates_ckpt: not supported (not tested); leave it out, or see checkpoint.writer"
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if getattr(zero, key):
             yield f"zero_optimization.{key}: not supported (ZeRO++ quantization); leave it out"

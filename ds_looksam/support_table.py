@@ -104,6 +104,8 @@ SUPPORTED = (
     Supported("Ulysses: `deepspeed.sequence.layer.DistributedAttention`, with "
               "`deepspeed.runtime.sequence_parallel.parallel_state_sp` as `mpu`", ALL, FULL, True,
               ("test_ulysses.py::test_ulysses", "test_ulysses.py::test_resume_is_bit_exact")),
+    Supported("`checkpoint.writer` of type \"python\", also `decoupled`", (3, ), FULL, False,
+              ("test_faults.py::test_deepspeeds_own_writers", )),
     Supported("`gradient_clipping`", ALL, EVERY, True,
               ("test_oracle_grid.py::test_matches_oracle", "test_offload.py::test_offload_to_cpu")),
     Supported("`scheduler`, every one of DeepSpeed's, and torch's through `lr_scheduler=`", ALL, FULL, False,
@@ -129,6 +131,12 @@ REFUSED = (
     Refused("`offload_optimizer.pipeline_read`, `pipeline_write` (NVMe)", "leave them off",
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp",
                                                                      "pipeline_read": True}}}),
+    Refused("`checkpoint.writer` on stages 0-2", "leave it out, or stage 3",
+            {"zero_optimization": {"stage": 2}, "checkpoint": {"writer": {"type": "python", "data_parallel":
+                                                                          "replica"}}}),
+    Refused("`checkpoint.writer.type` \"fast\" (the default) and \"mock\"", "\"python\"",
+            {"zero_optimization": {"stage": 3}, "checkpoint": {"writer": {"decoupled": True}}}),
+    Refused("DataStates: `datastates_ckpt`", "leave it out, or `checkpoint.writer`", {"datastates_ckpt": {}}),
     Refused("SuperOffload: `offload_optimizer.super_offload`", "leave it off: ordinary offload",
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}),
     Refused("ZenFlow: `zero_optimization.zenflow`", "leave it out: ordinary offload",

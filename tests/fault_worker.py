@@ -8,6 +8,7 @@ Faults strike at update 4, a SAM step, two updates of which are saved; FAULT_RAN
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import os
 import signal
@@ -32,7 +33,7 @@ TIMEOUT = 45.0
 
 def case_for(world: int, stage: int) -> Case:
     return Case(model="straddling", world=world, stage=stage, k=2, updates=UPDATES, accumulation=2, two_groups=True,
-                params={"torch_adam": True})
+                params={"torch_adam": True}, config=json.loads(os.environ.get("CONFIG", "{}")))
 
 
 def die() -> None:
@@ -67,6 +68,10 @@ class Fault:
         in_replay = self.engine._replaying
         if self.kind == ("kill-replay" if in_replay else "kill-first"):
             die()
+        if self.kind == "kill-writer" and not in_replay:
+            os.kill(self.engine.checkpoint_engine.ckpt_process.pid, signal.SIGKILL)
+            self.engine.checkpoint_engine.ckpt_process.join()
+            self.kind = "none"
         if in_replay and self.kind in ("term-replay", "save-on-term-replay"):
             os.kill(os.getpid(), signal.SIGTERM)
         if in_replay and self.kind == "raise-replay":
@@ -146,7 +151,8 @@ def main() -> None:
     rank, world, folder, stage = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     kind, fault_rank = (sys.argv[5], int(sys.argv[6])) if len(sys.argv) > 5 else ("none", -1)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      CROSS_RANK="0", CROSS_SIZE="1")  # the last two for checkpoint.writer
     store = open_store(rank, world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world,
                                          timeout=datetime.timedelta(seconds=TIMEOUT))
@@ -166,11 +172,15 @@ def main() -> None:
             try:
                 train_window(engine, case, engine.global_steps)
             except Exception as error:
-                fault.save_and_raise(error)
+                if "replay" in kind:  # elsewhere the collectives of a save would meet those of the other ranks
+                    fault.save_and_raise(error)
+                raise
             if kind.startswith("inf"):
                 Fault.after_step(Fault(kind, engine, folder))
         torch.save(master_weights(engine), folder / f"weights-{rank}.pt")
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # or gloo's threads abort the process now and then while Python ends: "terminate called without ..."
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ CI runs two of them, ``pytest -m faults`` the others.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,16 +37,19 @@ class Job:
     seconds_after_first_end: float
 
 
-def run_job(folder: Path, stage: int, fault: str = "none", fault_rank: int = -1) -> Job:
+def run_job(folder: Path, stage: int, fault: str = "none", fault_rank: int = -1,
+            config: dict[str, Any] | None = None) -> Job:
     """Run the ranks to their ends. Fails if a rank goes on for longer than the process group's timeout allows."""
     folder.mkdir(exist_ok=True)
     name = f"{fault}-{time.monotonic_ns()}"
     logs = [folder.parent / f"{name}-{rank}.log" for rank in range(WORLD)]
     environment = os.environ | {"STORE": str(folder.parent / f"{name}.store"), "PYTHONUNBUFFERED": "1",
+                                "CONFIG": json.dumps(config or {}),
                                 "PYTHONPATH": str(Path(__file__).parent.parent)}
     processes = [subprocess.Popen(
         [sys.executable, "-m", "tests.fault_worker", str(rank), str(WORLD), str(folder), str(stage), fault,
-         str(fault_rank)], env=environment, stdout=logs[rank].open("w"), stderr=subprocess.STDOUT)
+         str(fault_rank)], env=environment, stdout=logs[rank].open("w"), stderr=subprocess.STDOUT,
+        start_new_session=True)
         for rank in range(WORLD)]
     deadline, first_end = time.monotonic() + START, None
     try:
@@ -56,7 +62,8 @@ def run_job(folder: Path, stage: int, fault: str = "none", fault_rank: int = -1)
             time.sleep(0.05)
     finally:
         for p in processes:
-            p.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(p.pid, signal.SIGKILL)  # a decoupled writer outlives its rank
             p.wait()
     return Job([p.returncode for p in processes], [log.read_text() for log in logs],
                0.0 if first_end is None else time.monotonic() - first_end)
@@ -79,7 +86,9 @@ def _reference(undisturbed: dict[int, dict[str, torch.Tensor]], stage: int,
 
 def _check(job: Job, kind: str, rank: int) -> None:
     assert all(code != 0 for code in job.codes), (job.codes, job.outputs)
-    if kind.startswith("kill"):
+    if kind == "kill-writer":
+        assert "checkpoint process is not running" in job.outputs[rank]
+    elif kind.startswith("kill"):
         assert job.codes[rank] == -signal.SIGKILL
     elif kind == "term-replay":
         assert job.codes[rank] == -signal.SIGTERM
@@ -152,8 +161,9 @@ def _each(faults: list[tuple[str, int, tuple[int, ...]]]) -> list[tuple[str, int
     return [(kind, rank, stage) for kind, rank, stages in faults for stage in stages]
 
 
-def _disturb(kind: str, rank: int, stage: int, folder: Path, reference: dict[str, torch.Tensor]) -> None:
-    job = run_job(folder, stage, kind, rank)
+def _disturb(kind: str, rank: int, stage: int, folder: Path, reference: dict[str, torch.Tensor],
+             config: dict[str, Any] | None = None) -> None:
+    job = run_job(folder, stage, kind, rank, config)
     _check(job, kind, rank)
     emergency = folder / "emergency"
     if kind == "raise-replay" and rank == -1:
@@ -161,10 +171,13 @@ def _disturb(kind: str, rank: int, stage: int, folder: Path, reference: dict[str
     else:
         assert not emergency.exists() and not emergency.with_suffix(".pt").exists()
     # What strikes while update 4 is being saved leaves the checkpoint of update 2 as the newest.
-    saved = STRIKE - 2 if ("save-" in kind and "term" not in kind) or kind == "full-disk" else STRIKE
+    # So does what strikes while a decoupled writer is still writing it: until the first evaluation has ended.
+    being_saved = ("save-" in kind and "term" not in kind) or kind == "full-disk"
+    being_written = bool(config) and kind in ("kill-first", "kill-writer")
+    saved = STRIKE - 2 if being_saved or being_written else STRIKE
     assert (folder / "latest").read_text() == f"global_step{saved}"
     (folder / "filler").unlink(missing_ok=True)
-    again = run_job(folder, stage)
+    again = run_job(folder, stage, config=config)
     assert again.codes == [0] * WORLD, again.outputs
     assert all(f"resumed at {saved}" in output for output in again.outputs)
     for r in range(WORLD):
@@ -187,6 +200,17 @@ def test_a_job_started_again_ends_as_if_nothing_had_happened(
 def test_every_fault(kind: str, rank: int, stage: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
                      undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
     _disturb(kind, rank, stage, tmp_path / "checkpoints", _reference(undisturbed, stage, tmp_path_factory))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("kind", "decoupled"), [("kill-first", True), ("kill-replay", True), ("kill-writer", True),
+                                                 ("kill-replay", False)])
+def test_deepspeeds_own_writers(kind: str, decoupled: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+                                undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Resumed with the same JSON, and to the bit the run without ``checkpoint.writer``."""
+    config = {"checkpoint": {"writer": {"type": "python", "decoupled": decoupled}}}
+    _disturb(kind, 1, 3, tmp_path / "checkpoints", _reference(undisturbed, 3, tmp_path_factory), config)
 
 
 @pytest.mark.faults

@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -104,6 +105,20 @@ class HostEngine(DeepSpeedEngine):
         """What the gradients in the wrapper are multiplied by. That is the loss scale for ZeRO optimizers only: for the
         others DeepSpeed 0.19.8 leaves the loss as it is (shards/fp16.py)."""
         return float(getattr(self.optimizer, "loss_scale", 1.0)) if isinstance(self.optimizer, ZeROOptimizer) else 1.0
+
+    def writer_is_done(self) -> None:
+        """Called when every rank's writer has written the last decoupled checkpoint."""
+
+    def _commit_decoupled_checkpoint(self) -> None:
+        """As DeepSpeed's, which lets rank 0 name the checkpoint in ``latest`` when its own writer is done. Collective.
+
+        A rank whose writer has failed raises here, and then none gets through the barrier.
+        """
+        save = self.checkpoint_engine.get_commit_info()
+        if save is not None:
+            self.checkpoint_engine.commit(save)
+            dist.barrier()
+            self.writer_is_done()
 
     def leave_failed_step(self) -> None:
         """step() raised: put back the flags that its normal end resets, so that it can be called again."""
