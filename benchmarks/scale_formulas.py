@@ -1,0 +1,117 @@
+"""What may grow with the world size, and why: collectives, bytes and memory of one rank in bf16, by ZeRO stage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tests.collectives import Collective
+
+WIDTH = 2  # bytes of a weight or gradient in bf16
+PERSISTENT = 100_000  # DeepSpeed's default "stage3_param_persistence_threshold"
+SCALARS = 256
+"""Bytes: an all-reduce that carries at most this many carries scalars."""
+SMALL_THINGS = 30_000
+"""Bytes that no formula explains: a batch, the states of random number generators, scalars."""
+
+# Buckets that fit in memory beside the model; stage 3 keeps nothing gathered but what is persistent, so that it gathers
+# every other parameter for the forward and again for the backward.
+_BUCKETS: dict[str, Any] = {"reduce_bucket_size": 120_000_000, "allgather_bucket_size": 120_000_000}
+ZERO: dict[int, dict[str, Any]] = {
+    0: {}, 1: _BUCKETS, 2: _BUCKETS,
+    3: {"reduce_bucket_size": 120_000_000, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0,
+        "stage3_param_persistence_threshold": PERSISTENT},
+}
+
+
+def padded(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple
+
+
+def bulk(collectives: Iterable[Collective]) -> dict[str, int]:
+    """Bytes by kind, without scalars."""
+    sums: Counter[str] = Counter()
+    for c in collectives:
+        if not ((c.kind == "allreduce" and c.nbytes <= SCALARS) or c.kind == "broadcast"):
+            sums[c.kind] += c.nbytes
+    return dict(sums)
+
+
+@dataclass(frozen=True)
+class Formulas:
+    """Of a rank of ``world``. ``shapes``: elements of each parameter tensor. ``uses``: the same, but a tensor that
+    several modules share as often as it is used."""
+
+    stage: int
+    world: int
+    shapes: list[int]
+    uses: list[int]
+
+    @property
+    def numel(self) -> int:
+        return sum(self.shapes)
+
+    @property
+    def owned(self) -> int:
+        """Elements of this rank's shard, padding included: stages 1 and 2 pad the whole model to a multiple of twice
+        the world size (NCCL's alignment), stage 3 each tensor to a multiple of the world size."""
+        if self.stage == 0:
+            return self.numel
+        if self.stage == 3:
+            return sum(padded(n, self.world) for n in self.shapes) // self.world
+        return padded(self.numel, 2 * self.world) // self.world
+
+    # Traffic: payloads in bytes, of an all-gather what comes out, of a reduce-scatter what goes in.
+
+    def evaluation(self) -> dict[str, int]:
+        if self.stage < 3:
+            return {"allreduce": WIDTH * self.numel}
+        gathered = sum(padded(n, self.world) for n in self.uses if n > PERSISTENT) if self.world > 1 else 0
+        return _positive({"allgather_base": 2 * WIDTH * gathered,
+                          "reduce_scatter_base": WIDTH * self.owned * self.world})
+
+    def update(self) -> dict[str, int]:
+        """Every new weight is published; on stage 3 those that stay gathered are."""
+        if self.stage == 0 or self.world == 1:
+            return {}
+        if self.stage == 3:
+            return _positive({"allgather_base": WIDTH * sum(padded(n, self.world) for n in self.shapes
+                                                            if n <= PERSISTENT)})
+        return {"allgather_base": WIDTH * self.owned * self.world}
+
+    def reuse_adds(self) -> Counter[Collective]:
+        """‖g‖² and ‖v‖²."""
+        return Counter() if self._sends_nothing() else Counter([self._scalars(2)])
+
+    def sam_adds(self, base_update: list[Collective]) -> Counter[Collective]:
+        """Beside another evaluation: w + eps is published as the base publishes w; 2 scalars before, 8 after."""
+        publication = Counter(c for c in base_update if c.kind == "allgather_base")
+        return publication if self._sends_nothing() else publication + Counter([self._scalars(2), self._scalars(8)])
+
+    def _sends_nothing(self) -> bool:
+        return self.stage == 0 or self.world == 1
+
+    def _scalars(self, count: int) -> Collective:
+        return Collective("allreduce", 8 * count, self.world)
+
+    # Memory, in bytes.
+
+    def persistent(self) -> int:
+        """g_v in fp32."""
+        return 4 * self.owned
+
+    def replay(self) -> int:
+        """g_v and g; on stage 0 the clean bf16 weights too."""
+        return 8 * self.owned + (WIDTH * self.owned if self.stage == 0 else 0)
+
+    def peak(self) -> int:
+        """Roughly, of the whole process: bf16 weights, gradients and a copy of either, fp32 master and AdamW's two
+        moments, their transient fp32 gradient, a bucket or two, and LookSAM's part."""
+        whole = self.numel * WIDTH * (4 if self.stage == 0 else 3)
+        return whole + self.owned * (4 * 4 + 8) + 2 * WIDTH * min(self.numel, 120_000_000)
+
+
+def _positive(sums: dict[str, int]) -> dict[str, int]:
+    return {kind: nbytes for kind, nbytes in sums.items() if nbytes}

@@ -1,0 +1,128 @@
+"""As rank 0 of 4,096, LookSAM does what it does as rank 0 of 8: benchmarks/scale.py on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.scale import Measured, Row, Step, lines_of_package
+from benchmarks.scale_formulas import Formulas
+
+from .collectives import Collective
+from .models import CLASSES, FEATURES
+from .ranks import run_on_ranks
+from .training import Case, engine_for
+
+ROOT = Path(__file__).parent.parent
+WORLDS = (1, 8, 4096)
+
+
+def run_scale(folder: Path, *arguments: str) -> dict[tuple[int, int], Row]:
+    """What the program measured, by stage and world size. It fails by itself where its formulas do not hold."""
+    file = folder / "rows.json"
+    result = subprocess.run([sys.executable, "-m", "benchmarks.scale", *arguments, "--json", str(file)], cwd=ROOT,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [Row(values["model"], values["stage"], values["world"], measured(values["base"]), measured(values["ours"]))
+            for values in json.loads(file.read_text())]
+    return {(row.stage, row.world): row for row in rows}
+
+
+def measured(values: dict[str, Any]) -> Measured:
+    def collectives(of: list[dict[str, Any]]) -> list[Collective]:
+        return [Collective(**c) for c in of]
+
+    steps = {kind: Step(**step | {"evaluation": collectives(step["evaluation"]), "update": collectives(step["update"])})
+             for kind, step in values["steps"].items()}
+    return Measured(**values | {"steps": steps, "startup": collectives(values["startup"])})
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Row]:
+    return run_scale(tmp_path_factory.mktemp("scale"), "--model", "tiny", "--world", *map(str, WORLDS))
+
+
+def test_every_stage_ran_at_every_world_size(rows):
+    assert set(rows) == {(stage, world) for stage in (0, 1, 2, 3) for world in WORLDS}
+    for row in rows.values():
+        assert set(row.ours.steps) == {"sam", "reuse"} and set(row.base.steps) == {"base"}
+
+
+def test_collectives_by_hand(rows):
+    """The model: 15 tensors of together 16,380 elements and the embedding, 108,036, used twice."""
+    assert sum(rows[1, 8].base.sizes[0]) == 124_416 and len(rows[1, 8].base.sizes[0]) == 16
+    scalars = [Collective("allreduce", 16, 4096), Collective("allreduce", 64, 4096)]
+    for stage in (1, 2):
+        row = rows[stage, 4096]
+        # 124,416 elements in 4,096 parts of an even size: 32 each.
+        assert row.extra("sam") == Counter([Collective("allgather_base", 2 * 4096 * 32, 4096), *scalars])
+        assert row.extra("reuse") == Counter(scalars[:1])
+        assert row.base.steps["base"].evaluation == [Collective("allreduce", 2 * 124_416, 4096)]
+    row = rows[3, 4096]
+    # The embedding, 27 elements each, for both uses in forward and backward; every other tensor has 1 or 2 each.
+    gathers = Counter(c for c in row.base.steps["base"].evaluation if c.kind == "allgather_base")
+    assert gathers == Counter({Collective("allgather_base", 2 * 4096 * 27, 4096): 4})
+    published = row.extra("sam") - Counter(scalars)
+    assert published == Counter({Collective("allgather_base", 8192, 4096): 13,
+                                 Collective("allgather_base", 16384, 4096): 2})
+    assert all(not row.extra(kind) for row in (rows[0, 4096], rows[2, 1], rows[3, 1]) for kind in ("sam", "reuse"))
+
+
+def test_nothing_grows_with_the_world_size(rows):
+    for stage in (0, 1, 2, 3):
+        few, many = rows[stage, 8], rows[stage, 4096]
+        for kind in ("sam", "reuse"):
+            assert 0 < many.ours.steps[kind].lines <= few.ours.steps[kind].lines, (stage, kind)
+            assert sum(many.extra(kind).values()) == sum(few.extra(kind).values())
+        assert 0 < many.ours.map_lines <= few.ours.map_lines
+        assert len(many.ours.startup) == len(few.ours.startup)
+        # Versions are compared once: everything else at start-up is DeepSpeed's.
+        extra = Counter(many.ours.startup) - Counter(many.base.startup)
+        assert extra == Counter([Collective("allreduce", 16, 4096)])
+
+
+def lines_to_map(depth: int) -> tuple[int, int]:
+    """On a rank: segments, and lines of the package that their map takes."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(FEATURES, 5), *(nn.Linear(5, 5) for _ in range(depth)), nn.Linear(5, CLASSES)]
+    with engine_for(Case(stage=3, world=1), module=nn.Sequential(*layers)) as engine:
+        return sum(map(len, engine._shards.layout())), lines_of_package(engine.layers)
+
+
+def test_the_map_of_segments_is_linear_in_tensors():
+    (few, few_lines), (twice, twice_lines), (many, many_lines) = (
+        run_on_ranks(1, lines_to_map, depth)[0] for depth in (10, 20, 40))
+    assert (few, twice, many) == (24, 44, 84)
+    assert 0 < many_lines - twice_lines <= 2 * (twice_lines - few_lines)
+
+
+def test_the_program_notices_what_a_formula_does_not_explain(rows):
+    row = rows[2, 4096]
+    assert row.problems() == []
+    for kind, message in (("reuse", "a reuse step adds"), ("sam", "a SAM step adds")):
+        step = row.ours.steps[kind]
+        step.update.append(Collective("allreduce", 8, 4096))
+        assert [problem for problem in row.problems() if message in problem] == row.problems() != []
+        step.update.pop()
+    row.ours.after += 100_000
+    assert "bytes kept" in row.problems()[0]
+    row.ours.after -= 100_000
+
+
+def test_formulas_by_hand():
+    formulas = Formulas(stage=3, world=64, shapes=[130, 200_000], uses=[130, 200_000, 200_000])
+    assert formulas.owned == 3 + 3125
+    assert formulas.evaluation() == {"allgather_base": 2 * 2 * 2 * 200_000, "reduce_scatter_base": 2 * (192 + 200_000)}
+    assert formulas.update() == {"allgather_base": 2 * 192}
+    assert (formulas.persistent(), formulas.replay()) == (4 * 3128, 8 * 3128)
+    assert Formulas(1, 64, [130, 1], [130, 1]).update() == {"allgather_base": 2 * 256}
+    assert Formulas(0, 64, [130], [130]).replay() == 10 * 130
