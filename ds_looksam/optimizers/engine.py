@@ -45,8 +45,8 @@ class LayerwiseEngine(HostEngine):
     def layers(self) -> LayerMap:
         """Which layer each element of the shards belongs to. Built on first use, not collective."""
         if self._layer_map is None:
-            sizes = [weights.numel() for weights in self._shards.master_weights()]
-            self._layer_map = LayerMap(self._shards.layout(), sizes, self._group_parameters, self._shards.device)
+            shards = self._shards
+            self._layer_map = LayerMap(shards.layout(), shards.flat_sizes(), self._group_parameters, shards.device)
         return self._layer_map
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -112,6 +112,11 @@ class GradientShards(ABC):
         """The clean master weights of this rank's part, fp32 (bf16 under ``bf16_master_weights_and_grads``). While they
         are perturbed in place, the saved copies."""
 
+    def flat_sizes(self) -> list[int]:
+        """Elements of each flat tensor, padding included. Copies no weights, as master_weights() does on stage 0 and
+        with NVMe."""
+        return [w.numel() for w in self.master_weights()]
+
     def new_shard(self) -> Shard:
         """Zeros of the sizes and on the devices of this rank's gradient, padding included."""
         return [torch.zeros(w.numel(), dtype=torch.float32, device=w.device) for w in self.master_weights()]

@@ -32,6 +32,9 @@ class WholeShards(GradientShards):
             flats.append(segments)
         return flats
 
+    def flat_sizes(self) -> list[int]:
+        return [sum(p.numel() for p in params) for params in self._groups]
+
 
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:

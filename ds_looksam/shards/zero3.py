@@ -52,6 +52,9 @@ class Zero3Shards(GradientShards):
             flats.append(segments)
         return flats
 
+    def flat_sizes(self) -> list[int]:
+        return list(self._zero.fp16_partitioned_groups_flat_numel)
+
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = []
         for i in range(len(self.group_of)):
