@@ -1,14 +1,15 @@
 """How far :mod:`benchmarks.cluster_model` is off where it can be measured: real CPU ranks of this machine. Markdown.
 
     python -m benchmarks.cluster_check
-    python -m benchmarks.cluster_check --stage 0 1 2 --ranks 1 2 4 --rounds 9
+    python -m benchmarks.cluster_check --clock cpu   # on a busy machine
 
 Calibrated on little, so that there is something left to predict: FLOP/s and memory bandwidth on AdamW alone in one
 process; bandwidth and latency of a link on two all-reduces, a small and a large one, between two ranks without any
 training. Predicted, and then measured: AdamW, SAM and LookSAM (k = 2) on every stage and number of ranks.
 
-Ranks beyond the machine's cores share them: FLOP/s and memory bandwidth are divided. Timed by
-:mod:`benchmarks.step_time`; run it on an idle machine.
+By the wall clock, ranks beyond the machine's cores share them: FLOP/s and memory bandwidth are divided. The CPU clock
+counts what a rank computes and copies, gloo's threads included, and no waiting, for the network or for a core: other
+programs hardly disturb it, but it says less. Timed by :mod:`benchmarks.step_time`.
 """
 
 from __future__ import annotations
@@ -33,30 +34,35 @@ NAMES = ("base", "SAM", "LookSAM")
 Seconds = dict[str, float]
 
 
-def train(stage: int, rounds: int) -> Seconds:
-    """On every rank: seconds of an update of each contender, and of AdamW's evaluation and step()."""
+def train(stage: int, rounds: int, clock: int) -> Seconds:
+    """On every rank: an update of each contender, and AdamW's evaluation and step(), by step_time's clock."""
     import ds_looksam  # noqa: F401 - registers LookSAM
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    args = step_time.parse(["--model", MODEL, "--image", str(IMAGE), "--classes", str(CLASSES), "--precision", "bf16",
+    args = step_time.parse(["--model", MODEL, "--image", str(IMAGE), "--classes", str(CLASSES),
                             "--micro-batch", str(MICRO_BATCH), "--k", str(K), "--rounds", str(rounds),
                             "--only", *NAMES])
-    contenders = step_time.measure(args, stage)
-    seconds = {name: median(contender.cycles) / K for name, contender in contenders.items()}
-    base = contenders["base"].seconds
-    return seconds | {"evaluation": median(base["evaluation"]), "step": median(base["update"])}
+    contenders = step_time.measure(args, stage, "bf16", seconds=float("inf"))
+    result: Seconds = {}
+    for name, contender in contenders.items():
+        updates = [update for turns in contender.rounds for update in turns]
+        result[name] = median(step_time.total(turns, clock) for turns in contender.rounds) / K
+        if name == "base":
+            result["evaluation"] = median(update.evaluation[clock] for update in updates)
+            result["step"] = median(update.step[clock] for update in updates)
+    return result
 
 
-def all_reduces(sizes: list[int], repeats: int = 15) -> list[float]:
+def all_reduces(sizes: list[int], clock: int, repeats: int = 15) -> list[float]:
     """On every rank: seconds of an all-reduce of so many bytes of bf16."""
-    result = []
+    seconds, result = (time.perf_counter, time.process_time)[clock], []
     for nbytes in sizes:
         payload, times = torch.zeros(nbytes // 2, dtype=torch.bfloat16), []
         for _ in range(repeats):
             torch.distributed.barrier()
-            start = time.perf_counter()
+            start = seconds()
             torch.distributed.all_reduce(payload)
-            times.append(time.perf_counter() - start)
+            times.append(seconds() - start)
         result.append(median(times))
     return result
 
@@ -82,11 +88,13 @@ def main() -> None:
     parser.add_argument("--stage", type=int, nargs="+", default=[0, 1, 2], choices=[0, 1, 2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     args = parser.parse_args()
+    clock = {"wall": step_time.WALL, "cpu": step_time.CPU}[args.clock]
     model, cores = vit(MODEL, IMAGE, CHANNELS, CLASSES), len(os.sched_getaffinity(0))
     work = Workload(model.forward_flops(), model.sizes(), micro_batch=MICRO_BATCH, k=K)
-    small, large = run_on_ranks(2, all_reduces, [SCALARS, 2 * work.numel])[0]
-    cluster = calibrate(work, run_on_ranks(1, train, 1, args.rounds)[0], small, large)
+    small, large = run_on_ranks(2, all_reduces, [SCALARS, 2 * work.numel], clock)[0]
+    cluster = calibrate(work, run_on_ranks(1, train, 1, args.rounds, clock, timeout=1200)[0], small, large)
     print(f"Calibrated: {cluster.flops / 1e9:.1f} GFLOP/s, {cluster.memory / 1e9:.2f} GB/s memory, "
           f"{cluster.intra / 1e9:.2f} GB/s and {cluster.latency_intra * 1e6:.0f} us a link; {cores} cores, load "
           f"{os.getloadavg()[0]:.1f}\n")
@@ -95,8 +103,9 @@ def main() -> None:
     errors = []
     for stage in args.stage:
         for ranks in args.ranks:
-            expected = predict(on_shared_cores(cluster, ranks, cores), replace(work, stage=stage), ranks)
-            got = run_on_ranks(ranks, train, stage, args.rounds, timeout=1200)[0]
+            own = on_shared_cores(cluster, ranks, cores) if clock == step_time.WALL else cluster
+            expected = predict(own, replace(work, stage=stage), ranks)
+            got = run_on_ranks(ranks, train, stage, args.rounds, clock, timeout=1200)[0]
             cells = [str(stage), str(ranks), f"{1e3 * expected.adamw:.1f}", f"{1e3 * got['base']:.1f}"]
             for name, seconds in (("LookSAM", expected.looksam), ("SAM", expected.sam)):
                 predicted, measured = seconds / expected.adamw, got[name] / got["base"]

@@ -50,7 +50,7 @@ class Cluster:
     latency_inter: float = 5e-6
     gpus_per_node: int = 8
     overlap: float = 0.7
-    host: float = 3e-6
+    host: float = 4e-6
     algorithm: str = "best"
 
     def all_reduce(self, ranks: int, nbytes: float) -> float:

@@ -31,7 +31,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,28 +243,44 @@ class Row:
             found.append(f"{self.ours.segments} segments for {len(self.base.sizes[0])} tensors")
         return [f"{self.model}, stage {self.stage}, {self.world} ranks: {problem}" for problem in found]
 
-    def cells(self) -> list[str]:
+    def sizes(self) -> list[str]:
+        """The cells below SIZES."""
+        base, added, expected = self.base.steps["base"], self.extra("sam"), self.formulas
+        kept, replay = self.ours.after - self.base.after, self.ours.during - self.base.during
+        return [str(self.stage), f"{self.world:,}", f"{len(base.evaluation)} + {len(base.update)}",
+                f"{sum(self.extra('reuse').values())}", f"{sum(added.values())}",
+                f"{_megabytes(added)}", f"{_megabytes(expected.sam_adds(base.update))}",
+                f"{kept / 1e6:,.2f}", f"{expected.persistent() / 1e6:,.2f}",
+                f"{replay / 1e6:,.2f}", f"{expected.replay() / 1e6:,.2f}"]
+
+    def times(self) -> list[str]:
+        """The cells below TIMES."""
         base, reuse, sam = self.base.steps["base"], self.ours.steps["reuse"], self.ours.steps["sam"]
-        added, expected = self.extra("sam"), self.formulas
-        published = sum(c.nbytes * n for c, n in added.items() if c.nbytes > scale_formulas.SCALARS)
-        formula = sum(c.nbytes * n for c, n in expected.sam_adds(base.update).items()
-                      if c.nbytes > scale_formulas.SCALARS)
-        return [str(self.stage), f"{self.world:,}",
-                f"{len(base.evaluation)} + {len(base.update)}", f"+{sum(self.extra('reuse').values())}",
-                f"+{sum(added.values())}", f"{published / 1e6:,.2f}", f"{formula / 1e6:,.2f}",
-                f"{(self.ours.after - self.base.after) / 1e6:,.1f}", f"{expected.persistent() / 1e6:,.1f}",
-                f"{(self.ours.during - self.base.during) / 1e6:,.1f}", f"{expected.replay() / 1e6:,.1f}",
-                f"{base.evaluation_seconds:.2f}", f"{1e3 * base.update_seconds:,.0f}",
-                f"{1e3 * (reuse.update_seconds - base.update_seconds):+,.0f}",
+        return [str(self.stage), f"{self.world:,}", f"{1e3 * base.evaluation_seconds:,.0f}",
+                f"{1e3 * base.update_seconds:,.0f}", f"{1e3 * (reuse.update_seconds - base.update_seconds):+,.0f}",
                 f"{1e3 * (sam.update_seconds - base.update_seconds - base.evaluation_seconds):+,.0f}",
-                f"{self.base.startup_seconds:.1f}", f"{self.ours.startup_seconds - self.base.startup_seconds:+.1f}",
+                f"{1e3 * self.base.startup_seconds:,.0f}",
+                f"{1e3 * (self.ours.startup_seconds - self.base.startup_seconds):+,.0f}",
                 f"{1e3 * self.ours.map_seconds:.1f}", str(self.ours.segments)]
 
 
-HEAD = ("stage", "ranks", "base: collectives of evaluation + update", "a reuse step adds",
-        "a SAM step adds beside an evaluation", "of that bulk, MB", "formula", "kept, MB", "formula",
-        "in a replay, MB", "formula", "base evaluation, s", "base step(), ms", "a reuse step adds, ms",
-        "a SAM step adds beside an evaluation, ms", "base start-up, s", "ours adds", "segment map, ms", "segments")
+def _megabytes(collectives: Counter[Collective]) -> str:
+    return f"{sum(c.nbytes * n for c, n in collectives.items() if c.nbytes > scale_formulas.SCALARS) / 1e6:,.2f}"
+
+
+SIZES = ("stage", "ranks", "base: collectives, evaluation + update", "a reuse step adds",
+         "a SAM step adds beside an evaluation", "of that bulk, MB", "formula", "kept, MB", "formula",
+         "in a replay, MB", "formula")
+TIMES = ("stage", "ranks", "base evaluation, CPU ms", "base update", "a reuse step adds",
+         "a SAM step adds beside an evaluation", "base start-up", "ours adds", "map of segments", "segments")
+
+
+def line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def head(cells: Sequence[str]) -> str:
+    return line(cells) + "\n|" + "---|" * len(cells)
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -288,7 +304,7 @@ def main() -> None:
     # Imported once, before the processes fork. DeepSpeed imports Muon, which imports torch.compile, in initialize().
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["benchmarks.one_of_many", "ds_looksam", "deepspeed.runtime.zero.muon.original_muon", *MODELING])
-    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
+    print(head(SIZES), flush=True)
     rows, problems = [], []
     sizes = MODELS[args.model]().sizes()
     for stage in args.stage:
@@ -300,9 +316,10 @@ def main() -> None:
             base, ours = (in_fresh_process(measure, args.model, stage, world, looksam, args.model == "tiny")
                           for looksam in (False, True))
             rows.append(Row(args.model, stage, world, base, ours))
-            print("| " + " | ".join(rows[-1].cells()) + " |", flush=True)
+            print(line(rows[-1].sizes()), flush=True)
             problems += rows[-1].problems()
             sys.stderr.writelines(f"{problem}\n" for problem in rows[-1].problems())
+    print("\n".join(["", head(TIMES), *(line(row.times()) for row in rows)]))
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows]))
     if problems:
