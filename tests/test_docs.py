@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hjson
 import pytest
@@ -20,6 +20,7 @@ import torch
 
 import ds_looksam
 from ds_looksam.cli.check import check
+from ds_looksam.config import LookSAMConfig, RhoSchedule
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(ds_looksam.__file__).parent  # not always beside the tests: tests/run_wheel.sh
@@ -147,12 +148,50 @@ def test_python_runs(tmp_path):
     assert json.loads((tmp_path / "counted.json").read_text()) == expected
 
 
+def test_what_the_page_says_of_pytorch_optimizer():
+    """Its snippet runs, evaluates every step twice, and reuses tensor by tensor."""
+    library = pytest.importorskip("pytorch_optimizer")
+    [block] = [block for block in ALL if block.language == "python with pytorch_optimizer"]
+    torch.manual_seed(1)
+    network, evaluations = WithLoss().head, []
+    network.register_forward_hook(lambda *_: evaluations.append(None))
+    names: dict[str, Any] = {
+        "torch": torch, "LookSAM": library.LookSAM, "network": network, "criterion": torch.nn.functional.cross_entropy,
+        "loader": [(torch.randn(4, 12), torch.randint(0, 5, (4, ))) for _ in range(12)]}
+    exec(compile(block.text, str(block), "exec"), names)
+    assert len(evaluations) == 2 * 12
+
+    # One more reuse step, on which each tensor's correction must be alpha of its own gradient's norm.
+    optimizer = names["optimizer"]
+    names["closure"]()
+    optimizer.first_step(zero_grad=True)
+    names["closure"]()
+    before = [p.grad.clone() for p in network.parameters()]
+    optimizer.second_step()
+    for p, g in zip(network.parameters(), before, strict=True):
+        torch.testing.assert_close((p.grad - g).norm(), 0.7 * g.norm(), rtol=1e-4, atol=0)  # rounding of fp32 sums
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+def test_readme_lists_every_key_with_its_default_and_its_words():
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| key of `params` |"):].partition("\n\n")[0]
+    rows = {key: (default, words)
+            for key, default, words in re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.*) \|$", table, re.M)}
+    assert rows.keys() == LookSAMConfig.model_fields.keys()
+    shown = LookSAMConfig().model_dump() | {"rho_schedule": {"type": RhoSchedule().type}}
+    assert {key: json.loads(default) for key, (default, _) in rows.items()} == shown
+    words = {key: set(re.findall(r'"(\w+)"', " ".join(row))) for key, row in rows.items()}
+    for key in ("layer_scale", "v_dtype"):
+        assert words[key] == set(get_args(LookSAMConfig.model_fields[key].annotation))
+    assert words["rho_schedule"] == {*RhoSchedule.model_fields, *get_args(RhoSchedule.model_fields["type"].annotation)}
 
 
 def test_readme_links_every_page_of_docs():
