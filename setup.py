@@ -30,7 +30,7 @@ setup(
     package_data={"ds_looksam": ["py.typed"]},
     python_requires=">=3.11",
     # Those that the tests ran with (CONTRIBUTING.md); newer ones may well work.
-    classifiers=[*(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 13)),
+    classifiers=[*(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
                  "Operating System :: POSIX :: Linux", "Typing :: Typed"],
     install_requires=[
         *(f"{package}{wanted}" for package, wanted in versions["TESTED"].items()),
