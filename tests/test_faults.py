@@ -1,6 +1,6 @@
 """What befalls a job: it ends in time, and started again from its newest checkpoint it ends where it would have ended.
 
-CI runs two of them, ``pytest -m faults`` the others.
+CI runs three of them, ``pytest -m faults`` the others.
 """
 
 from __future__ import annotations

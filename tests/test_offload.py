@@ -16,7 +16,7 @@ from ds_looksam import LookSAMCheckpointError
 
 from .covering import covering
 from .ranks import run_on_ranks
-from .training import Case, check_against_oracle, engine_for, train
+from .training import Case, check_against_oracle, engine_for, master_weights, train, train_window
 
 CPU = {"device": "cpu"}
 TOLERANCE = {"fp32": 3e-5, "bf16": 2e-2}
@@ -79,9 +79,11 @@ def test_optimizer_state_on_nvme(case: Case, tmp_path: Path) -> None:
             assert torch.equal(nvme.weights[name], weight), f"{name} is not what offload to the CPU gives"
 
 
-def try_checkpoints(case: Case, folder: str) -> list[str]:
-    """On a rank: what saving and loading say."""
+def try_checkpoints(case: Case, folder: str) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """On a rank: what saving and loading say after a SAM step, and the weights."""
     with engine_for(case) as engine:
+        train_window(engine, case, 0)
+        engine.save_16bit_model(folder, "model.bin")
         told = []
         for call in (lambda: engine.save_checkpoint(folder), lambda: engine.load_checkpoint(folder)):
             try:
@@ -89,7 +91,7 @@ def try_checkpoints(case: Case, folder: str) -> list[str]:
                 told.append("went through")
             except LookSAMCheckpointError as error:
                 told.append(str(error))
-        return told
+        return told, master_weights(engine)
 
 
 @pytest.mark.grid
@@ -97,10 +99,13 @@ def test_no_checkpoints_on_nvme(tmp_path: Path) -> None:
     """From one of DeepSpeed 0.19.8 alone, weights end up to 0.37 away (relative) from those of the run that went on."""
     case = _on_nvme(Case(), tmp_path / "nvme")
     (tmp_path / "nvme").mkdir()
-    for told in run_on_ranks(2, try_checkpoints, case, str(tmp_path / "checkpoints")):
+    case.zero["stage3_gather_16bit_weights_on_model_save"] = True
+    for told, weights in run_on_ranks(2, try_checkpoints, case, str(tmp_path / "saved")):
         for message in told:
             assert 'offload_optimizer.device "nvme"' in message and 'Use "cpu"' in message, told
-    assert not (tmp_path / "checkpoints").exists()
+        saved = torch.load(tmp_path / "saved" / "model.bin", weights_only=True)
+        assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in weights)
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["model.bin"]
 
 
 def _on_nvme(case: Case, folder: Path) -> Case:
