@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .errors import LookSAMReplayError
+from .snapshot import submodules
 
 _WHEN = ("was called while the weights are perturbed: from inside the second evaluation of a SAM step (a forward hook, "
          "say), or after it was interrupted. Call it after step(); load a checkpoint after an interruption.")
@@ -28,7 +29,7 @@ class PerturbedWeights:
 
     def begin(self) -> None:
         if not self._hooks:
-            self._hooks = [m.register_state_dict_pre_hook(_refuse_state_dict) for m in self._module.modules()]
+            self._hooks = [m.register_state_dict_pre_hook(_refuse_state_dict) for m in submodules(self._module)]
 
     def end(self) -> None:
         for hook in self._hooks:

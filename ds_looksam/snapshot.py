@@ -75,6 +75,17 @@ class AutocastState:
         torch.set_autocast_cache_enabled(self.cache)
 
 
+def submodules(module: nn.Module) -> list[nn.Module]:
+    """``module`` and everything in it, each once. ``module.modules()`` takes several times as long."""
+    found, known = [module], {module}
+    for m in found:  # grows meanwhile
+        for child in m._modules.values():
+            if child is not None and child not in known:
+                known.add(child)
+                found.append(child)
+    return found
+
+
 @dataclass(frozen=True)
 class ComputeMode:
     """What one forward of a module ran with: the training flags of every submodule, the caller's autocast state, and
@@ -88,7 +99,7 @@ class ComputeMode:
 
     @classmethod
     def capture(cls, module: nn.Module) -> ComputeMode:
-        return cls(training=tuple((m, m.training) for m in module.modules()), autocast=AutocastState.capture(),
+        return cls(training=tuple((m, m.training) for m in submodules(module)), autocast=AutocastState.capture(),
                    own_forward=vars(module).get("forward"))
 
     def apply(self, module: nn.Module) -> None:
@@ -117,11 +128,15 @@ class ModelSnapshot:
     def take(cls, module: nn.Module, optimized: Iterable[nn.Parameter]) -> ModelSnapshot:
         """Copies the buffers (BatchNorm-like running statistics), and sets aside ``.grad`` of trainable parameters
         that are not in ``optimized``, so that the replay does not add to them."""
-        known = {id(p) for p in optimized}
-        outside = [(p, p.grad) for p in module.parameters() if p.requires_grad and id(p) not in known]
-        for p, _ in outside:
-            p.grad = None
         mode = ComputeMode.capture(module)
+        known = {id(p) for p in optimized}
+        outside = []
+        for m, _ in mode.training:
+            for p in m._parameters.values():
+                if p is not None and p.requires_grad and id(p) not in known:
+                    known.add(id(p))  # once, where it is tied
+                    outside.append((p, p.grad))
+                    p.grad = None
         return cls(module=module,
                    random=RandomState.capture(),
                    mode=mode,

@@ -34,6 +34,7 @@ class Zero12Shards(GradientShards):
         self.device = optimizer.single_partition_of_fp32_groups[0].device
         self.group_of = list(range(len(optimizer.single_partition_of_fp32_groups)))
         self._fragment_shapes: dict[int, list[tuple[torch.Size, bool]]] = {}
+        self._taken: dict[int, tuple[Tensor, list[Tensor]]] = {}  # what was last taken, and its fragments
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.bit16_groups for p in group]
@@ -62,7 +63,10 @@ class Zero12Shards(GradientShards):
         # cast the fragments. The fragments stay visible in their shapes: the clipping norm is summed over them, in
         # DeepSpeed's order.
         for i, flat in enumerate(gradient):
-            self._zero.averaged_gradients[i] = GradPartitionBufferGroup(self._fragments_of(i, flat), flat)
+            taken, fragments = self._taken.pop(i, (None, []))
+            if taken is not flat:
+                fragments = self._fragments_of(i, flat)
+            self._zero.averaged_gradients[i] = GradPartitionBufferGroup(fragments, flat)
 
     def master_weights(self) -> Shard:
         return [w.detach() for w in self._zero.single_partition_of_fp32_groups]
@@ -102,7 +106,9 @@ class Zero12Shards(GradientShards):
         self._fragment_shapes[i] = [(f.shape, getattr(f, "_zero_padding", False)) for f in fragments]
         if flat is None or flat.dtype != torch.float32:
             flat = torch.empty(sum(f.numel() for f in fragments), dtype=torch.float32, device=self.device)
-            torch._foreach_copy_(self._fragments_of(i, flat), [f.detach() for f in fragments])
+            views = self._fragments_of(i, flat)
+            torch._foreach_copy_(views, [f.detach() for f in fragments])
+            self._taken[i] = flat, views  # making views of hundreds of parameters takes longer than an all-reduce
         return flat
 
     def _fragments_of(self, i: int, flat: Tensor) -> list[Tensor]:
