@@ -261,7 +261,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+EVERY_STAGE = {f"{name}, stage {stage}": replace(run, stage=stage)
+               for name, run in RUNS.items() if "stage" not in name for stage in (1, 2, 3) if run.stage != stage}
+
+
+@pytest.mark.parametrize("run", [*RUNS.values(), *(pytest.param(run, marks=pytest.mark.grid)
+                                                   for run in EVERY_STAGE.values())], ids=[*RUNS, *EVERY_STAGE])
 def test_trainer_equals_own_loop(run: Run, tmp_path: Any) -> None:
     results = run_on_ranks(run.world, train_with_trainer, run, str(tmp_path))
     expected = run_on_ranks(run.world, train_with_own_loop, run, [result.first_rng for result in results])
@@ -272,7 +277,7 @@ def test_trainer_equals_own_loop(run: Run, tmp_path: Any) -> None:
         assert any("eval_loss" in entry for entry in result.history) == ("eval_strategy" in run.arguments)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.grid), 2, 3])
 def test_a_resumed_trainer_is_the_one_that_never_stopped(stage: int, tmp_path: Any) -> None:
     run = Run(stage=stage, steps=8, dropout=0.0, arguments={"save_strategy": "steps", "save_steps": 4})
     whole = run_on_ranks(2, train_with_trainer, run, str(tmp_path / "whole"))
