@@ -106,6 +106,8 @@ SUPPORTED = (
               ("test_ulysses.py::test_ulysses", "test_ulysses.py::test_resume_is_bit_exact")),
     Supported("`checkpoint.writer` of type \"python\", also `decoupled`", (3, ), FULL, False,
               ("test_faults.py::test_deepspeeds_own_writers", )),
+    Supported("Ulysses: `UlyssesSPAttentionHF.register_with_transformers`", ZERO, FULL, False,
+              ("test_ulysses_hf.py::test_llama", )),
     Supported("`gradient_clipping`", ALL, EVERY, True,
               ("test_oracle_grid.py::test_matches_oracle", "test_offload.py::test_offload_to_cpu")),
     Supported("`scheduler`, every one of DeepSpeed's, and torch's through `lr_scheduler=`", ALL, FULL, False,

@@ -57,11 +57,12 @@ def test_fp32(settings: tuple[int, dict[str, Any], dict[str, Any]]) -> None:
     check_against_oracle(_case(settings), TOLERANCE)
 
 
-def _deepspeed_drops_gradients(settings: tuple[int, dict[str, Any], dict[str, Any]], model: str) -> bool:
+def _deepspeed_is_wrong(settings: tuple[int, dict[str, Any], dict[str, Any]], world: int, model: str) -> bool:
     """At stage 1 with overlap_comm, DeepSpeed 0.19.8 alone loses the gradient of a parameter that takes part in an
-    earlier micro-batch, but not in the window's last one (docs/troubleshooting.md)."""
-    stage, zero, _ = settings
-    return stage == 1 and zero.get("overlap_comm", False) and model == "sometimes"
+    earlier micro-batch, but not in the window's last one (docs/troubleshooting.md). Of the other case, see CONFIG."""
+    stage, zero, config = settings
+    loses = stage == 1 and zero.get("overlap_comm", False) and model == "sometimes"
+    return loses or (stage == 3 and config.get("gradient_predivide_factor") == world)
 
 
 @pytest.mark.grid
@@ -69,7 +70,7 @@ def _deepspeed_drops_gradients(settings: tuple[int, dict[str, Any], dict[str, An
 @pytest.mark.parametrize("world", [3, 4])
 @pytest.mark.parametrize("settings", WHOLE, ids=_id)
 def test_fp32_everywhere(settings: tuple[int, dict[str, Any], dict[str, Any]], world: int, model: str) -> None:
-    if _deepspeed_drops_gradients(settings, model):
+    if _deepspeed_is_wrong(settings, world, model):
         pytest.skip("plain DeepSpeed is wrong here")
     check_against_oracle(_case(settings, world=world, model=model), TOLERANCE)
 
