@@ -80,6 +80,7 @@ class LookSAMEngine(ReplayingEngine):
 
         super().__init__(*args, config_class=config_class, **kwargs)
         self.open_shards()
+        self._shards.reserve_v(V_DTYPES[settings.v_dtype])
         if self.zero_nvme_offload_optimizer():
             log_dist("LookSAM: zero_optimization.offload_optimizer.device is \"nvme\": save_checkpoint and "
                      "load_checkpoint will raise, save_16bit_model works", ranks=[0], level=logging.WARNING)
@@ -398,5 +399,5 @@ class LookSAMEngine(ReplayingEngine):
 
     def _store_v(self, v: Shard) -> None:
         """Keep v in ``v_dtype``. ‖v‖ is that of v as stored, so that the reuse adds the length it says."""
-        self._v = [part.to(V_DTYPES[self._settings.v_dtype]) for part in v]
+        self._v = self._shards.keep_v(v, V_DTYPES[self._settings.v_dtype])
         self._v_squared_local = algebra.squared_norm(self._v, self._shards.device)

@@ -6,6 +6,7 @@ and models whose parameters come and go, are what found errors.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from ds_looksam import LookSAMCheckpointError
+from ds_looksam.shards.zero3_offload import file_backed
 
 from .covering import covering
 from .ranks import run_on_ranks
@@ -77,6 +79,36 @@ def test_optimizer_state_on_nvme(case: Case, tmp_path: Path) -> None:
     for nvme, cpu in zip(run_on_ranks(2, train, case), run_on_ranks(2, train, on_cpu), strict=True):
         for name, weight in cpu.weights.items():
             assert torch.equal(nvme.weights[name], weight), f"{name} is not what offload to the CPU gives"
+
+
+def where_v_lives(case: Case) -> list[tuple[str | None, int]]:
+    """On a rank, after a SAM and a reuse step: the file behind each flat tensor of g_v (None: memory), its bytes."""
+    with engine_for(case) as engine:
+        for update in range(2):
+            train_window(engine, case, update)
+        return [(v.untyped_storage().filename, v.untyped_storage().nbytes()) for v in engine._v]
+
+
+@pytest.mark.grid
+def test_g_v_lives_on_nvme_too(tmp_path: Path) -> None:
+    """All but what DeepSpeed's swapper leaves in memory, under 1 MiB. The files have no names to be left over."""
+    case = _on_nvme(Case(zero={"sub_group_size": 300_000}, params={"v_dtype": "bf16"}), tmp_path)
+    for parts in run_on_ranks(2, where_v_lives, case):
+        on_nvme = [(name, size) for name, size in parts if name is not None]
+        assert on_nvme and all(name.startswith(str(tmp_path)) for name, _ in on_nvme)
+        assert all(size < (1 << 20) for name, size in parts if name is None)
+        assert sum(size for _, size in on_nvme) > 0.9 * sum(size for _, size in parts)
+    assert not list(tmp_path.rglob("looksam*"))
+
+
+def test_too_little_room_for_g_v_on_nvme_is_an_error_and_leaves_no_file(tmp_path: Path, monkeypatch) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", no_room)
+    with pytest.raises(OSError, match=r"nvme_path: LookSAM's g_v needs .* bytes more on this rank"):
+        file_backed(str(tmp_path), 1000, torch.float32)
+    assert not list(tmp_path.iterdir())
 
 
 def try_checkpoints(case: Case, folder: str) -> tuple[list[str], dict[str, torch.Tensor]]:

@@ -107,6 +107,17 @@ class GradientShards(ABC):
         """‖gradient‖² over the whole model of what was last given, float64 0-dim. Always called after a SAM step's
         give_gradient, after a reuse step's only where ``wants_squared_norm``."""
 
+    def reserve_v(self, dtype: torch.dtype) -> None:  # noqa: B027 - memory needs no reservation
+        """Called once, before training, with what g_v will be kept in: take the room for it that is not in memory.
+
+        Raises:
+            OSError: there is not enough.
+        """
+
+    def keep_v(self, v: Shard, dtype: torch.dtype) -> Shard:
+        """``v`` in ``dtype``, where the optimizer's state lives, to be read until the next call. Not collective."""
+        return [part.to(dtype) for part in v]
+
     @abstractmethod
     def master_weights(self) -> Shard:
         """The clean master weights of this rank's part, fp32 (bf16 under ``bf16_master_weights_and_grads``). While they

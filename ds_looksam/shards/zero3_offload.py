@@ -11,13 +11,16 @@ What DeepSpeed keeps, on this rank, beside what :mod:`.zero3` lists:
   norms, so they must follow the gradient that LookSAM gives back.
 
 Sub-groups on NVMe (all but those under 1 MiB) have no master weights in memory between the steps; a SAM step reads
-them, one sub-group after another, and a reuse step touches NVMe no more often than the base optimizer does.
+them, one sub-group after another. Their g_v is a file beside them, mapped into memory: the arithmetic reads it like any
+tensor, and the operating system keeps of it in memory what there is room for.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import mkstemp
 
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -34,6 +37,7 @@ class Zero3OffloadShards(Zero3Shards):
         super().__init__(optimizer)
         self.device = torch.device("cpu")
         self._segments = self.layout()
+        self._v_on_nvme: dict[int, Tensor] = {}
 
     def give_gradient(self, gradient: Shard) -> None:
         self._zero.norm_for_param_grads = {}
@@ -51,6 +55,14 @@ class Zero3OffloadShards(Zero3Shards):
                 segments = [s for s in segments if zero.get_param_id(s.parameter) not in zero.norm_for_param_grads]
             if segments:
                 self._hand_over(i, self._flat_gradient(i).to(torch.float32), segments)
+
+    def reserve_v(self, dtype: torch.dtype) -> None:
+        for i, numel in enumerate(self.flat_sizes()):
+            if self._zero._swappable_optimizer_subgroup(i):
+                self._v_on_nvme[i] = file_backed(self._zero.optimizer_swapper.swap_folder, numel, dtype)
+
+    def keep_v(self, v: Shard, dtype: torch.dtype) -> Shard:
+        return [self._v_on_nvme[i].copy_(part) if i in self._v_on_nvme else part.to(dtype) for i, part in enumerate(v)]
 
     def master_weights(self) -> Shard:
         """As everywhere; a sub-group on NVMe is read into memory."""
@@ -118,3 +130,22 @@ class Zero3OffloadShards(Zero3Shards):
             yield zero.fp32_partitioned_groups_flat[i].detach()
         finally:
             zero._release_swap_buffers(i)
+
+
+def file_backed(folder: str, numel: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor [numel] whose memory is a file in ``folder``. The file has no name: it goes with the process.
+
+    Raises:
+        OSError: the file system has not that much room. (Without taking it beforehand a write would kill the process.)
+    """
+    handle, path = mkstemp(dir=folder, prefix="looksam_g_v_")
+    size = numel * dtype.itemsize
+    try:
+        os.posix_fallocate(handle, 0, size)
+        return torch.from_file(path, shared=True, size=numel, dtype=dtype)
+    except OSError as error:
+        raise OSError(error.errno, f"offload_optimizer.nvme_path: LookSAM's g_v needs {size:,} bytes more on this rank "
+                                   f"(\"v_dtype\": \"bf16\" halves it): {error.strerror}", path) from error
+    finally:
+        os.close(handle)
+        os.unlink(path)
