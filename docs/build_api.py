@@ -18,6 +18,7 @@ import pydantic
 import ds_looksam
 from ds_looksam.config import RhoSchedule
 from ds_looksam.evaluation import ReplayingEngine
+from ds_looksam.resume import ResumableEngine
 
 TARGET = Path(__file__).parent / "api.md"
 INTRODUCTION = """# API reference
@@ -46,7 +47,7 @@ def entry(name: str, thing: Any) -> Iterator[str]:
         return
     members = dict(vars(thing))
     if thing is ds_looksam.LookSAMEngine:
-        members = {**vars(ReplayingEngine), **members}
+        members = {**vars(ReplayingEngine), **vars(ResumableEngine), **members}
     for member, value in members.items():
         inner = value.fget if isinstance(value, property) else value
         if member.startswith("_") or not inspect.isfunction(inner) or not inner.__doc__:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from .collectives import Collective, Recorder
 from .models import CLASSES, FEATURES, Classifier
@@ -59,11 +60,12 @@ def record_steps(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide
 
 
 def tensor_bytes() -> int:
-    """Bytes of all storages that some Python object reaches."""
+    """Bytes of all storages that some Python object reaches. Fake tensors, which compilers leave behind, have none."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+        kind = type(thing)
+        if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor) and not thing.is_meta:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -38,6 +38,9 @@ class TorchBase:
         group, = base.groups
         self.settings = {"lr": group.lr, "momentum": group.momentum, "weight_decay": group.weight_decay}
 
+    def orthogonalise(self, u: Tensor) -> Tensor:
+        return u
+
     def step(self, w: Tensor, u: Tensor) -> Tensor:
         if self.optimizer is None:
             self.p = torch.nn.Parameter(w.bfloat16())

@@ -11,6 +11,7 @@ import torch
 
 from .collectives import Collective
 from .costs import Wide, measure_memory, nothing_stays_gathered, record_steps
+from .covering import covering, product
 from .ranks import run_on_ranks
 from .training import Case, as_plain, train
 
@@ -84,18 +85,27 @@ def test_evaluations(k: int, updates: int) -> None:
     assert result.forwards == 3 * (updates + -(-updates // k))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("base", ["AdamW", "SGD"])
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(stage: int, world: int, base: str, precision: str) -> None:
-    case = as_plain(Case(stage=stage, world=world, base=base, precision=precision, accumulation=2, clipping=0.05,
-                         two_groups=True, updates=7))
-    with_looksam, without = run_on_ranks(world, train, case), run_on_ranks(world, train, case, False)
+PLAIN_GRID = {"stage": STAGES, "world": [1, 2], "base": ["AdamW", "SGD"], "precision": ["fp32", "bf16"]}
+
+
+def _check_plain(settings: dict[str, Any]) -> None:
+    case = as_plain(Case(**settings, accumulation=2, clipping=0.05, two_groups=True, updates=7))
+    with_looksam, without = run_on_ranks(case.world, train, case), run_on_ranks(case.world, train, case, False)
     assert with_looksam[0].evaluations == 7 + 3
     for got, expected in zip(with_looksam, without, strict=True):
         for name, weight in expected.weights.items():
             assert torch.equal(got.weights[name], weight), name
+
+
+@pytest.mark.parametrize("settings", covering(PLAIN_GRID, strength=2), ids=lambda s: "-".join(map(str, s.values())))
+def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(settings: dict[str, Any]) -> None:
+    _check_plain(settings)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("settings", product(PLAIN_GRID), ids=lambda s: "-".join(map(str, s.values())))
+def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit_everywhere(settings: dict[str, Any]) -> None:
+    _check_plain(settings)
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------

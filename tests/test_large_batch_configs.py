@@ -78,6 +78,7 @@ def _train_on_fake_ranks(rank: int, world: int) -> None:
         print("trained", rank, path.name, flush=True)
 
 
+@pytest.mark.grid
 @pytest.mark.timeout(900)
 def test_each_trains_at_its_full_world_size() -> None:
     """As the first or as the last of all its ranks. Values mean nothing there; that it is built, partitioned as
