@@ -86,8 +86,12 @@ class Formulas:
         return Counter() if self._sends_nothing() else Counter([self._scalars(2)])
 
     def sam_adds(self, base_update: list[Collective]) -> Counter[Collective]:
-        """Beside another evaluation: w + eps is published as the base publishes w; 2 scalars before, 8 after."""
+        """Beside another evaluation: w + eps is published as the base publishes w, but on stage 3 in one all-gather; 2
+        scalars before, 8 after."""
         publication = Counter(c for c in base_update if c.kind == "allgather_base")
+        if self.stage == 3 and publication:
+            nbytes = sum(c.nbytes * count for c, count in publication.items())
+            publication = Counter([Collective("allgather_base", nbytes, self.world)])
         return publication if self._sends_nothing() else publication + Counter([self._scalars(2), self._scalars(8)])
 
     def _sends_nothing(self) -> bool:

@@ -103,7 +103,7 @@ def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(settings: dict[str,
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("settings", product(PLAIN_GRID), ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("settings", list(product(PLAIN_GRID)), ids=lambda s: "-".join(map(str, s.values())))
 def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit_everywhere(settings: dict[str, Any]) -> None:
     _check_plain(settings)
 

@@ -17,6 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..algebra import Shard
@@ -139,11 +142,9 @@ class Zero3Shards(GradientShards):
 
     def _republish(self) -> None:
         """Drop every gathered copy of the old weights, and gather again what DeepSpeed keeps gathered. Collective."""
-        zero = self._zero
-        zero._partition_all_parameters()
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-        zero.invalidate_secondary_tensor()
+        self._zero._partition_all_parameters()
+        gather_at_once(self._zero.persistent_parameters)
+        self._zero.invalidate_secondary_tensor()
 
     @staticmethod
     def _contiguous(partitions: list[torch.Tensor]) -> torch.Tensor | None:
@@ -155,3 +156,28 @@ class Zero3Shards(GradientShards):
                 return None
             offset += p.numel()
         return first.as_strided((offset - first.storage_offset(), ), (1, ))
+
+
+def gather_at_once(parameters: list[Any]) -> None:
+    """Make parameters that are partitioned whole on every rank. Collective: one all-gather (for each dtype).
+
+    DeepSpeed's ``all_gather`` sends one for each parameter, its ``all_gather_coalesced`` copies ranks x parameters
+    pieces in Python, and reads hpZ's secondary partitions, which are still the old weights'.
+    """
+    by_dtype: dict[torch.dtype, list[Any]] = {}
+    for p in parameters:
+        if p.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            by_dtype.setdefault(p.ds_tensor.dtype, []).append(p)
+    device = get_accelerator().current_device_name()
+    for dtype, params in by_dtype.items():
+        group = params[0].ds_process_group
+        pieces = [p.ds_tensor.detach().to(device).view(-1) for p in params]
+        own = torch.cat(pieces)
+        gathered = torch.empty(dist.get_world_size(group=group), own.numel(), dtype=dtype, device=device)
+        if len(gathered) > 1:
+            dist.all_gather_into_tensor(gathered.view(-1), own, group=group)
+        else:
+            gathered[0] = own
+        for p, columns in zip(params, gathered.split([piece.numel() for piece in pieces], dim=1), strict=True):
+            p.data = columns.contiguous().view(-1)[:p.ds_numel].view(p.ds_shape)  # a view would keep all in memory
+            p.ds_status = ZeroParamStatus.AVAILABLE
