@@ -67,7 +67,8 @@ def train_from_loader(case: Case, workers: int) -> dict[str, Tensor]:
         return master_weights(engine)
 
 
-@pytest.mark.parametrize(("stage", "workers"), [(0, 0), (1, 0), (2, 2), (3, 0)])
+@pytest.mark.parametrize(("stage", "workers"), [(0, 0), (2, 2), pytest.param(1, 0, marks=pytest.mark.grid),
+                                                pytest.param(3, 0, marks=pytest.mark.grid)])
 def test_training_data(stage: int, workers: int) -> None:
     case = Case(**{**vars(CASE), "stage": stage})
     reference, module, groups = start_oracle(case)
