@@ -130,7 +130,7 @@ class GradientShards(ABC):
 
     def new_shard(self) -> Shard:
         """Zeros of the sizes and on the devices of this rank's gradient, padding included."""
-        return [torch.zeros(w.numel(), dtype=torch.float32, device=w.device) for w in self.master_weights()]
+        return [torch.zeros(numel, dtype=torch.float32, device=self.device) for numel in self.flat_sizes()]
 
     @abstractmethod
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
