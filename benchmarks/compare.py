@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.step_time import add_training_arguments, default_channels
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.05}
@@ -238,14 +240,7 @@ def check() -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="Ti/4", help="a ViT's SIZE/PATCH, as of launch/train.py")
-    parser.add_argument("--image", type=int, default=28)
-    parser.add_argument("--channels", type=int, help="default: 1 for images under 32 pixels, else 3")
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--micro-batch", type=int, default=32)
-    parser.add_argument("--k", type=int, default=5)
-    parser.add_argument("--rho", type=float, default=0.05)
-    parser.add_argument("--alpha", type=float, default=0.7)
+    add_training_arguments(parser)
     parser.add_argument("--updates", type=int, default=10, help="timed in each process, a multiple of k")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
@@ -253,7 +248,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.channels = args.channels or (1 if args.image < 32 else 3)
+    args.channels = args.channels or default_channels(args.image)
     if args.updates % args.k:
         parser.error("--updates must be a multiple of --k, or the evaluations are not those of whole periods")
     return args

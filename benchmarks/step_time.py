@@ -205,28 +205,37 @@ def spread(values: list[float], form: str) -> str:
     return f"{median(values):{form}} [{low:{form}}, {high:{form}}]"
 
 
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained, and LookSAM's settings: benchmarks/compare.py has the same."""
+    parser.add_argument("--model", default="Ti/4", help="a ViT's SIZE/PATCH, as of launch/train.py")
+    parser.add_argument("--image", type=int, default=28)
+    parser.add_argument("--channels", type=int, help="default: 1 for images under 32 pixels, else 3")
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--micro-batch", type=int, default=32)
+    parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--rho", type=float, default=0.05)
+    parser.add_argument("--alpha", type=float, default=0.7)
+
+
+def default_channels(image: int) -> int:
+    return 1 if image < 32 else 3
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1, help="processes on this machine, one GPU each where there are")
     parser.add_argument("--stage", type=int, nargs="+", default=[2], choices=[0, 1, 2, 3])
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--offload", action="store_true", help="the optimizer's state on the CPU (stages 1 to 3)")
-    parser.add_argument("--model", default="Ti/4", help="a ViT's SIZE/PATCH, as of launch/train.py")
-    parser.add_argument("--image", type=int, default=28)
-    parser.add_argument("--channels", type=int, help="default: 1 for images under 32 pixels, else 3")
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--micro-batch", type=int, default=32)
+    add_training_arguments(parser)
     parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--k", type=int, default=5)
-    parser.add_argument("--rho", type=float, default=0.05)
-    parser.add_argument("--alpha", type=float, default=0.7)
     parser.add_argument("--rounds", type=int, default=15, help="k updates of each are one; at most so many")
     parser.add_argument("--minutes", type=float, default=11.0,
                         help="for everything together: fewer rounds where it would take longer, but at least three")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS),
                         help="leave some out, to save memory; base always runs")
     args = parser.parse_args(argv)
-    args.channels = args.channels or (1 if args.image < 32 else 3)
+    args.channels = args.channels or default_channels(args.image)
     args.only = [name for name in CONTENDERS if name == "base" or name in args.only]
     return args
 

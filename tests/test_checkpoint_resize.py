@@ -26,6 +26,9 @@ class Place:
     stage: int
     precision: str = "fp32"
 
+    def __str__(self) -> str:
+        return f"{self.world}x-stage{self.stage}-{self.precision}"
+
     def settle(self, case: Case) -> Case:
         return replace(case, world=self.world, stage=self.stage, precision=self.precision,
                        accumulation=WINDOW // self.world)
@@ -44,8 +47,7 @@ class Move:
         return self.target.world
 
     def __str__(self) -> str:
-        name = "{0.world}x-stage{0.stage}-{0.precision}".format
-        return f"{name(self.source)}-to-{name(self.target)}-{self.model}"
+        return f"{self.source}-to-{self.target}-{self.model}"
 
 
 MOVES = [
