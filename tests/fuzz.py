@@ -7,7 +7,8 @@ Tolerance of a draw: FLOOR, for what fp32 arithmetic leaves of an update, plus M
 itself moves when it computes its gradients in the run's dtype. The run rounds in more places than that oracle (the
 reduction over ranks and micro-batches, which low precision does in the model's dtype too), but not in MARGIN times as
 many. Draws whose tolerance would exceed LIMIT are drawn again: training that turns rounding into another result cannot
-be compared.
+be compared. Muon has no tolerance of its own: what Newton-Schulz makes of rounding (tests/test_muon.py), it makes of
+the oracle's too, in fp32 as well.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ def draw(seed: int) -> tuple[Case, float]:
 def _draw(choose: random.Random) -> Case:
     stage = choose.choice([0, 1, 2, 3])
     precision = choose.choice(["fp32", "fp32", "bf16", "fp16"])
-    base = choose.choice(["AdamW", "AdamW", "SGD", "Adam", "Adagrad", "Lamb", "Lars"])
+    base = choose.choice(["AdamW", "AdamW", "SGD", "Adam", "Adagrad", "Lamb", "Lars", "Muon", "Muon"])
     world = choose.choice([1, 2, 2, 2, 4])
     by_layer = base in ("Lamb", "Lars")
-    if stage == 0 and by_layer:
-        precision = "fp32"  # LAMB and LARS refuse the others
-    zero, config, zero_init = _zero_options(choose, stage, precision)
+    if stage == 0 and (by_layer or base == "Muon"):
+        precision = "fp32"  # these refuse the others
+    zero, config, zero_init = _zero_options(choose, stage, precision, muon=base == "Muon")
     offloaded = "offload_optimizer" in zero
     if offloaded:
         if by_layer:
@@ -76,13 +77,15 @@ def _base_options(choose: random.Random, base: str) -> dict[str, Any]:
         return {}
     # With an eps below rounding, Adam's first steps are the sign of the gradient, also of one that is all noise.
     options: dict[str, Any] = {"eps": choose.choice([1e-4, 1e-3])}
-    if base in ("AdamW", "Adam"):
+    if base in ("AdamW", "Adam", "Muon"):
         options["betas"] = choose.choice([(0.9, 0.999), (0.8, 0.95)])
     return options
 
 
-def _zero_options(choose: random.Random, stage: int, precision: str) -> tuple[dict[str, Any], dict[str, Any], bool]:
-    """Of the JSON's zero_optimization block and of its top level, and whether the model is built under zero.Init."""
+def _zero_options(choose: random.Random, stage: int, precision: str,
+                  muon: bool) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Of the JSON's zero_optimization block and of its top level, and whether the model is built under zero.Init.
+    ``muon``: with what Muon is refused without."""
     zero: dict[str, Any] = {}
     config: dict[str, Any] = {}
     zero_init = False
@@ -92,7 +95,7 @@ def _zero_options(choose: random.Random, stage: int, precision: str) -> tuple[di
             zero[key] = value
 
     if stage in (1, 2):
-        maybe("offload_optimizer", CPU)
+        maybe("offload_optimizer", CPU, 1.0 if muon else 0.25)
         maybe("overlap_comm", True)
         maybe("round_robin_gradients", True)
         maybe("reduce_scatter", False)
@@ -108,7 +111,7 @@ def _zero_options(choose: random.Random, stage: int, precision: str) -> tuple[di
         maybe("offload_param", CPU)
         maybe("sub_group_size", choose.choice([10, 100, 1000]))
         maybe("stage3_param_persistence_threshold", choose.choice([0, 20, 10**6]))
-        maybe("reduce_scatter", False)
+        maybe("reduce_scatter", False, 1.0 if muon else 0.25)
         maybe("reduce_bucket_size", choose.choice([100, 1000]))
         maybe("overlap_comm", True)
         zero_init = precision == "fp32" and choose.random() < 0.3
