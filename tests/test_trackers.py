@@ -1,5 +1,5 @@
 """Tracking services behind DeepSpeed's monitors, offline: what they keep of ``Train/Samples/looksam_*`` is what
-``engine.looksam`` said. The packages are no requirement of the tests: ``pip install wandb comet_ml`` to run these.
+``engine.looksam`` said. comet_ml is no requirement of the tests: ``pip install comet_ml`` to run its case.
 
 tests/test_metrics.py compares the values themselves with the oracle's, and csv and tensorboard with those.
 """
