@@ -27,7 +27,7 @@ Arguments of every launch script:
   --master-addr ADDR   of the first host (default: its first address)
   --master-port PORT   free on the first host (default: 29500)
   --env NAME[=VALUE]   a variable that every rank gets; again for more. ~/.deepspeed_env and ./.deepspeed_env count too
-  --launcher-args ARGS what the launcher itself is to get beside, as one argument
+  --launcher-args ARGS further arguments for the launcher itself, quoted as one
   --program FILE       default launch/train.py
   --dry-run            print the command only
   -- ...               the program's own arguments
