@@ -43,6 +43,11 @@ def test_pins_lie_in_the_range_the_package_asks_for(package):
     assert SpecifierSet(TESTED[package]).contains(pins()[package].version)
 
 
+@pytest.mark.parametrize("package", TESTED)
+def test_readme_says_what_the_package_asks_for(package):
+    assert f"`{package}{TESTED[package]}`" in (ROOT / "README.md").read_text()
+
+
 def test_all_that_the_installed_package_asks_for_is_pinned():
     try:
         assert version("ds_looksam") == __version__
