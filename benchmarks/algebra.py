@@ -2,7 +2,7 @@
 
     python -m benchmarks.algebra                    # 22 million elements (a ViT-S), one thread
     python -m benchmarks.algebra --device cuda --numel 86000000
-    python -m benchmarks.algebra --compile          # beside it what torch.compile makes of the two largest passes
+    python -m benchmarks.algebra --compile          # with "compile": true
 
 *Bytes* are the fewest an element that the operation can do with: every operand read once, every result written once.
 The sums over ranks force the cuts between passes: u = g + c v needs ‖g‖ of the whole model, g_v needs <g, g_s>. *Of a
@@ -22,7 +22,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ds_looksam import algebra
+from ds_looksam.algebra import EAGER, Passes
+from ds_looksam.compiled import compiled_passes
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Operation:
     run: Callable[[], object]
 
 
-def operations(numel: int, device: torch.device) -> list[Operation]:
+def operations(numel: int, device: torch.device, passes: Passes) -> list[Operation]:
     def flat(dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(numel, device=device).to(dtype)
 
@@ -45,40 +46,18 @@ def operations(numel: int, device: torch.device) -> list[Operation]:
     scale = small.float()
     return [
         Operation("", "copy", 8, lambda: out.copy_(w)),
-        Operation("reuse, SAM", "‖g‖²: read g", 4, lambda: algebra.squared_norm([g], device)),
-        Operation("reuse", "u = g + c v: read g, v, write g", 12, lambda: algebra.add_reused_([g], [v], [small])),
-        Operation("reuse", "the same with v in bf16", 10, lambda: algebra.add_reused_([g], [v_low], [small])),
+        Operation("reuse, SAM", "‖g‖²: read g", 4, lambda: passes.squared_norm([g], device)),
+        Operation("reuse", "u = g + c v: read g, v, write g", 12, lambda: passes.add_reused_([g], [v], [small])),
+        Operation("reuse", "the same with v in bf16", 10, lambda: passes.add_reused_([g], [v_low], [small])),
         Operation("SAM", "w + eps in fp32: read w, g, write", 12,
-                  lambda: algebra.add_perturbation(w, g, lambda lo, hi: scale, out)),
+                  lambda: passes.add_perturbation(w, g, lambda lo, hi: scale, out)),
         Operation("SAM", "w + eps in bf16, and how far it moved: read w, g, write", 10,
-                  lambda: algebra.add_perturbation(w, g, lambda lo, hi: scale, low)),
+                  lambda: passes.add_perturbation(w, g, lambda lo, hi: scale, low)),
         Operation("SAM", "<g, d>, ‖d‖², <v, d>, <v, g>: read g, g_s, v", 12,
-                  lambda: algebra.replay_sums([g], [g_s], [v], device)),
-        Operation("SAM", "g_v: read g, g_s, write g", 12, lambda: algebra.project_out_([g], [g_s], small)),
-        Operation("SAM", "‖g_v‖² as stored: read g_v", 4, lambda: algebra.squared_norm([v], device)),
+                  lambda: passes.replay_sums([g], [g_s], [v], device)),
+        Operation("SAM", "g_v: read g, g_s, write g", 12, lambda: passes.project_out_([g], [g_s], small)),
+        Operation("SAM", "‖g_v‖² as stored: read g_v", 4, lambda: passes.squared_norm([v], device)),
     ]
-
-
-def compiled(numel: int, device: torch.device) -> list[Operation]:
-    """What a fusing compiler makes of the two passes with most operations in them."""
-
-    @torch.compile(dynamic=True)
-    def sums(g: Tensor, g_s: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        d = g_s - g
-        return (g * d).sum(), (d * d).sum(), (v * d).sum(), (v * g).sum()
-
-    @torch.compile(dynamic=True)
-    def perturb(w: Tensor, g: Tensor, scale: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-        eps = g * scale
-        perturbed = (w + eps).to(out.dtype)
-        moved = perturbed.float() - w.to(out.dtype).float()
-        out.copy_(perturbed)
-        return (moved * moved).sum(), (moved * eps).sum(), (eps * eps).sum()
-
-    g, g_s, v = (torch.randn(numel, device=device) for _ in range(3))
-    low, scale = torch.empty(numel, dtype=torch.bfloat16, device=device), torch.tensor(1e-6, device=device)
-    return [Operation("SAM", "compiled: the four sums", 12, lambda: sums(g, g_s, v)),
-            Operation("SAM", "compiled: w + eps in bf16", 10, lambda: perturb(g_s, g, scale, low))]
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -102,13 +81,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    todo = operations(args.numel, args.device)
+    start = time.perf_counter()
+    todo = operations(args.numel, args.device, compiled_passes(args.device) if args.compile else EAGER)
     if args.compile:
-        for operation in compiled(args.numel, args.device):
-            start = time.perf_counter()
+        for operation in todo:
             operation.run()
-            print(f"{operation.name}: {time.perf_counter() - start:.1f} s until its first result")
-            todo.append(operation)
+        print(f"All compiled after {time.perf_counter() - start:.1f} s\n")
     times: list[list[float]] = [[] for _ in todo]
     for turn in range(args.turns + 1):
         for operation, taken in zip(todo, times, strict=True):

@@ -179,6 +179,21 @@ def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int,
     return torch.stack([add_up(parts, weights.device) for parts in columns])
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Everything that goes through whole shards: this module's functions of these names, or others that do the same."""
+
+    squared_norm: Callable[[Shard, torch.device], Tensor]
+    reuse_sums: Callable[[Shard, Shard, torch.device], Tensor]
+    add_reused_: Callable[[Shard, Shard, list[Tensor | None]], Shard]
+    add_perturbation: Callable[[Tensor, Tensor, Callable[[int, int], Tensor], Tensor], Tensor]
+    replay_sums: Callable[[Shard, Shard, Shard | None, torch.device], Tensor]
+    project_out_: Callable[[Shard, Shard, Tensor], Shard]
+
+
+EAGER = Passes(squared_norm, reuse_sums, add_reused_, add_perturbation, replay_sums, project_out_)
+
+
 def reuse_strength(alpha: float | None, beta: Tensor, g_squared: Tensor, v_squared: Tensor) -> Tensor:
     """The factor of v in u = g + factor v, float64 0-dim.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import algebra, monitor
 from .agreement import raised_everywhere
 from .algebra import Shard
+from .compiled import compiled_passes
 from .config import (
     GroupSettings,
     LookSAMConfig,
@@ -74,6 +75,8 @@ class LookSAMEngine(ResumableEngine):
 
         super().__init__(*args, config_class=config_class, **kwargs)
         self.open_shards()
+        if settings.compile:
+            self._shards.passes = compiled_passes(self._shards.device)
         self._shards.reserve_v(V_DTYPES[settings.v_dtype])
         if self.zero_nvme_offload_optimizer():
             log_dist("LookSAM: zero_optimization.offload_optimizer.device is \"nvme\": save_checkpoint and "
@@ -153,10 +156,11 @@ class LookSAMEngine(ResumableEngine):
         if self._v is None or self._status.is_off or all(self._adds_nothing(alpha) for alpha in alphas):
             self._shards.keep_gradient()
             return "base"
+        passes = self._shards.passes
         g = self._shards.take_gradient(survives_evaluation=False)
         per_flat: Tensor | None = None
         if self._shards.wants_squared_norm:
-            per_flat = sum_over_ranks(algebra.reuse_sums(g, self._v, self._shards.device), self._shards.process_group)
+            per_flat = sum_over_ranks(passes.reuse_sums(g, self._v, self._shards.device), self._shards.process_group)
             g_squared, _, v_squared = per_flat.sum(dim=0).unbind()
         else:
             g_squared, v_squared = self._sum_norms(g)
@@ -164,7 +168,7 @@ class LookSAMEngine(ResumableEngine):
         strengths = [None if self._adds_nothing(alpha) else algebra.reuse_strength(alpha, beta, g_squared, v_squared)
                      for alpha in alphas]
         coefficients = [strengths[group] for group in self._shards.group_of]
-        algebra.add_reused_(g, self._v, coefficients)
+        passes.add_reused_(g, self._v, coefficients)
         self._shards.give_gradient(g)
         if per_flat is not None:
             self._shards.tell_squared_norm(algebra.reused_squared_norm(per_flat, coefficients))
@@ -191,7 +195,7 @@ class LookSAMEngine(ResumableEngine):
             moved = shards.perturb_weights(g, scale_of)
             self._evaluate_again()
             g_s = shards.take_gradient(survives_evaluation=False)
-            parts = [algebra.replay_sums(g, g_s, self._v, shards.device), moved, self._loss_rise()]
+            parts = [shards.passes.replay_sums(g, g_s, self._v, shards.device), moved, self._loss_rise()]
             sums = sum_over_ranks(torch.cat(parts), shards.process_group)
         except Exception as error:
             # Any other BaseException ends the process: restoring is collective, and the other ranks may not be told.
@@ -204,7 +208,7 @@ class LookSAMEngine(ResumableEngine):
 
         replayed, moved, loss_rise = sums.split([4, 3, 1])
         scalars = algebra.ReplayScalars.from_sums(g_squared, replayed, moved)
-        g_v = algebra.project_out_(g, g_s, scalars.along)
+        g_v = shards.passes.project_out_(g, g_s, scalars.along)
         shards.give_gradient(g_s)
         shards.tell_squared_norm(scalars.g_s_squared)
         sharpness = loss_rise.sum() / ranks_in(shards.process_group)
@@ -258,7 +262,7 @@ class LookSAMEngine(ResumableEngine):
     def _sum_norms(self, g: Shard) -> tuple[Tensor, Tensor]:
         """‖g‖² and ‖v‖² of the whole model, in one all-reduce."""
         device = self._shards.device
-        parts = [algebra.squared_norm(g, device)]
+        parts = [self._shards.passes.squared_norm(g, device)]
         parts.append(self._v_squared_local if self._v_squared_local is not None else torch.zeros_like(parts[0]))
         g_squared, v_squared = sum_over_ranks(torch.stack(parts), self._shards.process_group).unbind()
         return g_squared, v_squared

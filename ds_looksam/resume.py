@@ -9,7 +9,7 @@ import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from . import algebra, checkpoint
+from . import checkpoint
 from .agreement import from_rank_0
 from .algebra import Shard
 from .config import LookSAMConfig
@@ -38,7 +38,7 @@ class ResumableEngine(ReplayingEngine):
     def _store_v(self, v: Shard) -> None:
         """Keep v in ``v_dtype``. ‖v‖ is that of v as stored, so that the reuse adds the length it says."""
         self._v = self._shards.keep_v(v, V_DTYPES[self._settings.v_dtype])
-        self._v_squared_local = algebra.squared_norm(self._v, self._shards.device)
+        self._v_squared_local = self._shards.passes.squared_norm(self._v, self._shards.device)
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> Any:

@@ -71,6 +71,7 @@ SUPPORTED = (
                "test_reduction_options.py::test_fp32_sent_in_low_precision")),
     Supported("g_v kept in bf16: `v_dtype`", ALL, FULL, False,
               ("test_v_dtype.py::test_against_oracle", "test_v_dtype.py::test_bytes")),
+    Supported("LookSAM's arithmetic compiled: `compile`", ALL, BF16, True, ("test_compiled.py::test_against_oracle", )),
     Supported("`torch_autocast`, dtype bfloat16", ALL, FULL, True,
               ("test_torch_features.py::test_autocast", "test_torch_features.py::test_autocast_tightly")),
     Supported("`offload_optimizer` to `cpu`, DeepSpeed's CPU optimizers or torch's", ZERO, BF16, True,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import Shard, add_perturbation
+from ..algebra import EAGER, Passes, Shard
 
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
@@ -55,11 +55,13 @@ class GradientShards(ABC):
         process_group: the ranks over which the parts add up to the whole model; None where every rank holds it all.
         device: where the shards, and the sums over them, live.
         group_of: for each flat tensor, the index of its param group.
+        passes: the arithmetic on them.
     """
 
     process_group: Any | None
     device: torch.device
     group_of: list[int]
+    passes: Passes = EAGER
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
@@ -141,6 +143,18 @@ class GradientShards(ABC):
             ``device``, this rank's part.
         """
 
+    def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor) -> Tensor:
+        """:func:`algebra.add_perturbation` for the flat tensor of this index."""
+        with torch.no_grad():
+            return self.passes.add_perturbation(weights, gradient, partial(scale_of, index), out).to(self.device)
+
+    def _perturb_flats(self, weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard) -> Tensor:
+        """The same for every flat tensor; what it returns is summed."""
+        moved = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for i, (w, g, o) in enumerate(zip(weights, gradient, out, strict=True)):
+            moved += self._perturb_flat(w, g, i, scale_of, o)
+        return moved
+
     @abstractmethod
     def unperturb_local(self) -> None:
         """Bring back what the base optimizer's step reads. Sends nothing: that step publishes the new weights."""
@@ -163,17 +177,3 @@ class GradientShards(ABC):
     @abstractmethod
     def abort_evaluation(self) -> None:
         """Forget a half-done forward or backward, so that the next one starts clean. Not collective."""
-
-
-def perturb_flat(weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor) -> Tensor:
-    """:func:`algebra.add_perturbation` for the flat tensor of this index."""
-    with torch.no_grad():
-        return add_perturbation(weights, gradient, partial(scale_of, index), out)
-
-
-def perturb_flats(weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard, device: torch.device) -> Tensor:
-    """:func:`algebra.add_perturbation` for every flat tensor, and the sum of what they return, on ``device``."""
-    moved = torch.zeros(3, dtype=torch.float64, device=device)
-    for i, (w, g, o) in enumerate(zip(weights, gradient, out, strict=True)):
-        moved += perturb_flat(w, g, i, scale_of, o).to(device)
-    return moved

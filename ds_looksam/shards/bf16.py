@@ -26,9 +26,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor
 
-from .. import algebra
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, perturb_flats
+from .base import GradientShards, ScaleOf, Segment
 
 
 class BF16Shards(GradientShards):
@@ -80,7 +79,7 @@ class BF16Shards(GradientShards):
         slot = self._slot_of_others()
         if slot is not None:
             own = [flat.detach() for flat in self._zero.fp32_groups_gradient_flat_partition]
-            rest = squared_norm - algebra.squared_norm(own, self.device)
+            rest = squared_norm - self.passes.squared_norm(own, self.device)
             # Not finite in one part is not finite everywhere, so that all ranks skip: clamp keeps NaN.
             slot.copy_(torch.where(torch.isfinite(squared_norm), torch.clamp(rest, min=0).sqrt(), squared_norm))
 
@@ -90,7 +89,7 @@ class BF16Shards(GradientShards):
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
         zero = self._zero
         own = [partitions[self._rank].data for partitions in zero.bf16_partitioned_groups]
-        moved = perturb_flats(self.master_weights(), gradient, scale_of, own, self.device)
+        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, own)
         with torch.no_grad():  # the flat buffer hangs on the graph of the parameters it was flattened from
             all_gather_dp_groups(groups_flat=zero.bf16_groups_flat,
                                  partitioned_param_groups=zero.bf16_partitioned_groups,

@@ -29,7 +29,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import ScaleOf, perturb_flats
+from .base import ScaleOf
 from .replicated import WholeShards
 
 
@@ -77,7 +77,7 @@ class FP16Shards(WholeShards):
         # Copies, not casts of the master, bring the weights back: until the first step the two differ (see above).
         self._clean = [self._flatten(params) for params in self._groups]
         perturbed = [torch.empty_like(flat) for flat in self._clean]
-        moved = perturb_flats(self.master_weights(), gradient, scale_of, perturbed, self.device)
+        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, perturbed)
         self._write_model(perturbed)
         return moved
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, perturb_flats
+from .base import GradientShards, ScaleOf, Segment
 
 
 class WholeShards(GradientShards):
@@ -66,7 +66,7 @@ class ReplicatedShards(WholeShards):
         # back the same bits.
         self._clean = self._copy_weights()
         perturbed = [torch.empty_like(flat) for flat in self._clean]
-        moved = perturb_flats(self._clean, gradient, scale_of, perturbed, self.device)
+        moved = self._perturb_flats(self._clean, gradient, scale_of, perturbed)
         for params, flat in zip(self._groups, perturbed, strict=True):
             self._write(params, flat)
         return moved

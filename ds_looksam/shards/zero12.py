@@ -24,7 +24,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, perturb_flats
+from .base import GradientShards, ScaleOf, Segment
 
 
 class Zero12Shards(GradientShards):
@@ -73,7 +73,7 @@ class Zero12Shards(GradientShards):
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
         own = [self._own_model_partition(i) for i in self.group_of]
-        moved = perturb_flats(self.master_weights(), gradient, scale_of, own, self.device)
+        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, own)
         self._gather_model_weights()
         return moved
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from ..algebra import Shard
-from .base import ScaleOf, perturb_flats
+from .base import ScaleOf
 from .zero12 import Zero12Shards
 
 
@@ -57,7 +57,7 @@ class Zero12OffloadShards(Zero12Shards):
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
         on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
-        moved = perturb_flats(self.master_weights(), gradient, scale_of, on_host, self.device)
+        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, on_host)
         for i, flat in enumerate(on_host):
             self._own_model_partition(i).copy_(flat, non_blocking=True)
         self._gather_model_weights()

@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, perturb_flats
+from .base import GradientShards, ScaleOf, Segment
 
 
 class Zero3Shards(GradientShards):
@@ -91,7 +91,7 @@ class Zero3Shards(GradientShards):
         # torch autocast: model and master are one tensor, so a clean copy must outlive the replay.
         self._clean = {i: masters[i].clone() for i in range(len(masters)) if self._model_flat_is_master[i]}
         model = [flat.data for flat in self._zero.fp16_partitioned_groups_flat]
-        moved = perturb_flats(masters, gradient, scale_of, model, self.device)
+        moved = self._perturb_flats(masters, gradient, scale_of, model)
         self._republish()
         return moved
 

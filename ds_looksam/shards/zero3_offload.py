@@ -27,7 +27,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import ScaleOf, Segment, perturb_flat
+from .base import ScaleOf, Segment
 from .zero3 import Zero3Shards
 
 
@@ -76,7 +76,7 @@ class Zero3OffloadShards(Zero3Shards):
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
         for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
             with self._master(i) as master:
-                moved += perturb_flat(master, gradient[i], i, scale_of, out=model.data).to(self.device)
+                moved += self._perturb_flat(master, gradient[i], i, scale_of, out=model.data)
         self._republish()
         return moved
 

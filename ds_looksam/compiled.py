@@ -1,0 +1,148 @@
+"""The arithmetic on shards as ``torch.compile`` fuses it: the JSON key ``compile``.
+
+The operations of :mod:`.algebra` each go through memory by themselves, on a GPU through all of it, on a CPU through a
+core's cache. Fused, a pass reads every operand once and writes every result once. Same signatures, same formulas; sums
+are formed in float64 here, where ``algebra`` adds up fp32 sums of chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from . import algebra
+from .algebra import Passes, Shard
+from .errors import LookSAMConfigError
+
+CHUNK_CPU = 1 << 20
+"""Elements per call on a CPU. A call takes some 20 microseconds; a layer-wise perturbation writes a factor for each."""
+
+
+def compiled_passes(device: torch.device) -> Passes:
+    """The compiled passes. One of them is tried on ``device``, so that a missing compiler is noticed here.
+
+    Raises:
+        LookSAMConfigError: ``torch.compile`` does not work on this machine.
+    """
+    try:
+        squared_norm([torch.ones(2, device=device)], device)
+    except Exception as error:
+        raise LookSAMConfigError("optimizer.params.compile: torch.compile failed on this machine; leave the key out, "
+                                 f"or install what it asks for. {type(error).__name__}: {error}") from error
+    return Passes(squared_norm, reuse_sums, add_reused_, add_perturbation, replay_sums, project_out_)
+
+
+def squared_norm(x: Shard, device: torch.device) -> Tensor:
+    """As :func:`algebra.squared_norm`."""
+    return _total(_squared, (), device, x)
+
+
+def reuse_sums(g: Shard, v: Shard, device: torch.device) -> Tensor:
+    """As :func:`algebra.reuse_sums`."""
+    return torch.stack([_total(_reuse_sums, (3, ), device, [g_i], [v_i]) for g_i, v_i in zip(g, v, strict=True)])
+
+
+def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
+    """As :func:`algebra.add_reused_`."""
+    for g_i, v_i, coefficient in zip(g, v, coefficients, strict=True):
+        if coefficient is not None:
+            for g_c, v_c in _pieces([g_i], [v_i]):
+                _compile(_add_reused_)(g_c, v_c, coefficient.float())
+    return g
+
+
+def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor) -> Tensor:
+    """As :func:`algebra.add_perturbation`, and that itself where ``out`` is fp32: one operation has nothing to fuse."""
+    if out.dtype == torch.float32:
+        return algebra.add_perturbation(weights, gradient, scale_of, out)
+    total = torch.zeros(3, dtype=torch.float64, device=weights.device)
+    in_place = weights.data_ptr() == out.data_ptr()  # one argument then: a compiler takes two for two memories
+    for lo, hi in _ranges(weights):
+        clean_and_out = (weights[lo:hi], ) if in_place else (weights[lo:hi], out[lo:hi])
+        total += _compile(_perturb_)(gradient[lo:hi], scale_of(lo, hi), *clean_and_out)
+    return total
+
+
+def replay_sums(g: Shard, g_s: Shard, v: Shard | None, device: torch.device) -> Tensor:
+    """As :func:`algebra.replay_sums`."""
+    return _total(_replay_sums, (4, ), device, g, g_s, *([] if v is None else [v]))
+
+
+def project_out_(g: Shard, g_s: Shard, along: Tensor) -> Shard:
+    """As :func:`algebra.project_out_`."""
+    for g_c, s_c in _pieces(g, g_s):
+        _compile(_project_out_)(g_c, s_c, along.float())
+    return g
+
+
+def _total(kernel: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device, *shards: Shard) -> Tensor:
+    """The sum of ``kernel`` over all pieces, float64 of this shape."""
+    total = torch.zeros(shape, dtype=torch.float64, device=device)
+    for piece in _pieces(*shards):
+        total += _compile(kernel)(*piece).to(device)
+    return total
+
+
+def _pieces(*shards: Shard) -> Iterator[tuple[Tensor, ...]]:
+    """The same range of a flat tensor of each shard, until all are through."""
+    for flats in zip(*shards, strict=True):
+        for lo, hi in _ranges(flats[0]):
+            yield tuple(flat[lo:hi] for flat in flats)
+
+
+def _ranges(flat: Tensor) -> Iterator[tuple[int, int]]:
+    step = CHUNK_CPU if flat.device.type == "cpu" else algebra.CHUNK_DEVICE
+    for lo in range(0, flat.numel(), step):
+        yield lo, min(lo + step, flat.numel())
+
+
+@functools.cache
+def _compile(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``kernel``, compiled once in a process for all sizes (again for new dtypes, and for one element).
+
+    emulate_precision_casts: without it the compiler drops the rounding to a low precision that is read in fp32 again,
+    and the perturbation would seem to have been achieved whatever the model's dtype made of it.
+    """
+    return torch.no_grad()(torch.compile(kernel, dynamic=True, options={"emulate_precision_casts": True}))
+
+
+# What is compiled, one piece at a time --------------------------------------------------------------------------------
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(dtype=torch.float64)
+
+
+def _squared(x: Tensor) -> Tensor:
+    return _dot(x.float(), x.float())
+
+
+def _reuse_sums(g: Tensor, v: Tensor) -> Tensor:
+    v = v.float()
+    return torch.stack([_dot(g, g), _dot(g, v), _dot(v, v)])
+
+
+def _add_reused_(g: Tensor, v: Tensor, factor: Tensor) -> None:
+    g.add_(v.float() * factor)
+
+
+def _perturb_(g: Tensor, scale: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    out = weights if out is None else out
+    w, eps = weights.float(), g * scale
+    clean, perturbed = w.to(out.dtype), (w + eps).to(out.dtype)
+    moved = perturbed.float() - clean.float()
+    out.copy_(perturbed)
+    return torch.stack([_dot(moved, moved), _dot(moved, eps), _dot(eps, eps)])
+
+
+def _replay_sums(g: Tensor, g_s: Tensor, v: Tensor | None = None) -> Tensor:
+    d = g_s - g
+    v = torch.zeros_like(g) if v is None else v.float()
+    return torch.stack([_dot(g, d), _dot(d, d), _dot(v, d), _dot(v, g)])
+
+
+def _project_out_(g: Tensor, g_s: Tensor, along: Tensor) -> None:
+    g.copy_(g_s - g - along * g)
