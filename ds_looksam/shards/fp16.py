@@ -19,7 +19,6 @@ Two oddities of DeepSpeed 0.19.8 that LookSAM leaves as they are, so that a run 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from ..algebra import Shard
 from .base import ScaleOf
-from .replicated import WholeShards
+from .replicated import WholeShards, views_of
 
 
 class FP16Shards(WholeShards):
@@ -40,7 +39,6 @@ class FP16Shards(WholeShards):
         self._groups: list[list[torch.nn.Parameter]] = optimizer.fp16_groups
         self.group_of = list(range(len(self._groups)))
         self.device = self._groups[0][0].device
-        self._clean: Shard | None = None
         for p in self.parameters():
             # So that the reuse step's u reaches the base in fp32 instead of being rounded once more. None allows any
             # dtype in p.grad; what backward puts there stays in the model's.
@@ -55,18 +53,13 @@ class FP16Shards(WholeShards):
         gradient = []
         for params in self._groups:
             flat = torch.zeros(sum(p.numel() for p in params), dtype=torch.float32, device=self.device)
-            views = self._views(flat, params)
+            views = views_of(flat, params)
             with_gradient = [(view, p.grad) for view, p in zip(views, params, strict=True) if p.grad is not None]
             if with_gradient:
                 torch._foreach_copy_([view for view, _ in with_gradient], [grad for _, grad in with_gradient])
             gradient.append(flat)
         self._clear_gradients()
         return gradient
-
-    def give_gradient(self, gradient: Shard) -> None:
-        for params, flat in zip(self._groups, gradient, strict=True):
-            for p, view in zip(params, self._views(flat, params), strict=True):
-                p.grad = view
 
     def master_weights(self) -> Shard:
         if isinstance(self._wrapper, FP16_Optimizer):
@@ -75,36 +68,8 @@ class FP16Shards(WholeShards):
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
         # Copies, not casts of the master, bring the weights back: until the first step the two differ (see above).
-        self._clean = [self._flatten(params) for params in self._groups]
+        self._clean = self._copy_weights()
         perturbed = [torch.empty_like(flat) for flat in self._clean]
         moved = self._perturb_flats(self.master_weights(), gradient, scale_of, perturbed)
-        self._write_model(perturbed)
+        self._write_weights(perturbed)
         return moved
-
-    def unperturb_local(self) -> None:
-        self.restore_weights()
-
-    def restore_weights(self) -> None:
-        if self._clean is not None:
-            self._write_model(self._clean)
-            self._clean = None
-
-    def abort_evaluation(self) -> None:
-        self._clear_gradients()
-
-    def _clear_gradients(self) -> None:
-        for p in self.parameters():
-            p.grad = None
-
-    def _write_model(self, flats: Shard) -> None:
-        for params, flat in zip(self._groups, flats, strict=True):
-            torch._foreach_copy_([p.data for p in params], self._views(flat, params))
-
-    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        if not tensors:
-            return torch.empty(0, device=self.device)
-        return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-    @staticmethod
-    def _views(flat: Tensor, params: list[torch.nn.Parameter]) -> list[Tensor]:
-        return [part.view(p.shape) for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True)]

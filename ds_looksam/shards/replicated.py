@@ -6,9 +6,12 @@ sends nothing. Parameters of one group are handled as one flat tensor; ``p.grad`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..algebra import Shard
 from .base import GradientShards, ScaleOf, Segment
@@ -18,6 +21,8 @@ class WholeShards(GradientShards):
     """Every rank holds everything: one flat tensor per param group, its parameters one after another."""
 
     _groups: list[list[torch.nn.Parameter]]
+    _clean: Shard | None = None
+    """The model's weights as they were, while it computes with w + eps."""
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for params in self._groups for p in params]
@@ -35,6 +40,39 @@ class WholeShards(GradientShards):
     def flat_sizes(self) -> list[int]:
         return [sum(p.numel() for p in params) for params in self._groups]
 
+    def give_gradient(self, gradient: Shard) -> None:
+        for params, flat in zip(self._groups, gradient, strict=True):
+            for p, view in zip(params, views_of(flat, params), strict=True):
+                p.grad = view
+
+    def unperturb_local(self) -> None:
+        self.restore_weights()
+
+    def restore_weights(self) -> None:
+        if self._clean is not None:
+            self._write_weights(self._clean)
+            self._clean = None
+
+    def abort_evaluation(self) -> None:
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for p in self.parameters():
+            p.grad = None
+
+    def _copy_weights(self) -> Shard:
+        return [self._flatten(params) for params in self._groups]
+
+    def _write_weights(self, flats: Shard) -> None:
+        for params, flat in zip(self._groups, flats, strict=True):
+            if params:
+                torch._foreach_copy_([p.data for p in params], views_of(flat, params))
+
+    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        if not tensors:
+            return torch.empty(0, device=self.device)
+        return torch.cat([t.detach().reshape(-1) for t in tensors])
+
 
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -43,58 +81,29 @@ class ReplicatedShards(WholeShards):
         self._groups = [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
                         for group in optimizer.param_groups]
         self.group_of = list(range(len(self._groups)))
-        self._clean: Shard | None = None
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = [self._flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
                     for params in self._groups]
-        for params in self._groups:
-            for p in params:
-                p.grad = None
+        self._clear_gradients()
         return gradient
-
-    def give_gradient(self, gradient: Shard) -> None:
-        for params, flat in zip(self._groups, gradient, strict=True):
-            for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
-                p.grad = part.view_as(p)
 
     def master_weights(self) -> Shard:
         return self._clean if self._clean is not None else self._copy_weights()
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
-        # The weights exist once, so a clean copy must outlive the replay: subtracting eps again would not give
-        # back the same bits.
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+        # The weights exist once, so a clean copy must outlive the replay: subtracting eps again would not give back the
+        # same bits. w + eps is formed in place, parameter by parameter, as a factor belongs to a layer or to all of
+        # them: fresh memory for it would take a CPU longer than the arithmetic.
         self._clean = self._copy_weights()
-        perturbed = [torch.empty_like(flat) for flat in self._clean]
-        moved = self._perturb_flats(self._clean, gradient, scale_of, perturbed)
-        for params, flat in zip(self._groups, perturbed, strict=True):
-            self._write(params, flat)
-        return moved
+        for i, (params, flat) in enumerate(zip(self._groups, gradient, strict=True)):
+            ends = accumulate(p.numel() for p in params)
+            scales = [scale_of(i, end - p.numel(), end) for p, end in zip(params, ends, strict=True)]
+            if params:
+                torch._foreach_addcmul_([p.data for p in params], views_of(flat, params), scales)
+        return torch.zeros(3, dtype=torch.float64, device=self.device)
 
-    def unperturb_local(self) -> None:
-        self.restore_weights()
 
-    def restore_weights(self) -> None:
-        if self._clean is not None:
-            for params, flat in zip(self._groups, self._clean, strict=True):
-                self._write(params, flat)
-            self._clean = None
-
-    def abort_evaluation(self) -> None:
-        for params in self._groups:
-            for p in params:
-                p.grad = None
-
-    def _copy_weights(self) -> Shard:
-        return [self._flatten(list(params)) for params in self._groups]
-
-    def _flatten(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        if not tensors:
-            return torch.empty(0, device=self.device)
-        return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-    @staticmethod
-    def _write(params: list[torch.nn.Parameter], flat: torch.Tensor) -> None:
-        parts = [part.view_as(p) for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True)]
-        if parts:
-            torch._foreach_copy_([p.data for p in params], parts)
+def views_of(flat: Tensor, params: list[torch.nn.Parameter]) -> list[Tensor]:
+    """``flat`` cut into pieces of the parameters' shapes."""
+    return [part.view(p.shape) for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True)]
