@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ds_looksam
 from tests import hosts, slurm
 from tests.hosts import Host
 from tests.test_train import MODEL, data, options, weights  # noqa: F401
@@ -460,16 +461,16 @@ def test_a_second_host_that_never_comes(job):
 
 def test_hosts_with_different_versions_are_named(job, tmp_path):
     """host-b has another ds_looksam where host-a has this one."""
-    other = tmp_path / "ds_looksam"
-    shutil.copytree(ROOT / "ds_looksam", other)
+    package, other = Path(ds_looksam.__file__).parent, tmp_path / "ds_looksam"
+    shutil.copytree(package, other)
     versions = other / "_versions.py"
     versions.write_text(versions.read_text().replace("__version__ = ", "__version__ = '9.9.9' or "))
-    job.hosts[1].run(["mount", "--bind", str(other), str(ROOT / "ds_looksam")])
+    job.hosts[1].run(["mount", "--bind", str(other), str(package)])
     try:
         launch = job.start("ssh.sh", "--hostfile", "hosts")
         launch.fails(RUN_SECONDS, "LookSAMVersionError", "ds_looksam 9.9.9", "on ranks 2-3 (host-b)")
     finally:
-        job.hosts[1].run(["umount", str(ROOT / "ds_looksam")])
+        job.hosts[1].run(["umount", str(package)])
 
 
 def wait_for(file: Path, launch: Launch) -> None:
