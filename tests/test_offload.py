@@ -58,6 +58,28 @@ def test_torch_optimizer_on_the_cpu() -> None:
                               config={"zero_force_ds_cpu_optimizer": False}), TOLERANCE["fp32"])
 
 
+def perturb_elsewhere(case: Case) -> tuple[list[float], list[float]]:
+    """On a rank: what perturb_weights measures, and what it does where the model's partitions lie on another device."""
+    with engine_for(case) as engine:
+        shards, wrapper = engine._shards, engine.optimizer
+        gradient = [torch.ones_like(w) for w in shards.master_weights()]
+        sums = []
+        for device in ("cpu", "meta"):
+            wrapper.fp16_partitioned_groups_flat = [w.to(device) for w in wrapper.fp16_partitioned_groups_flat]
+            sums.append(shards.perturb_weights(gradient, lambda *_: torch.tensor(1e-3)).tolist())
+        return sums[0], sums[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_arithmetic_stays_on_the_host(precision: str) -> None:
+    """On a GPU the master lies in host memory and, without offload_param, the model's partitions do not. The "meta"
+    device has no values, but an operation that mixes it with the CPU raises as one that mixes a GPU with it does."""
+    case = Case(stage=3, world=1, precision=precision, zero={"offload_optimizer": CPU})
+    here, elsewhere = run_on_ranks(1, perturb_elsewhere, case)[0]
+    assert here == elsewhere
+    assert precision == "fp32" or min(here) > 0
+
+
 @pytest.mark.grid  # an operator of its own to compile
 @pytest.mark.parametrize("case", [
     Case(clipping=0.05, accumulation=2),

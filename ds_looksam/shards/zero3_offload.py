@@ -75,8 +75,12 @@ class Zero3OffloadShards(Zero3Shards):
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
         for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
+            # Without offload_param the model's partitions lie on the accelerator: w + eps is rounded here and sent.
+            on_host = model.data if model.device == self.device else torch.empty_like(model.data, device=self.device)
             with self._master(i) as master:
-                moved += self._perturb_flat(master, gradient[i], i, scale_of, out=model.data)
+                moved += self._perturb_flat(master, gradient[i], i, scale_of, out=on_host)
+            if on_host is not model.data:
+                model.data.copy_(on_host)
         self._republish()
         return moved
 
