@@ -134,22 +134,22 @@ def predict(cluster: Cluster, work: Workload, ranks: int) -> Update:
     """The time of an update on ``ranks`` GPUs."""
     formulas = scale_formulas.Formulas(work.stage, ranks, *work.sizes)
     evaluation = window_seconds(cluster, work, ranks)
-    publish = publication_seconds(cluster, work, ranks)
+    publish, publish_eps = (publication_seconds(cluster, work, ranks, at_once) for at_once in (False, True))
     element = formulas.owned / cluster.memory  # seconds for a byte of every element of the shard
     scalars = cluster.all_reduce(ranks, SCALARS) if work.stage else 0.0
     adamw = evaluation + ADAMW * element + publish + scalars  # the clipping norm
     reuse = adamw + REUSE * element + scalars
-    sam = adamw + evaluation + SAM * element + publish + 2 * scalars
+    sam = adamw + evaluation + SAM * element + publish_eps + 2 * scalars
     return Update(work.k, evaluation, adamw, sam, reuse, (sam + (work.k - 1) * reuse) / work.k)
 
 
-def publication_seconds(cluster: Cluster, work: Workload, ranks: int) -> float:
-    """Of new weights, or w + eps: on stages 1 and 2 one all-gather; on stage 3 DeepSpeed sends one for each tensor that
-    stays gathered."""
+def publication_seconds(cluster: Cluster, work: Workload, ranks: int, at_once: bool) -> float:
+    """Of new weights, or of w + eps (``at_once``): one all-gather, but that on stage 3 DeepSpeed sends new weights with
+    one for each tensor that stays gathered."""
     nbytes = scale_formulas.Formulas(work.stage, ranks, *work.sizes).update().get("allgather_base", 0)
     if not nbytes:
         return 0.0
-    messages = sum(n <= scale_formulas.PERSISTENT for n in work.sizes[0]) if work.stage == 3 else 1
+    messages = sum(n <= scale_formulas.PERSISTENT for n in work.sizes[0]) if work.stage == 3 and not at_once else 1
     return messages * cluster.all_gather(ranks, nbytes / messages)
 
 
