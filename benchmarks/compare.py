@@ -30,9 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.step_time import add_training_arguments, default_channels
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
+from benchmarks.step_time import add_training_arguments, batch, build_model, default_channels
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.05}
 Loss = Callable[[], Tensor]
@@ -147,10 +145,7 @@ CONTENDERS: dict[str, Callable[..., tuple[nn.Module, Callable[[Loss], None]]]] =
 
 def train(name: str, args: argparse.Namespace) -> dict[str, float]:
     """In this process: warm up for k updates, time ``args.updates``."""
-    from vits import build_vit
-
     on_gpu = torch.cuda.is_available()
-    torch.manual_seed(0)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "DeepSpeed" in name or "here" in name:
         import deepspeed
@@ -161,11 +156,9 @@ def train(name: str, args: argparse.Namespace) -> dict[str, float]:
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", init_method=f"file://{args.rendezvous}",
                                              rank=0, world_size=1)
     device = torch.device("cuda" if on_gpu else "cpu")
-    shape = (args.micro_batch, args.channels, args.image, args.image)
-    pixels, labels = torch.randn(shape, device=device), torch.randint(args.classes, shape[:1], device=device)
+    inputs = batch(args, device, "fp32", seed=0)
     before = resident()
-    model = build_vit(args.model, args.image, args.channels, args.classes)
-    model.to(device)  # type: ignore[arg-type]
+    model = build_model(args, "fp32").to(device)
     evaluations = 0
 
     def count(*_: Any) -> None:
@@ -176,7 +169,7 @@ def train(name: str, args: argparse.Namespace) -> dict[str, float]:
     module, update = CONTENDERS[name](model, args)
 
     def loss() -> Tensor:
-        return module(pixel_values=pixels, labels=labels).loss
+        return module(**inputs).loss
 
     for _ in range(args.k):
         update(loss)

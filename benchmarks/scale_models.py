@@ -89,11 +89,11 @@ def gpt(**config: Any) -> Model:
     return Model(skeleton, batch, config["n_positions"], config["n_layer"], config["n_embd"])
 
 
-MODELS: dict[str, Callable[[], Model]] = {
-    "vit-b16": lambda: vit("B/16", 224, 3, 1000),
+GPTS: dict[str, Callable[[], Model]] = {
     # GPT-3 XL's shape (Brown et al. 2020, table 2.1).
     "gpt-1.3b": lambda: gpt(n_embd=2048, n_layer=24, n_head=16, n_positions=2048, vocab_size=50257),
     # For tests: sizes that no world size divides, one tensor above DeepSpeed's default
     # "stage3_param_persistence_threshold" and used twice, the others below.
     "tiny": lambda: gpt(n_embd=36, n_layer=1, n_head=2, n_positions=8, vocab_size=3001),
 }
+MODELS = {"vit-b16": lambda: vit("B/16", 224, 3, 1000), **GPTS}

@@ -3,6 +3,8 @@
     python -m benchmarks.step_time --ranks 2 --stage 0 1 2 3  # on a CPU: a ViT of 5.4M parameters
     python -m benchmarks.step_time --model nano/7 --micro-batch 1 --k 2 --rounds 200  # what Python costs
     python -m benchmarks.step_time --model B/16 --image 224 --classes 1000 --precision bf16 --micro-batch 256  # one GPU
+    python -m benchmarks.step_time --model gpt-1.3b --stage 3 --offload --precision bf16 --micro-batch 4 \
+        --only LookSAM  # one GPU, and 60 GB of host memory
 
 All of them train in the same processes and take turns, one update each, on the same data; the order is reversed from
 one turn to the next. So every update has one of the base optimizer right beside it, and what is reported is made of
@@ -31,7 +33,9 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+
+from benchmarks.scale_models import GPTS, Batch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
@@ -77,9 +81,7 @@ class Contender:
 
 def build(args: argparse.Namespace, stage: int, precision: str, name: str) -> Contender:
     import deepspeed
-    from vits import build_vit
 
-    torch.manual_seed(0)
     own = dict(CONTENDERS[name])
     kind = own.pop("type")
     params = {"lr": 1e-4, "weight_decay": 0.05, "torch_adam": True}
@@ -88,7 +90,7 @@ def build(args: argparse.Namespace, stage: int, precision: str, name: str) -> Co
     zero: dict[str, Any] = {"stage": stage}
     if args.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-    model = build_vit(args.model, args.image, args.channels, args.classes)
+    model = build_model(args, precision)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
         "train_micro_batch_size_per_gpu": args.micro_batch,
         "gradient_accumulation_steps": args.accumulation,
@@ -102,12 +104,26 @@ def build(args: argparse.Namespace, stage: int, precision: str, name: str) -> Co
     return Contender(engine, 1.0 if name == "base" else 1 + 1 / params["k"])
 
 
-def batch(args: argparse.Namespace, device: torch.device, precision: str, seed: int) -> tuple[Tensor, Tensor]:
+def build_model(args: argparse.Namespace, precision: str) -> nn.Module:
+    from vits import build_vit
+
+    torch.manual_seed(0)
+    if args.model not in GPTS:
+        return build_vit(args.model, args.image, args.channels, args.classes)
+    model = GPTS[args.model]().build()
+    return model if precision == "bf16" else model.float()
+
+
+def batch(args: argparse.Namespace, device: torch.device, precision: str, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
+    if args.model in GPTS:
+        tokens = torch.randint(1000, (args.micro_batch, GPTS[args.model]().tokens), generator=generator).to(device)
+        return {"input_ids": tokens, "labels": tokens}
     shape = (args.micro_batch, args.channels, args.image, args.image)
     pixels = torch.randn(shape, generator=generator)
     labels = torch.randint(args.classes, (args.micro_batch, ), generator=generator)
-    return pixels.to(device, torch.bfloat16 if precision == "bf16" else torch.float32), labels.to(device)
+    return {"pixel_values": pixels.to(device, torch.bfloat16 if precision == "bf16" else torch.float32),
+            "labels": labels.to(device)}
 
 
 def now() -> Seconds:
@@ -117,13 +133,13 @@ def now() -> Seconds:
     return time.perf_counter(), time.process_time()
 
 
-def update(contender: Contender, data: list[tuple[Tensor, Tensor]]) -> Update:
+def update(contender: Contender, data: list[Batch]) -> Update:
     """One accumulation window; the device is waited for after forward and backward, and after step()."""
     engine = contender.engine
     evaluation, step = [0.0, 0.0], [0.0, 0.0]
-    for pixels, labels in data:
+    for inputs in data:
         start = now()
-        engine.backward(engine(pixel_values=pixels, labels=labels).loss)
+        engine.backward(engine(**inputs).loss)
         middle = now()
         engine.step()
         end = now()
@@ -207,7 +223,8 @@ def spread(values: list[float], form: str) -> str:
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained, and LookSAM's settings: benchmarks/compare.py has the same."""
-    parser.add_argument("--model", default="Ti/4", help="a ViT's SIZE/PATCH, as of launch/train.py")
+    parser.add_argument("--model", default="Ti/4", help="a ViT's SIZE/PATCH, as of launch/train.py, or a GPT "
+                        f"({', '.join(GPTS)}), over its whole context")
     parser.add_argument("--image", type=int, default=28)
     parser.add_argument("--channels", type=int, help="default: 1 for images under 32 pixels, else 3")
     parser.add_argument("--classes", type=int, default=10)
@@ -260,8 +277,8 @@ def main() -> None:
                         for p in contenders["base"].engine.module.parameters())
             device = "CPU" if get_accelerator().device_name() == "cpu" else torch.cuda.get_device_name()
             print(f"\nZeRO stage {stage}{' with offload' if args.offload else ''}, {precision}, "
-                  f"{torch.distributed.get_world_size()} ranks on {device}, ViT-{args.model} ({numel / 1e6:.1f}M "
-                  f"parameters, {args.image}x{args.image}), micro-batch {args.micro_batch}, accumulation "
+                  f"{torch.distributed.get_world_size()} ranks on {device}, {args.model} ({numel / 1e6:.1f}M "
+                  f"parameters), micro-batch {args.micro_batch}, accumulation "
                   f"{args.accumulation}, k {args.k}, {len(contenders['base'].rounds)} rounds\n\n{report(contenders)}",
                   flush=True)
         del contenders
