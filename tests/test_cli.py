@@ -84,8 +84,9 @@ def test_errors_are_told_and_exit_with_1(check, changes, arguments, words):
 @pytest.mark.parametrize("row", [row for row in support_table.REFUSED if row.config], ids=lambda row: row.feature)
 def test_refuses_what_the_support_table_refuses(check, row):
     assert row.config is not None
-    changes = {key: value for key, value in row.config.items() if key != "optimizer"}
-    code, out, err = check(optimizer=looksam(**row.config.get("optimizer", {})), **changes)
+    changes = dict(row.config)
+    optimizer = dict(changes.pop("optimizer", {}))
+    code, out, err = check(optimizer=looksam(**optimizer.pop("params", {})) | optimizer, **changes)
     assert code == 1 and not out and "support" in err
 
 

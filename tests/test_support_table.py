@@ -46,7 +46,9 @@ def initialize(config: dict[str, Any] | None = None, module: nn.Module | None = 
 
     case = Case(world=world)
     json, extra = case.json(), dict(config or {})
-    json["optimizer"]["params"].update(extra.pop("optimizer", {}))
+    optimizer = extra.pop("optimizer", {})
+    json["optimizer"]["params"].update(optimizer.pop("params", {}))
+    json["optimizer"].update(optimizer)
     json.update(extra)
     module = make_model(case.model) if module is None else module
     return deepspeed.initialize(model=module, config=json, model_parameters=module.parameters(), **kwargs)
