@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from .covering import covering, product
-from .training import DTYPES, Case, check_against_oracle, distance, run_oracle
+from .training import DTYPES, Case, check_against_oracle, distance, error_to_nearest, run_oracle
 
 TIGHT = {"SGD": 2e-5, "AdamW": 5e-4}
-"""fp32 rounding gives some 1e-7. But a weight that fp32 and float64 leave on two sides of a rounding boundary of bf16
-or fp16 enters the next evaluation a whole step (2^-8, 2^-11 of itself) apart; of a run's some 4,000 roundings a few
-are. SGD passes on what that does to the gradient as it is; Adam divides a small element's error by that element. A rho
-or alpha that is 5 % wrong moves the weights by more than 1e-3 (test_tolerance_tells_mistakes)."""
+"""fp32 rounding gives some 1e-7, and a weight that it leaves on the other side of a rounding boundary of bf16 or fp16
+is found by error_to_nearest; but of a run's some 4,000 roundings several may lie that near, and not all of them be
+taken as the run takes them. SGD passes on what that does to the gradient as it is; Adam divides a small element's
+error by that element. A rho or alpha that is 5 % wrong moves the weights by more than 1e-3
+(test_tolerance_tells_mistakes)."""
 
 ROUNDED_NORM = 1e-3
 """FP16_UnfusedOptimizer takes its clipping norm from gradients cast to the model's dtype (the oracle from u as it is):
@@ -112,3 +113,4 @@ def test_tolerance_tells_mistakes(precision: str, base: str) -> None:
     for mistake in ({"rho": 1.05 * case.rho}, {"alpha": 0.95 * case.alpha}):
         _, wrong = run_oracle(replace(case, **mistake), DTYPES[precision])
         assert distance(wrong, expected) > 2 * TIGHT[base]
+        assert error_to_nearest(wrong, case, DTYPES[precision], seeds=4) > TIGHT[base]
