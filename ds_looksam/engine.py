@@ -249,7 +249,7 @@ class LookSAMEngine(ResumableEngine):
     def _layer_scales(self, g: Shard, groups: list[GroupSettings]) -> tuple[Tensor, Tensor, ScaleOf]:
         """‖g‖², ‖v‖² and the factor of g in the layer-wise eps. One all-reduce of 2 L + 1 scalars for L layers."""
         layers = self.layers()
-        parts = layers.squares(self._shards.master_weights(), g).reshape(-1)
+        parts = torch.stack([self._shards.layer_squares(layers), layers.squares(g)], dim=1).reshape(-1)
         v_squared = self._v_squared_local if self._v_squared_local is not None else parts.new_zeros(())
         sums = sum_over_ranks(torch.cat([parts, v_squared.reshape(1)]), self._shards.process_group)
         w_squared, g_squared = sums[:-1].view(-1, 2).unbind(1)

@@ -97,13 +97,12 @@ class LayerMap:
         norms = torch.stack(torch._foreach_norm(views, 2, dtype=dtype))
         out.index_add_(0, layers[0] if len(layers) == 1 else torch.cat(layers), norms.double().square())
 
-    def squares(self, *shards: Shard) -> Tensor:
-        """The squared norms of this rank's part of every layer, of each of ``shards``: float64 [L, len(shards)]."""
-        out = self.zeros(len(shards))
-        for column, shard in enumerate(shards):
-            for i, flat in enumerate(shard):
-                for lo, hi in chunks(flat.numel(), flat.device):
-                    self.add_squares_(out[:, column], [(i, lo, hi)], [flat[lo:hi].float()])
+    def squares(self, shard: Shard) -> Tensor:
+        """The squared norms of this rank's part of every layer: float64 [L]."""
+        out = self.zeros(1)[:, 0]
+        for i, flat in enumerate(shard):
+            for lo, hi in chunks(flat.numel(), flat.device):
+                self.add_squares_(out, [(i, lo, hi)], [flat[lo:hi].float()])
         return out[:-1]
 
     def expand(self, values: Tensor, i: int, lo: int, hi: int) -> Tensor:

@@ -17,12 +17,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..algebra import EAGER, Passes, Shard
+
+if TYPE_CHECKING:
+    from ..layers import LayerMap
 
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
@@ -124,6 +127,10 @@ class GradientShards(ABC):
     def master_weights(self) -> Shard:
         """The clean master weights of this rank's part, fp32 (bf16 under ``bf16_master_weights_and_grads``). While they
         are perturbed in place, the saved copies."""
+
+    def layer_squares(self, layers: LayerMap) -> Tensor:
+        """‖w_l‖² of this rank's part of every layer's master weights, float64 [L]. Not collective."""
+        return layers.squares(self.master_weights())
 
     def flat_sizes(self) -> list[int]:
         """Elements of each flat tensor, padding included. Copies no weights, as master_weights() does on stage 0 and

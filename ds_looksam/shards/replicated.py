@@ -6,15 +6,18 @@ sends nothing. Parameters of one group are handled as one flat tensor; ``p.grad`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..algebra import Shard
 from .base import GradientShards, ScaleOf, Segment
+
+if TYPE_CHECKING:
+    from ..layers import LayerMap
 
 
 class WholeShards(GradientShards):
@@ -91,17 +94,27 @@ class ReplicatedShards(WholeShards):
     def master_weights(self) -> Shard:
         return self._clean if self._clean is not None else self._copy_weights()
 
+    def layer_squares(self, layers: LayerMap) -> Tensor:
+        out = layers.zeros(1)[:, 0]
+        for i, params in enumerate(self._groups):  # where they lie: master_weights() would copy all of them
+            layers.add_squares_(out, [(i, *ends) for ends in _ends(params)], [p.detach().reshape(-1) for p in params])
+        return out[:-1]
+
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
         # The weights exist once, so a clean copy must outlive the replay: subtracting eps again would not give back the
         # same bits. w + eps is formed in place, parameter by parameter, as a factor belongs to a layer or to all of
         # them: fresh memory for it would take a CPU longer than the arithmetic.
         self._clean = self._copy_weights()
         for i, (params, flat) in enumerate(zip(self._groups, gradient, strict=True)):
-            ends = accumulate(p.numel() for p in params)
-            scales = [scale_of(i, end - p.numel(), end) for p, end in zip(params, ends, strict=True)]
+            scales = [scale_of(i, lo, hi) for lo, hi in _ends(params)]
             if params:
                 torch._foreach_addcmul_([p.data for p in params], views_of(flat, params), scales)
         return torch.zeros(3, dtype=torch.float64, device=self.device)
+
+
+def _ends(params: list[torch.nn.Parameter]) -> Iterator[tuple[int, int]]:
+    """Where each parameter begins and ends in its group's flat tensor."""
+    return pairwise(accumulate((p.numel() for p in params), initial=0))
 
 
 def views_of(flat: Tensor, params: list[torch.nn.Parameter]) -> list[Tensor]:
