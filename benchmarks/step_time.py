@@ -86,7 +86,7 @@ def build(args: argparse.Namespace, stage: int, precision: str, name: str) -> Co
     kind = own.pop("type")
     params = {"lr": 1e-4, "weight_decay": 0.05, "torch_adam": True}
     if name != "base":
-        params |= {"k": args.k, "rho": args.rho, "alpha": args.alpha, **own}
+        params |= {"k": args.k, "rho": args.rho, "alpha": args.alpha, "compile": args.compile, **own}
     zero: dict[str, Any] = {"stage": stage}
     if args.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -244,6 +244,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", type=int, nargs="+", default=[2], choices=[0, 1, 2, 3])
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--offload", action="store_true", help="the optimizer's state on the CPU (stages 1 to 3)")
+    parser.add_argument("--compile", action="store_true", help='"compile": true, for all but the base')
     add_training_arguments(parser)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="k updates of each are one; at most so many")
@@ -278,7 +279,7 @@ def main() -> None:
             device = "CPU" if get_accelerator().device_name() == "cpu" else torch.cuda.get_device_name()
             print(f"\nZeRO stage {stage}{' with offload' if args.offload else ''}, {precision}, "
                   f"{torch.distributed.get_world_size()} ranks on {device}, {args.model} ({numel / 1e6:.1f}M "
-                  f"parameters), micro-batch {args.micro_batch}, accumulation "
+                  f"parameters){', compile' if args.compile else ''}, micro-batch {args.micro_batch}, accumulation "
                   f"{args.accumulation}, k {args.k}, {len(contenders['base'].rounds)} rounds\n\n{report(contenders)}",
                   flush=True)
         del contenders
