@@ -41,7 +41,7 @@ def draw(seed: int) -> tuple[Case, float]:
     """The case of a seed, and its tolerance."""
     for attempt in range(100):
         case = _draw(random.Random(f"{seed}-{attempt}"))
-        tolerance = _tolerance(case)
+        tolerance = rounding_tolerance(case)
         if tolerance <= LIMIT:
             return case, tolerance
     raise AssertionError(f"no usable case for seed {seed}")
@@ -121,7 +121,8 @@ def _zero_options(choose: random.Random, stage: int, precision: str,
     return zero, config, zero_init
 
 
-def _tolerance(case: Case) -> float:
+def rounding_tolerance(case: Case) -> float:
+    """Of a case, as the module's docstring says."""
     _, exact = run_oracle(case)
     _, rounded = run_oracle(case, DTYPES[case.precision])
     return FLOOR + MARGIN * distance(rounded, exact) + _one_turned_sign(case, exact)
