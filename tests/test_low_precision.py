@@ -40,11 +40,16 @@ ROUNDED_NORM = 1e-3
 clipped steps of reuse differ by some 2^-9 / sqrt(200 elements) = 1.4e-4 of themselves in bf16."""
 
 LOOSE = {"SGD": 2e-3, "AdamW": 2e-2}
-"""In bf16, for other files' runs that accumulate and reduce in it. Weights, activations and gradients are
-rounded in each of some 8 operations (forward, backward, 3 micro-batches, up to 4 ranks), so a gradient is off by about
-sqrt(8) * 2^-9 = 6e-3 of a typical element. SGD moves the weights by less than a third of themselves: 2e-3. Adam divides
-by the element, so that one ten times smaller than typical is off by 6e-2 of Adam's step; 12 such steps of lr 1e-2 (3e-2
+"""For other files' runs that accumulate and reduce in bf16; an eighth of it in fp16, whose unit is 2^-12 where bf16's
+is 2^-9. Weights, activations and gradients are rounded in each of some 8 operations (forward, backward, 3
+micro-batches, up to 4 ranks), so a gradient is off by about sqrt(8) * 2^-9 = 6e-3 of a typical element. SGD moves the
+weights by less than a third of themselves: 2e-3. Adam divides by the element, so that one ten times smaller than
+typical is off by 6e-2 of Adam's step; 12 such steps of lr 1e-2 (3e-2
 in the second group) are 7e-3 (2e-2), of weights whose root mean square is about 0.3."""
+
+
+def loose(case: Case) -> float:
+    return LOOSE[case.base] / (8 if case.precision == "fp16" else 1)
 
 
 def has_rounded_norm(case: Case) -> bool:
