@@ -4,7 +4,7 @@
     python -m benchmarks.step_time --model nano/7 --micro-batch 1 --k 2 --rounds 200  # what Python costs
     python -m benchmarks.step_time --model B/16 --image 224 --classes 1000 --precision bf16 --micro-batch 256  # one GPU
     python -m benchmarks.step_time --model gpt-1.3b --stage 3 --offload --precision bf16 --micro-batch 4 \
-        --only LookSAM  # one GPU, and 60 GB of host memory
+        --only LookSAM  # one GPU, and, by arithmetic, 60 GB of host memory
 
 All of them train in the same processes and take turns, one update each, on the same data; the order is reversed from
 one turn to the next. So every update has one of the base optimizer right beside it, and what is reported is made of

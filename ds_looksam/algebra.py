@@ -37,9 +37,8 @@ def chunk_size(device: torch.device) -> int:
     return min(CHUNK_CPU * torch.get_num_threads(), CHUNK_CPU_MOST) if device.type == "cpu" else CHUNK_DEVICE
 
 
-def chunks(numel: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """[lo, hi) ranges that cover ``numel`` elements."""
-    step = chunk_size(device)
+def chunks(numel: int, step: int) -> Iterator[tuple[int, int]]:
+    """[lo, hi) ranges of ``step`` elements that cover ``numel``, the last one shorter."""
     for lo in range(0, numel, step):
         yield lo, min(lo + step, numel)
 

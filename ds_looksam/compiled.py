@@ -48,9 +48,11 @@ def reuse_sums(g: Shard, v: Shard, device: torch.device) -> Tensor:
 def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
     """As :func:`algebra.add_reused_`."""
     for g_i, v_i, coefficient in zip(g, v, coefficients, strict=True):
-        if coefficient is not None:
-            for g_c, v_c in _pieces([g_i], [v_i]):
-                _compile(_add_reused_)(g_c, v_c, coefficient.float())
+        if coefficient is None:
+            continue
+        factor = coefficient.float()
+        for g_c, v_c in _pieces([g_i], [v_i]):
+            _compile(_add_reused_)(g_c, v_c, factor)
     return g
 
 
@@ -73,8 +75,9 @@ def replay_sums(g: Shard, g_s: Shard, v: Shard | None, device: torch.device) -> 
 
 def project_out_(g: Shard, g_s: Shard, along: Tensor) -> Shard:
     """As :func:`algebra.project_out_`."""
+    along = along.float()
     for g_c, s_c in _pieces(g, g_s):
-        _compile(_project_out_)(g_c, s_c, along.float())
+        _compile(_project_out_)(g_c, s_c, along)
     return g
 
 
@@ -94,9 +97,7 @@ def _pieces(*shards: Shard) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _ranges(flat: Tensor) -> Iterator[tuple[int, int]]:
-    step = CHUNK_CPU if flat.device.type == "cpu" else algebra.CHUNK_DEVICE
-    for lo in range(0, flat.numel(), step):
-        yield lo, min(lo + step, flat.numel())
+    return algebra.chunks(flat.numel(), CHUNK_CPU if flat.device.type == "cpu" else algebra.CHUNK_DEVICE)
 
 
 @functools.cache

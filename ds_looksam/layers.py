@@ -24,7 +24,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .algebra import Shard, chunks
+from .algebra import Shard, chunk_size, chunks
 from .config import LayerScale
 from .shards.base import Segment
 
@@ -101,7 +101,7 @@ class LayerMap:
         """The squared norms of this rank's part of every layer: float64 [L]."""
         out = self.zeros(1)[:, 0]
         for i, flat in enumerate(shard):
-            for lo, hi in chunks(flat.numel(), flat.device):
+            for lo, hi in chunks(flat.numel(), chunk_size(flat.device)):
                 self.add_squares_(out, [(i, lo, hi)], [flat[lo:hi].float()])
         return out[:-1]
 

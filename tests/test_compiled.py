@@ -16,7 +16,7 @@ import torch
 from ds_looksam import compiled
 from ds_looksam.algebra import Passes
 
-from .test_algebra import CPU, close, shards, whole
+from .test_algebra import CPU, check_projection, check_reuse, check_sums, close, shards, whole
 from .test_low_precision import TIGHT
 from .test_oracle_grid import TOLERANCE
 from .test_v_dtype import BF16_V, ROUNDED
@@ -33,21 +33,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums(passes: Passes, dtype: torch.dtype) -> None:
-    g, g_s, v = shards(200, 3)
-    v = [t.to(dtype) for t in v]
-    x, d, y = whole(g), whole(g_s) - whole(g), whole(v)
-    size = x @ x + d @ d + y @ y
-
-    close(passes.squared_norm(v, CPU), y @ y, size)
-    close(passes.replay_sums(g, g_s, v, CPU), torch.stack([x @ d, d @ d, y @ d, y @ x]), size)
-    for row, g_i, v_i in zip(passes.reuse_sums(g, v, CPU), g, v, strict=True):
-        a, b = g_i.double(), v_i.double()
-        close(row, torch.stack([a @ a, a @ b, b @ b]), size)
-
-    before = whole(g)
-    passes.add_reused_(g, v, [torch.tensor(0.3, dtype=torch.float64), None])
-    close(whole(g), before + 0.3 * torch.cat([v[0].double(), 0 * v[1].double()]), 1.0)
+def test_sums_and_reuse(passes: Passes, dtype: torch.dtype) -> None:
+    check_sums(passes, 200, dtype)
+    check_reuse(passes, 200, dtype)
 
 
 def test_without_v_and_where_a_rank_owns_nothing(passes: Passes) -> None:
@@ -60,11 +48,7 @@ def test_without_v_and_where_a_rank_owns_nothing(passes: Passes) -> None:
 
 
 def test_projection_keeps_a_small_difference(passes: Passes) -> None:
-    g, noise = shards(200, 2)
-    g_s = [a + 1e-3 * b for a, b in zip(g, noise, strict=True)]
-    x, d = whole(g), whole(g_s) - whole(g)
-    along = x @ d / (x @ x)
-    torch.testing.assert_close(whole(passes.project_out_(g, g_s, along)), d - along * x, rtol=1e-5, atol=1e-9)
+    check_projection(passes, 200)
 
 
 @pytest.mark.parametrize("per_element, in_place", [(False, False), (True, False), (False, True)])
@@ -116,7 +100,7 @@ def test_v_in_bf16() -> None:
 def test_no_compiler(tmp_path: Path) -> None:
     program = ("import torch; from torch._inductor import config; config.cpp.cxx = ('no-such-compiler', )\n"
                "from ds_looksam.compiled import compiled_passes; compiled_passes(torch.device('cpu'))")
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": path})
+                          cwd=Path(__file__).parent.parent,
+                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
     assert done.returncode and "LookSAMConfigError: optimizer.params.compile: torch.compile failed" in done.stderr

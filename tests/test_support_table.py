@@ -46,7 +46,7 @@ def initialize(config: dict[str, Any] | None = None, module: nn.Module | None = 
 
     case = Case(world=world)
     json, extra = case.json(), dict(config or {})
-    optimizer = extra.pop("optimizer", {})
+    optimizer = dict(extra.pop("optimizer", {}))  # a row of the table, which must keep its own
     json["optimizer"]["params"].update(optimizer.pop("params", {}))
     json["optimizer"].update(optimizer)
     json.update(extra)

@@ -292,11 +292,17 @@ def start_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.
 
 
 def run_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.dtype = torch.float64,
-               autocast: torch.dtype | None = None) -> tuple[oracle.Oracle, dict[str, Tensor]]:
-    """The same case by the oracle: the oracle itself, and its weights by name."""
+               autocast: torch.dtype | None = None,
+               rounding: Callable[[Tensor], Tensor] | None = None) -> tuple[oracle.Oracle, dict[str, Tensor]]:
+    """The same case by the oracle: the oracle itself, and its weights by name.
+
+    ``rounding``: what becomes of the weights after each update.
+    """
     reference, module, groups = start_oracle(case, dtype, v_dtype, autocast)
     for update in range(case.updates):
         reference.update(case.window(update))
+        if rounding is not None:
+            reference.w = rounding(reference.w)
     return reference, named(reference.w, module, groups)
 
 
@@ -351,11 +357,8 @@ ROUNDING = 20
 def naive_error(case: Case) -> float:
     """Relative error of the oracle when it computes gradients in fp32 and rounds its weights to fp32 after each update.
     """
-    reference, module, groups = start_oracle(case, torch.float32)
-    for update in range(case.updates):
-        reference.update(case.window(update))
-        reference.w = reference.w.float().double()
-    return distance(named(reference.w, module, groups), run_oracle(case)[1])
+    _, naive = run_oracle(case, torch.float32, rounding=lambda w: w.float().double())
+    return distance(naive, run_oracle(case)[1])
 
 
 NUDGES = (1e-7, 3e-7, 1e-6)
@@ -370,17 +373,15 @@ def error_to_nearest(weights: dict[str, Tensor], case: Case, dtype: torch.dtype,
     evaluation sees it a whole step (2^-8, 2^-11 of itself) apart. One run of some fifteen of test_low_precision's has
     such a weight and ends 1e-3 away from the oracle, but 1e-6 from an oracle that took the same side.
     """
-    nearest = float("inf")
-    for nudge in NUDGES:
-        for seed in range(seeds):
-            generator = torch.Generator().manual_seed(seed)
-            reference, module, groups = start_oracle(case, dtype, v_dtype)
-            for update in range(case.updates):
-                reference.update(case.window(update))
-                reference.w = reference.w * (1 + nudge * torch.randn(reference.w.shape, generator=generator,
-                                                                     dtype=torch.float64))
-            nearest = min(nearest, distance(weights, named(reference.w, module, groups)))
-    return nearest
+    def error(nudge: float, seed: int) -> float:
+        generator = torch.Generator().manual_seed(seed)
+
+        def off(w: Tensor) -> Tensor:
+            return w * (1 + nudge * torch.randn(w.shape, generator=generator, dtype=torch.float64))
+
+        return distance(weights, run_oracle(case, dtype, v_dtype, rounding=off)[1])
+
+    return min(error(nudge, seed) for nudge in NUDGES for seed in range(seeds))
 
 
 def compare_with_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.dtype = torch.float64

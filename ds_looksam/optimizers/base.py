@@ -238,9 +238,9 @@ def _batches(flats: list[Flat], names: tuple[str, ...]) -> Iterator[tuple[Group,
     batch: list[tuple[Range, list[Tensor]]] = []
     filled, group, step = 0, None, 0
     for flat in flats:
-        tensors, flat_step, device = flat.tensors(names), int(flat.state["step"]), flat.parameter.device
-        for lo, hi in chunks(flat.parameter.numel(), device):
-            full = filled + hi - lo > chunk_size(device)
+        tensors, flat_step, most = flat.tensors(names), int(flat.state["step"]), chunk_size(flat.parameter.device)
+        for lo, hi in chunks(flat.parameter.numel(), most):
+            full = filled + hi - lo > most
             if group is not None and (full or flat.group is not group or flat_step != step):
                 yield group, step, [r for r, _ in batch], _columns(batch)
                 batch, filled = [], 0

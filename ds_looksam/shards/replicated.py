@@ -31,14 +31,8 @@ class WholeShards(GradientShards):
         return [p for params in self._groups for p in params]
 
     def layout(self) -> list[list[Segment]]:
-        flats = []
-        for params in self._groups:
-            start, segments = 0, []
-            for p in params:
-                segments.append(Segment(p, start, 0, p.numel(), p.numel()))
-                start += p.numel()
-            flats.append(segments)
-        return flats
+        return [[Segment(p, lo, 0, hi - lo, hi - lo) for p, (lo, hi) in zip(params, _ends(params), strict=True)]
+                for params in self._groups]
 
     def flat_sizes(self) -> list[int]:
         return [sum(p.numel() for p in params) for params in self._groups]
