@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from .collectives import Collective
 from .costs import Wide, measure_memory, nothing_stays_gathered, record_steps
 from .covering import covering, product
 from .ranks import run_on_ranks
-from .training import Case, as_plain, train
+from .training import Case, as_plain, engine_for, train, train_window
 
 STAGES = [0, 1, 2, 3]
 SMALL = 256
@@ -124,3 +125,47 @@ def test_state_is_one_fp32_shard_and_a_sam_step_holds_one_more(case: Case) -> No
     # In the replay: g beside g_v. On stage 0 the model's weights are kept, as nothing else has their bits then.
     weights = (shard if precision == "fp32" else shard // 2) if stage == 0 else 0
     assert abs(ours.during - plain.during - 2 * shard - weights) <= slack
+
+
+class NotedWork:
+    def __init__(self, work: Any, events: list[str]) -> None:
+        self.work, self.events = work, events
+
+    def wait(self) -> None:
+        self.events.append("wait")
+        self.work.wait()
+
+
+def publication(case: Case) -> list[str]:
+    """What the first window, a SAM step, does to form w + eps and publish it, in this order. Collective."""
+    from deepspeed import comm
+
+    from ds_looksam.shards.base import GradientShards
+
+    events: list[str] = []
+    form, gather = GradientShards._perturb_flat, comm.all_gather_into_tensor
+
+    def noted_form(*args: Any) -> Any:
+        events.append("form")
+        return form(*args)
+
+    def noted_gather(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        work = gather(*args, async_op=async_op, **kwargs)
+        if not async_op:  # DeepSpeed's own update
+            return work
+        events.append("send")
+        return NotedWork(work, events)
+
+    with engine_for(case) as engine, patch.object(GradientShards, "_perturb_flat", noted_form), \
+            patch.object(comm, "all_gather_into_tensor", noted_gather):
+        train_window(engine, case, 0)
+    return events
+
+
+@pytest.mark.parametrize("stage, changes", [
+    (1, {}), (2, {}), (2, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    (1, {"precision": "bf16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}}),
+], ids=["stage1", "stage2", "offload", "BF16_Optimizer"])
+def test_a_param_group_is_published_while_the_next_one_is_formed(stage: int, changes: dict[str, Any]) -> None:
+    case = Case(world=2, stage=stage, two_groups=True, **changes)
+    assert run_on_ranks(2, publication, case) == 2 * [["form", "send", "form", "send", "wait", "wait"]]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed import Work
 
 from ..algebra import EAGER, Passes, Shard
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
+Publish = Callable[[int], Work | None]
+"""(flat tensor's index) -> the sending of what was formed for it, to be waited for; None where there is nobody else."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +158,18 @@ class GradientShards(ABC):
         with torch.no_grad():
             return self.passes.add_perturbation(weights, gradient, partial(scale_of, index), out).to(self.device)
 
-    def _perturb_flats(self, weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard) -> Tensor:
-        """The same for every flat tensor; what it returns is summed."""
+    def _perturb_flats(self, weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard,
+                       publish: Publish | None = None) -> Tensor:
+        """The same for every flat tensor; what it returns is summed. Each is published while the next one is formed."""
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
+        under_way: list[Work | None] = []
         for i, (w, g, o) in enumerate(zip(weights, gradient, out, strict=True)):
             moved += self._perturb_flat(w, g, i, scale_of, o)
+            if publish is not None:
+                under_way.append(publish(i))
+        for work in under_way:
+            if work is not None:
+                work.wait()
         return moved
 
     @abstractmethod

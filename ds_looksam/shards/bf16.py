@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor
+from torch.distributed import Work
 
 from ..algebra import Shard
 from .base import GradientShards, ScaleOf, Segment
+from .zero12 import start_gather
 
 
 class BF16Shards(GradientShards):
@@ -89,14 +90,12 @@ class BF16Shards(GradientShards):
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
         zero = self._zero
         own = [partitions[self._rank].data for partitions in zero.bf16_partitioned_groups]
-        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, own)
-        with torch.no_grad():  # the flat buffer hangs on the graph of the parameters it was flattened from
-            all_gather_dp_groups(groups_flat=zero.bf16_groups_flat,
-                                 partitioned_param_groups=zero.bf16_partitioned_groups,
-                                 dp_process_group=zero.real_dp_process_group,
-                                 start_alignment_factor=zero.nccl_start_alignment_factor,
-                                 allgather_bucket_size=zero.allgather_bucket_size)
-        return moved
+
+        def publish(i: int) -> Work | None:
+            # Detached: the flat buffer hangs on the graph of the parameters it was flattened from.
+            return start_gather(zero.bf16_groups_flat[i].detach(), own[i], zero.real_dp_process_group[i])
+
+        return self._perturb_flats(self.master_weights(), gradient, scale_of, own, publish)
 
     def unperturb_local(self) -> None:
         """Nothing to do: the step reads the master weights only, and those were never perturbed."""

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import (
     INITIAL_MICRO_STEP_ID,
     DeepSpeedZeroOptimizer,
     GradPartitionBufferGroup,
 )
 from torch import Tensor
+from torch.distributed import Work
 
 from ..algebra import Shard
 from .base import GradientShards, ScaleOf, Segment
@@ -73,9 +73,7 @@ class Zero12Shards(GradientShards):
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
         own = [self._own_model_partition(i) for i in self.group_of]
-        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, own)
-        self._gather_model_weights()
-        return moved
+        return self._perturb_flats(self.master_weights(), gradient, scale_of, own, self._publish)
 
     def unperturb_local(self) -> None:
         """Nothing to do: the step reads the master weights only, and those were never perturbed."""
@@ -134,10 +132,16 @@ class Zero12Shards(GradientShards):
         rank = dist.get_rank(group=self._zero.real_dp_process_group[i])
         return self._zero.parallel_partitioned_bit16_groups[i][rank].data
 
-    def _gather_model_weights(self) -> None:
-        zero = self._zero
-        all_gather_dp_groups(groups_flat=zero.bit16_groups_flat,
-                             partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
-                             dp_process_group=zero.real_dp_process_group,
-                             start_alignment_factor=zero.nccl_start_alignment_factor,
-                             allgather_bucket_size=zero.allgather_bucket_size)
+    def _publish(self, i: int) -> Work | None:
+        return start_gather(self._zero.bit16_groups_flat[i], self._own_model_partition(i),
+                            self._zero.real_dp_process_group[i])
+
+
+def start_gather(whole: Tensor, own: Tensor, group: Any) -> Work | None:
+    """Start to gather the model's weights of a param group, ``own`` from each rank, into ``whole``. Collective.
+
+    As DeepSpeed's all_gather_dp_groups does one group after the other.
+    """
+    if dist.get_world_size(group=group) == 1:
+        return None
+    return dist.all_gather_into_tensor(whole, own, group=group, async_op=True)

@@ -15,6 +15,7 @@ What DeepSpeed keeps per param group i, on this rank, beside what :mod:`.zero12`
 from __future__ import annotations
 
 import torch
+from torch.distributed import Work
 
 from ..algebra import Shard
 from .base import ScaleOf
@@ -57,11 +58,12 @@ class Zero12OffloadShards(Zero12Shards):
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
         on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
-        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, on_host)
-        for i, flat in enumerate(on_host):
-            self._own_model_partition(i).copy_(flat, non_blocking=True)
-        self._gather_model_weights()
-        return moved
+        return self._perturb_flats(self.master_weights(), gradient, scale_of, on_host, self._publish)
+
+    def _publish(self, i: int) -> Work | None:
+        on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups[i]
+        self._own_model_partition(i).copy_(on_host, non_blocking=True)
+        return super()._publish(i)
 
     def _start_window(self) -> None:
         super()._start_window()
