@@ -19,6 +19,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "launch")]
 
+from distributed import leave  # noqa: E402
 from images import Images, open_images  # noqa: E402
 from vits import build_vit  # noqa: E402
 
@@ -113,7 +114,7 @@ def v_table(data_dir: Path, updates: int, seeds: int) -> None:
                 row = train(v_dtype, seed, data_dir, updates)
                 print(f"| {seed} | {v_dtype} | {row['bytes']:.0f} | {row['loss']:.4f} | {row['accuracy']:.4f} | "
                       f"{row['ratio']:.2f}, {row['cosine']:.2f} |", flush=True)
-        torch.distributed.destroy_process_group()
+        leave()
 
 
 def main() -> None:

@@ -265,6 +265,7 @@ def main() -> None:
                                   f"--nproc-per-node={args.ranks}", "-m", "benchmarks.step_time", *sys.argv[1:]])
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from distributed import leave
 
     import ds_looksam  # noqa: F401 - registers LookSAM
 
@@ -283,7 +284,7 @@ def main() -> None:
                   f"{args.accumulation}, k {args.k}, {len(contenders['base'].rounds)} rounds\n\n{report(contenders)}",
                   flush=True)
         del contenders
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

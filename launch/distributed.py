@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import socket
@@ -9,6 +10,7 @@ import socket
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group, which its default arguments would keep
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
@@ -38,9 +40,15 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Take the process group down: gloo aborts now and then if the interpreter has to."""
+    """Take the process group down, with all its threads, so that they are gone before the interpreter is.
+
+    A thread of gloo's that still holds a tensor of a finished operation needs the interpreter to let go of it, and
+    aborts the process ("terminate called without an active exception") where that is being taken down. DeepSpeed has
+    references to the group, which keep it alive after ``torch.distributed.destroy_process_group``.
+    """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()
+        gc.collect()
 
 
 def device() -> torch.device:

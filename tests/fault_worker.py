@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import ds_looksam.checkpoint_files as files
+from launch import distributed
 
 from .training import Case, engine_for, master_weights, train_window
 
@@ -178,9 +179,7 @@ def main() -> None:
             if kind.startswith("inf"):
                 Fault.after_step(Fault(kind, engine, folder))
         torch.save(master_weights(engine), folder / f"weights-{rank}.pt")
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # or gloo's threads abort the process now and then while Python ends: "terminate called without ..."
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -142,3 +142,30 @@ def test_slurm_script_outside_slurm(tmp_path):
     result = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, text=True, capture_output=True, timeout=60,
                             env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": sys.executable})
     refused(result, "sbatch launch/slurm.sbatch")
+
+
+def test_leave_ends_the_threads_of_the_process_group():
+    """With torch.distributed.destroy_process_group one in fifteen processes that ended at once was aborted."""
+    program = """if True:
+        import os
+        from launch import distributed
+        from tests.training import Case, engine_for, train_window
+
+        def gloo():
+            names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+            return sum("gloo" in name for name in names)
+
+        distributed.join()
+        case = Case(world=1, updates=1)
+        with engine_for(case) as engine:
+            train_window(engine, case, 0)
+        before = gloo()
+        del engine
+        distributed.leave()
+        print(f"{before > 0} {gloo()}")
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "True 0"

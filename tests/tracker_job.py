@@ -22,6 +22,7 @@ def main(tracker: str) -> None:
     """Rank 0 prints, after each update, the samples so far and what ``engine.looksam`` says."""
     import deepspeed
 
+    from launch import distributed
     from tests.training import Case, engine_for, train_window
 
     deepspeed.init_distributed("gloo", verbose=False)
@@ -33,7 +34,7 @@ def main(tracker: str) -> None:
             said.append((engine.global_samples, engine.looksam.as_dict()))
     if torch.distributed.get_rank() == 0:
         print("said:", json.dumps(said))
-    torch.distributed.destroy_process_group()
+    distributed.leave()
 
 
 if __name__ == "__main__":
