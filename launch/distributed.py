@@ -47,7 +47,7 @@ def leave() -> None:
     references to the group, which keep it alive after ``torch.distributed.destroy_process_group``.
     """
     if dist.is_initialized():
-        deepspeed.comm.destroy_process_group()
+        (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
         gc.collect()
 
 
