@@ -1,9 +1,9 @@
 """Squared norms of the layers in one flat shard: which way is fastest, and how exact it is.
 
-    python benchmarks/segment_sums.py [--device cuda]
+    python -m benchmarks.segment_sums [--device cuda]
 
 Prints milliseconds (the best of several runs) and the largest relative error of a layer against float64. The way that
-ds_looksam/layers.py uses is the first on a GPU and the second on a CPU.
+ds_looksam/layers.py uses is the first on a GPU and the last on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ds_looksam.algebra import CHUNK_CPU
 
 SHARDS = {"ViT-S of 150 tensors": (150, 22_000_000), "1,500 tensors": (1500, 22_000_000),
           "1,500 tensors on one of 64 ranks": (1500, 350_000)}
@@ -29,6 +31,12 @@ def ways(x: Tensor, lengths: list[int]) -> dict[str, Callable[[], Tensor]]:
         out = torch.zeros(len(lengths), dtype=torch.float64, device=x.device)
         return out.index_add_(0, of_element, (x * x).double())
 
+    def dots_of_pieces() -> Tensor:
+        pieces = [[part] if part.numel() <= CHUNK_CPU else part.split(CHUNK_CPU) for part in x.split(lengths)]
+        sums = torch.stack([torch.dot(piece, piece) for parts in pieces for piece in parts]).double()
+        index = torch.tensor([i for i, parts in enumerate(pieces) for _ in parts], device=x.device)
+        return torch.zeros(len(lengths), dtype=torch.float64, device=x.device).index_add_(0, index, sums)
+
     return {
         "_foreach_norm of views": lambda: torch.stack(torch._foreach_norm(x.split(lengths))).double().square(),
         "_foreach_norm of views in float64":
@@ -36,6 +44,7 @@ def ways(x: Tensor, lengths: list[int]) -> dict[str, Callable[[], Tensor]]:
         "segment_reduce": lambda: torch.segment_reduce(x * x, "sum", lengths=counts).double(),
         "index_add": index_add,
         "one dot per tensor": lambda: torch.stack([torch.dot(part, part) for part in x.split(lengths)]).double(),
+        "dots of pieces of tensors": dots_of_pieces,
     }
 
 

@@ -8,8 +8,8 @@ every rank. A rank holds pieces of some layers, anywhere in its flat tensors, an
 
 The two add up to the squares of the whole layers, in one all-reduce of L numbers however many ranks share them.
 
-Sums over pieces are ``torch._foreach_norm`` over views: a fixed number of kernels on a GPU, whatever the number of
-layers. ``benchmarks/segment_sums.py`` compares it with segment_reduce and index_add.
+Sums over pieces are ``torch._foreach_norm`` over views on a GPU, a fixed number of kernels whatever the number of
+layers, and dot products on a CPU. ``benchmarks/segment_sums.py`` compares them with segment_reduce and index_add.
 
 Source of the layer-wise rule: Liu, Mai, Chen, Hsieh, You, CVPR 2022 (arXiv 2203.02714), Look-LayerSAM; its direction is
 that of LARS and LAMB. Which global scalar divides it could not be checked: see :func:`perturbation_scales`.
@@ -83,25 +83,35 @@ class LayerMap:
             ranges: for each of ``x`` which flat tensor, from which element to which.
             x: fp32 [hi - lo] each.
         """
-        views, layers = [], []
+        views: list[Tensor] = []
+        numbers: list[int] = []
+        on_device: list[Tensor] = []
         for (i, lo, hi), part in zip(ranges, x, strict=True):
             if hi > lo:
-                lengths, _, on_device, _ = self._pieces(i, lo, hi)
+                lengths, layers, layers_on_device, _ = self._pieces(i, lo, hi)
                 views += part.split(lengths)
-                layers.append(on_device)
+                numbers += layers
+                on_device.append(layers_on_device)
         if not views:
             return
-        # A CPU adds up in the type it is told to, one element after the other: in fp32 a layer of a million elements
-        # is 1e-5 off. A GPU adds up in a tree, and fp32 is enough.
-        dtype = torch.float64 if views[0].device.type == "cpu" else None
-        norms = torch.stack(torch._foreach_norm(views, 2, dtype=dtype))
-        out.index_add_(0, layers[0] if len(layers) == 1 else torch.cat(layers), norms.double().square())
+        if views[0].device.type == "cpu":
+            # In pieces that a sum in fp32 is exact enough for (algebra.CHUNK_CPU). A foreach norm runs on one thread,
+            # adds up one element after the other, and so would have to do it in float64.
+            step = chunk_size(views[0].device)
+            pieces = [[view] if view.numel() <= step else view.split(step) for view in views]
+            squares = torch.stack([torch.dot(piece, piece) for parts in pieces for piece in parts])
+            index = torch.tensor([layer for layer, parts in zip(numbers, pieces, strict=True) for _ in parts])
+        else:
+            squares = torch.stack(torch._foreach_norm(views)).square()
+            index = torch.cat(on_device)
+        out.index_add_(0, index, squares.double())
 
     def squares(self, shard: Shard) -> Tensor:
         """The squared norms of this rank's part of every layer: float64 [L]."""
         out = self.zeros(1)[:, 0]
         for i, flat in enumerate(shard):
-            for lo, hi in chunks(flat.numel(), chunk_size(flat.device)):
+            at_once = flat.numel() if flat.dtype == torch.float32 else chunk_size(flat.device)
+            for lo, hi in chunks(flat.numel(), max(1, at_once)):
                 self.add_squares_(out, [(i, lo, hi)], [flat[lo:hi].float()])
         return out[:-1]
 
@@ -114,10 +124,14 @@ class LayerMap:
         Returns:
             [hi - lo], or 0-dim where all of them belong to one layer.
         """
-        _, layers, layers_on_device, lengths_on_device = self._pieces(i, lo, hi)
+        lengths, layers, layers_on_device, lengths_on_device = self._pieces(i, lo, hi)
         if len(layers) == 1:
             return values[layers[0]]
-        return torch.repeat_interleave(values[layers_on_device], lengths_on_device, output_size=hi - lo)
+        mine = values[layers_on_device]
+        if values.device.type == "cpu":
+            return torch.repeat_interleave(mine, lengths_on_device, output_size=hi - lo)
+        # A GPU repeats each value with one warp, however often, and concatenates with all of them.
+        return torch.cat([value.expand(length) for value, length in zip(mine.unbind(), lengths, strict=True)])
 
     def _pieces(self, i: int, lo: int, hi: int) -> tuple[list[int], list[int], Tensor, Tensor]:
         """Lengths and layers, as lists and on the device. Cached: chunks are the same ones in every step."""

@@ -58,6 +58,34 @@ def test_torch_optimizer_on_the_cpu() -> None:
                               config={"zero_force_ds_cpu_optimizer": False}), TOLERANCE["fp32"])
 
 
+def shares_memory(case: Case) -> list[bool]:
+    """On a rank, for each gradient that LookSAM took and did not have to keep: whether it is DeepSpeed's own memory."""
+    with engine_for(case) as engine:
+        shards, masters = engine._shards, (engine.optimizer.fp32_partitioned_groups_flat if case.stage == 3 else
+                                           engine.optimizer.single_partition_of_fp32_groups)
+        take, shared = shards.take_gradient, []
+
+        def take_and_see(*, survives_evaluation: bool) -> list[torch.Tensor]:
+            taken = take(survives_evaluation=survives_evaluation)
+            if not survives_evaluation:
+                shared.extend(g.data_ptr() == master.grad.data_ptr() for g, master in zip(taken, masters, strict=True))
+            return taken
+
+        shards.take_gradient = take_and_see
+        for update in range(case.updates):
+            train_window(engine, case, update)
+        return shared
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_copy_of_the_gradient_in_host_memory(stage: int, precision: str) -> None:
+    """Fresh memory for a shard takes a CPU several times as long as the arithmetic on it. A SAM step's second gradient
+    and every reuse step's are edited where the optimizer reads them."""
+    case = Case(world=1, stage=stage, precision=precision, updates=4, k=2, alpha=0.7, zero={"offload_optimizer": CPU})
+    assert run_on_ranks(1, shares_memory, case)[0] == [True] * 4
+
+
 def perturb_elsewhere(case: Case) -> tuple[list[float], list[float]]:
     """On a rank: what perturb_weights measures, and what it does where the model's partitions lie on another device."""
     with engine_for(case) as engine:

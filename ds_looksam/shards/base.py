@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from ..algebra import EAGER, Passes, Shard
+from ..algebra import EAGER, Passes, Shard, squared_norm
 
 if TYPE_CHECKING:
     from ..layers import LayerMap
@@ -47,6 +47,13 @@ class Segment:
     param_offset: int
     numel: int
     param_numel: int
+
+
+def part_norms(parts: Shard) -> list[Tensor]:
+    """The norm of each fp32 part, 0-dim. On a CPU a foreach norm runs on one thread."""
+    if parts and parts[0].device.type == "cpu":
+        return [squared_norm([part], part.device).sqrt().float() for part in parts]
+    return list(torch._foreach_norm(parts)) if parts else []
 
 
 def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch.distributed import Work
 
 from ..algebra import Shard
-from .base import ScaleOf
+from .base import ScaleOf, part_norms
 from .zero12 import Zero12Shards
 
 
@@ -46,9 +46,9 @@ class Zero12OffloadShards(Zero12Shards):
                 _, _, start, numel = zero.grad_position[param_id]
                 ids.append(param_id)
                 parts.append(flat.narrow(0, start, numel))
-        norms = torch._foreach_norm(parts) if parts else []
+        norms = part_norms(parts)
         zero.norm_for_param_grads = dict(zip(ids, norms, strict=True))
-        zero.local_overflow = bool(parts) and not torch.isfinite(torch.stack(list(norms))).all().item()
+        zero.local_overflow = bool(parts) and not torch.isfinite(torch.stack(norms)).all().item()
 
     def keep_gradient(self) -> None:
         self._complete_gradient()

@@ -23,12 +23,16 @@ from contextlib import contextmanager
 from tempfile import mkstemp
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from ..algebra import Shard
-from .base import ScaleOf, Segment
+from ..algebra import Shard, chunks
+from .base import ScaleOf, Segment, part_norms
 from .zero3 import Zero3Shards
+
+STAGED = 1 << 24
+"""Elements of the model that are on their way from the host to the accelerator at once."""
 
 
 class Zero3OffloadShards(Zero3Shards):
@@ -39,21 +43,33 @@ class Zero3OffloadShards(Zero3Shards):
         self._segments = self.layout()
         self._v_on_nvme: dict[int, Tensor] = {}
 
+    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
+        gradient = []
+        for i, master in enumerate(self._zero.fp32_partitioned_groups_flat):
+            if self._zero._swappable_optimizer_subgroup(i):
+                flat = self._flat_gradient(i)
+            else:  # what the step reads is fp32 already, and fresh memory for a copy would take longer than arithmetic
+                self._complete_gradient(i)
+                flat = master.grad.view(-1)
+            # .to copies where the dtype differs; only an fp32 alias of DeepSpeed's buffer must be copied by hand.
+            alias = flat.dtype == torch.float32
+            gradient.append(flat.clone() if alias and survives_evaluation else flat.to(torch.float32))
+        self._start_window()
+        if survives_evaluation:
+            self._zero.grad_partitions_flat_buffer.zero_()
+        return gradient
+
     def give_gradient(self, gradient: Shard) -> None:
         self._zero.norm_for_param_grads = {}
         for i, (flat, segments) in enumerate(zip(gradient, self._segments, strict=True)):
             self._hand_over(i, flat, segments)
 
     def keep_gradient(self) -> None:
-        """Hand over what DeepSpeed has not: the partitions of parameters without a gradient in the last micro-batch.
-
-        The step would find the gradient of an earlier window in their place. A sub-group on NVMe is handed over whole.
-        """
-        zero = self._zero
+        """Hand over what DeepSpeed has not. A sub-group on NVMe is handed over whole."""
         for i, segments in enumerate(self._segments):
-            if not zero._swappable_optimizer_subgroup(i):
-                segments = [s for s in segments if zero.get_param_id(s.parameter) not in zero.norm_for_param_grads]
-            if segments:
+            if not self._zero._swappable_optimizer_subgroup(i):
+                self._complete_gradient(i)
+            elif segments:
                 self._hand_over(i, self._flat_gradient(i).to(torch.float32), segments)
 
     def reserve_v(self, dtype: torch.dtype) -> None:
@@ -75,12 +91,21 @@ class Zero3OffloadShards(Zero3Shards):
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
         for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
-            # Without offload_param the model's partitions lie on the accelerator: w + eps is rounded here and sent.
-            on_host = model.data if model.device == self.device else torch.empty_like(model.data, device=self.device)
             with self._master(i) as master:
-                moved += self._perturb_flat(master, gradient[i], i, scale_of, out=on_host)
-            if on_host is not model.data:
-                model.data.copy_(on_host)
+                if model.device == self.device:
+                    moved += self._perturb_flat(master, gradient[i], i, scale_of, out=model.data)
+                    continue
+                # Without offload_param the model's partitions lie on the accelerator: w + eps is rounded here and sent,
+                # in pieces, by way of a small buffer.
+                buffer = torch.empty(min(STAGED, model.numel()), dtype=model.dtype, device=self.device)
+                buffer = get_accelerator().pin_memory(buffer)
+                for lo, hi in chunks(model.numel(), STAGED):
+                    def scale_here(i: int, start: int, end: int, lo: int = lo) -> Tensor:
+                        return scale_of(i, lo + start, lo + end)
+
+                    piece = buffer[:hi - lo]
+                    moved += self._perturb_flat(master[lo:hi], gradient[i][lo:hi], i, scale_here, out=piece)
+                    model.data[lo:hi].copy_(piece)
         self._republish()
         return moved
 
@@ -97,8 +122,13 @@ class Zero3OffloadShards(Zero3Shards):
         super()._start_window()
         self._zero.norm_for_param_grads = {}
 
-    def _gradient_partitions(self, i: int) -> list[Tensor]:
-        return [self._flat_gradient(i)]
+    def _complete_gradient(self, i: int) -> None:
+        """Copy to where sub-group i's step reads it what DeepSpeed has not: the gradient of parameters that have none
+        in the window's last micro-batch. The step would find that of an earlier window in their place."""
+        known = self._zero.norm_for_param_grads
+        missing = [s for s in self._segments[i] if self._zero.get_param_id(s.parameter) not in known]
+        if missing:
+            self._hand_over(i, self._flat_gradient(i), missing)
 
     def _flat_gradient(self, i: int) -> Tensor:
         """Sub-group i's part of the gradient buffer, in the order of its master weights."""
@@ -109,9 +139,8 @@ class Zero3OffloadShards(Zero3Shards):
         """Give sub-group i's optimizer step the gradient of the parameters in ``segments``, and its norms."""
         zero, master = self._zero, self._zero.fp32_partitioned_groups_flat[i]
         parts = [flat.narrow(0, s.start, s.numel) for s in segments]
-        norms = torch._foreach_norm(parts) if parts else ()
         zero.norm_for_param_grads.update(
-            {zero.get_param_id(s.parameter): norm for s, norm in zip(segments, norms, strict=True)})
+            {zero.get_param_id(s.parameter): norm for s, norm in zip(segments, part_norms(parts), strict=True)})
         if zero._swappable_optimizer_subgroup(i):
             # In memory, where DeepSpeed keeps small gradients until the step. It writes large ones to NVMe and reads
             # each to its place in the sub-group, which O_DIRECT refuses where that is not aligned to a block: DeepSpeed
@@ -119,8 +148,9 @@ class Zero3OffloadShards(Zero3Shards):
             swapped = zero.optimizer_swapper.swap_params_info[zero.optimizer_swapper.parameter_id(master)]
             swapped.swapped_gradients = {}
             swapped.unswapped_gradients = {0: flat}
-        elif parts:
-            torch._foreach_copy_([master.grad.narrow(0, s.start, s.numel) for s in segments], parts)
+        elif flat.data_ptr() != master.grad.data_ptr():
+            for s, part in zip(segments, parts, strict=True):
+                master.grad.narrow(0, s.start, s.numel).copy_(part)
 
     @contextmanager
     def _master(self, i: int) -> Iterator[Tensor]:
