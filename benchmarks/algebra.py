@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ds_looksam.algebra import EAGER, Passes
-from ds_looksam.compiled import compiled_passes
+from ds_looksam.passes import choose_passes
 
 
 @dataclass
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    todo = operations(args.numel, args.device, compiled_passes(args.device) if args.compile else EAGER)
+    todo = operations(args.numel, args.device, choose_passes(args.device, True) if args.compile else EAGER)
     if args.compile:
         for operation in todo:
             operation.run()

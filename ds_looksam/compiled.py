@@ -1,8 +1,8 @@
-"""The arithmetic on shards as ``torch.compile`` fuses it: the JSON key ``compile``.
+"""The arithmetic on shards as ``torch.compile`` fuses it: what the JSON key ``compile`` means on a CPU.
 
-The operations of :mod:`.algebra` each go through memory by themselves, on a GPU through all of it, on a CPU through a
-core's cache. Fused, a pass reads every operand once and writes every result once. Same signatures, same formulas; sums
-are formed in float64 here, where ``algebra`` adds up fp32 sums of chunks.
+The operations of :mod:`.algebra` each go through a core's cache by themselves. Fused, a pass reads every operand once
+and writes every result once. Same signatures, same formulas; sums are formed in float64 here, where ``algebra`` adds up
+fp32 sums of chunks.
 """
 
 from __future__ import annotations
@@ -15,24 +15,9 @@ from torch import Tensor
 
 from . import algebra
 from .algebra import Passes, Shard
-from .errors import LookSAMConfigError
 
-CHUNK_CPU = 1 << 20
-"""Elements per call on a CPU. A call takes some 20 microseconds; a layer-wise perturbation writes a factor for each."""
-
-
-def compiled_passes(device: torch.device) -> Passes:
-    """The compiled passes. One of them is tried on ``device``, so that a missing compiler is noticed here.
-
-    Raises:
-        LookSAMConfigError: ``torch.compile`` does not work on this machine.
-    """
-    try:
-        squared_norm([torch.ones(2, device=device)], device)
-    except Exception as error:
-        raise LookSAMConfigError("optimizer.params.compile: torch.compile failed on this machine; leave the key out, "
-                                 f"or install what it asks for. {type(error).__name__}: {error}") from error
-    return Passes(squared_norm, reuse_sums, add_reused_, add_perturbation, replay_sums, project_out_)
+CHUNK = 1 << 20
+"""Elements per call. A call takes some 20 microseconds; a layer-wise perturbation writes a factor for each."""
 
 
 def squared_norm(x: Shard, device: torch.device) -> Tensor:
@@ -97,7 +82,10 @@ def _pieces(*shards: Shard) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _ranges(flat: Tensor) -> Iterator[tuple[int, int]]:
-    return algebra.chunks(flat.numel(), CHUNK_CPU if flat.device.type == "cpu" else algebra.CHUNK_DEVICE)
+    return algebra.chunks(flat.numel(), CHUNK)
+
+
+COMPILED = Passes(squared_norm, reuse_sums, add_reused_, add_perturbation, replay_sums, project_out_)
 
 
 @functools.cache

@@ -94,8 +94,9 @@ class LookSAMConfig(BaseModel):
         rho_schedule: what rho is multiplied by over the course of the run, see :class:`RhoSchedule`.
         v_dtype: how the stored g_v is kept between SAM steps: ``"fp32"``, or ``"bf16"``, which halves it
             (docs/low-precision.md has the measured effect).
-        compile: let ``torch.compile`` fuse LookSAM's own arithmetic on the shards (docs/costs.md has the measured
-            effect). Takes a C++ compiler on a CPU, Triton on a GPU, and some seconds at the start.
+        compile: fuse LookSAM's own arithmetic on the shards, by Triton on a GPU and by ``torch.compile`` on a CPU,
+            which takes a C++ compiler, and some seconds at the start (docs/costs.md has the measured effects). Left
+            out, it is done on a GPU where Triton works, and not on a CPU.
 
     ``rho``, ``alpha`` and ``layerwise`` are defaults of the param groups: a group may bring its own, and they may be
     changed during training through ``engine.optimizer.param_groups``. A group with ``"layerwise": false`` keeps trust
@@ -112,7 +113,7 @@ class LookSAMConfig(BaseModel):
     layer_scale: LayerScale = "norm"
     rho_schedule: RhoSchedule = RhoSchedule()
     v_dtype: Literal["fp32", "bf16"] = "fp32"
-    compile: StrictBool = False
+    compile: StrictBool | None = None
 
 
 class _CommonBaseParams(BaseModel):

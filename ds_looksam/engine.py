@@ -15,7 +15,6 @@ from torch import Tensor
 from . import algebra, monitor
 from .agreement import raised_everywhere
 from .algebra import Shard
-from .compiled import compiled_passes
 from .config import (
     GroupSettings,
     LookSAMConfig,
@@ -27,6 +26,7 @@ from .config import (
 )
 from .errors import LookSAMReplayError
 from .layers import perturbation_scales
+from .passes import choose_passes
 from .rank_check import check_ranks
 from .reduction import ranks_in, sum_over_ranks
 from .replay import Window
@@ -75,8 +75,7 @@ class LookSAMEngine(ResumableEngine):
 
         super().__init__(*args, config_class=config_class, **kwargs)
         self.open_shards()
-        if settings.compile:
-            self._shards.passes = compiled_passes(self._shards.device)
+        self._shards.passes = choose_passes(self._shards.device, settings.compile)
         self._shards.reserve_v(V_DTYPES[settings.v_dtype])
         if self.zero_nvme_offload_optimizer():
             log_dist("LookSAM: zero_optimization.offload_optimizer.device is \"nvme\": save_checkpoint and "

@@ -12,15 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
-from ds_looksam import compiled
-from ds_looksam.algebra import Passes
+from ds_looksam import LookSAMConfigError, compiled
+from ds_looksam import passes as passes_module
+from ds_looksam.algebra import EAGER, Passes
+from ds_looksam.passes import COMPILES_ON_CPU, choose_passes
 
-from .test_algebra import CPU, check_projection, check_reuse, check_sums, close, shards, whole
+from .test_algebra import CPU, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
 from .test_low_precision import TIGHT
 from .test_oracle_grid import TOLERANCE
 from .test_v_dtype import BF16_V, ROUNDED
 from .training import DTYPES, Case, check_against_oracle
+
+pytestmark = pytest.mark.skipif(Version(torch.__version__) < COMPILES_ON_CPU, reason="refused with this torch")
 
 COMPILED: dict[str, Any] = {"compile": True}
 
@@ -28,8 +33,8 @@ COMPILED: dict[str, Any] = {"compile": True}
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     """Several pieces for each flat tensor, and a short last one."""
-    monkeypatch.setattr(compiled, "CHUNK_CPU", 64)
-    return compiled.compiled_passes(CPU)
+    monkeypatch.setattr(compiled, "CHUNK", 64)
+    return choose_passes(CPU, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,13 +43,8 @@ def test_sums_and_reuse(passes: Passes, dtype: torch.dtype) -> None:
     check_reuse(passes, 200, dtype)
 
 
-def test_without_v_and_where_a_rank_owns_nothing(passes: Passes) -> None:
-    g, g_s = shards(0, 2)
-    x, d = whole(g), whole(g_s) - whole(g)
-    expected = torch.stack([x @ d, d @ d, 0 * (x @ x), 0 * (x @ x)])
-    close(passes.replay_sums(g, g_s, None, CPU), expected, x @ x + d @ d)
-    assert passes.replay_sums([], [], None, CPU).tolist() == [0, 0, 0, 0]
-    assert passes.squared_norm([g[0]], CPU).item() == 0
+def test_a_rank_that_owns_nothing(passes: Passes) -> None:
+    check_nothing(passes)
 
 
 def test_projection_keeps_a_small_difference(passes: Passes) -> None:
@@ -54,19 +54,8 @@ def test_projection_keeps_a_small_difference(passes: Passes) -> None:
 @pytest.mark.parametrize("per_element, in_place", [(False, False), (True, False), (False, True)])
 def test_perturbation_is_measured_as_it_was_rounded(passes: Passes, per_element: bool, in_place: bool) -> None:
     """A compiler that takes x.to(bfloat16).float() for x says that the weights moved by eps."""
-    (w, _), (g, _) = shards(200, 2)
-    w = w.bfloat16() if in_place else w
-    scale = torch.rand(200) * 1e-3 if per_element else torch.tensor(1e-3)
-    clean, eps = w.bfloat16().double(), (g * scale).double()
-    expected = (w.float() + g * scale).bfloat16().double()
-    out = w if in_place else torch.empty(200, dtype=torch.bfloat16)
-
-    sums = passes.add_perturbation(w, g, lambda lo, hi: scale[lo:hi] if per_element else scale, out)
-
-    assert torch.equal(out.double(), expected)
-    moved = expected - clean
-    assert (moved @ moved - eps @ eps).abs() > 0.1 * (eps @ eps), "rounding was meant to show"
-    close(sums, torch.stack([moved @ moved, moved @ eps, eps @ eps]), moved @ moved + eps @ eps)
+    master = torch.bfloat16 if in_place else torch.float32
+    check_perturbation(passes, 200, master, torch.bfloat16, in_place, per_element)
 
 
 BF16 = Case(stage=2, world=2, precision="bf16", loss_scale=128.0, base="SGD", params=COMPILED,
@@ -99,8 +88,38 @@ def test_v_in_bf16() -> None:
 
 def test_no_compiler(tmp_path: Path) -> None:
     program = ("import torch; from torch._inductor import config; config.cpp.cxx = ('no-such-compiler', )\n"
-               "from ds_looksam.compiled import compiled_passes; compiled_passes(torch.device('cpu'))")
+               "from ds_looksam.passes import choose_passes; choose_passes(torch.device('cpu'), True)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent,
                           env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
-    assert done.returncode and "LookSAMConfigError: optimizer.params.compile: torch.compile failed" in done.stderr
+    assert done.returncode and "LookSAMConfigError: optimizer.params.compile: the arithmetic could" in done.stderr
+
+
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_passes(CPU, None) is choose_passes(CPU, False) is EAGER
+    assert choose_passes(CPU, True) is compiled.COMPILED
+    monkeypatch.setattr(passes_module, "COMPILES_ON_CPU", Version("99"))
+    with pytest.raises(LookSAMConfigError, match=r"optimizer\.params\.compile: .* takes torch 99"):
+        choose_passes(CPU, True)
+
+
+@pytest.mark.parametrize("here, everywhere", [(True, True), (True, False), (False, False)])
+def test_a_gpu_without_triton_on_any_rank(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, here: bool,
+                                          everywhere: bool) -> None:
+    """No GPU here: the CPU's passes stand for the fused ones. Without ``compile`` all ranks take the same."""
+    def fused(device: torch.device) -> Passes:
+        if not here:
+            raise RuntimeError("no C compiler")
+        return replace(EAGER, squared_norm=lambda *_: None)
+
+    asked = []
+
+    def on_all_ranks(yes: bool, device: torch.device) -> bool:
+        asked.append(yes)
+        return everywhere
+
+    monkeypatch.setattr(passes_module, "_fused_passes", fused)
+    monkeypatch.setattr(passes_module, "on_all_ranks", on_all_ranks)
+    monkeypatch.setattr(passes_module.torch, "ones", lambda *_, **__: None)
+    assert (choose_passes(torch.device("cuda"), None) is EAGER) == (not everywhere)
+    assert asked == [here]

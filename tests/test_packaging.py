@@ -96,7 +96,8 @@ def test_the_wheels_metadata(wheel):
     # What the package imports at the top of its modules is what it needs; optional things are imported where used.
     imported = {name for source in archive.namelist() if source.startswith("ds_looksam/") and source.endswith(".py")
                 for name in imports_at_the_top(archive.read(source))}
-    assert imported - sys.stdlib_module_names - {"ds_looksam"} == set(requirements)
+    # Triton comes with torch, where that is for GPUs; fused.py is imported there only.
+    assert imported - sys.stdlib_module_names - {"ds_looksam", "triton"} == set(requirements)
 
 
 def imports_at_the_top(source: bytes) -> Iterator[str]:

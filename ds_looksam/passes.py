@@ -1,0 +1,59 @@
+"""Which code goes through the shards: :mod:`.algebra`'s, or its fused forms, torch.compile's and Triton's."""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.utils import logger
+from packaging.version import Version
+
+from .agreement import on_all_ranks
+from .algebra import EAGER, Passes
+from .errors import LookSAMConfigError
+
+COMPILES_ON_CPU = Version("2.13")
+"""The torch release with which the compiled passes were tested on a CPU. 2.11 takes x.to(bfloat16).float() for x there,
+and so would say that the weights moved by eps, whatever rounding made of it."""
+
+
+def choose_passes(device: torch.device, fuse: bool | None) -> Passes:
+    """The passes for shards on ``device``.
+
+    Collective on a GPU where ``fuse`` is None: all ranks take the same, as replicas (ZeRO stage 0) must not differ in
+    a bit.
+
+    Args:
+        fuse: the JSON key ``compile``. None: fused on a GPU, if Triton works there on every rank; not on a CPU.
+
+    Raises:
+        LookSAMConfigError: ``fuse`` is True, and what it takes does not work on this machine.
+    """
+    if fuse is False or (fuse is None and device.type == "cpu"):
+        return EAGER
+    error: Exception | None = None
+    try:
+        passes = _fused_passes(device)
+        passes.squared_norm([torch.ones(2, device=device)], device)  # a missing compiler is noticed here
+    except Exception as raised:
+        error = raised
+    if fuse:
+        if error is not None:
+            raise LookSAMConfigError("optimizer.params.compile: the arithmetic could not be compiled on this machine; "
+                                     f"leave the key out, or install what it asks for. {type(error).__name__}: {error}"
+                                     ) from error
+        return passes
+    if error is not None:
+        logger.warning("LookSAM: Triton does not work on this rank, so LookSAM's arithmetic is fused on no rank. "
+                       f"{type(error).__name__}: {error}")
+    return passes if on_all_ranks(error is None, device) else EAGER
+
+
+def _fused_passes(device: torch.device) -> Passes:
+    if device.type != "cpu":
+        from .fused import FUSED  # Triton comes with torch for GPUs only
+
+        return FUSED
+    if Version(torch.__version__) < COMPILES_ON_CPU:
+        raise RuntimeError(f"on a CPU it takes torch {COMPILES_ON_CPU}, this is {torch.__version__}")
+    from .compiled import COMPILED
+
+    return COMPILED
