@@ -84,7 +84,8 @@ def build(args: argparse.Namespace, stage: int, precision: str, name: str) -> Co
 
     own = dict(CONTENDERS[name])
     kind = own.pop("type")
-    params = {"lr": 1e-4, "weight_decay": 0.05, "torch_adam": True}
+    # DeepSpeed's own Adam where it is on the CPU, as users have it; elsewhere torch's, which needs no compiler.
+    params = {"lr": 1e-4, "weight_decay": 0.05, "torch_adam": not args.offload}
     if name != "base":
         params |= {"k": args.k, "rho": args.rho, "alpha": args.alpha, "compile": args.compile, **own}
     zero: dict[str, Any] = {"stage": stage}
@@ -244,7 +245,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", type=int, nargs="+", default=[2], choices=[0, 1, 2, 3])
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--offload", action="store_true", help="the optimizer's state on the CPU (stages 1 to 3)")
-    parser.add_argument("--compile", action="store_true", help='"compile": true, for all but the base')
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help='"compile": true or false, for all but the base; left out if neither is given')
     add_training_arguments(parser)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15, help="k updates of each are one; at most so many")
@@ -277,11 +279,12 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             numel = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel
                         for p in contenders["base"].engine.module.parameters())
+            compiled = "" if args.compile is None else f", compile {args.compile}"
             device = "CPU" if get_accelerator().device_name() == "cpu" else torch.cuda.get_device_name()
             print(f"\nZeRO stage {stage}{' with offload' if args.offload else ''}, {precision}, "
                   f"{torch.distributed.get_world_size()} ranks on {device}, {args.model} ({numel / 1e6:.1f}M "
-                  f"parameters){', compile' if args.compile else ''}, micro-batch {args.micro_batch}, accumulation "
-                  f"{args.accumulation}, k {args.k}, {len(contenders['base'].rounds)} rounds\n\n{report(contenders)}",
+                  f"parameters){compiled}, micro-batch {args.micro_batch}, accumulation {args.accumulation}, "
+                  f"k {args.k}, {len(contenders['base'].rounds)} rounds\n\n{report(contenders)}",
                   flush=True)
         del contenders
     leave()

@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 
 __version__ = "0.1.0"
 
-TESTED = {"deepspeed": ">=0.19.8,<0.20", "torch": ">=2.13,<2.14"}
+TESTED = {"deepspeed": ">=0.19.8,<0.20", "torch": ">=2.11,<2.14"}
 """Also the requirements in setup.py. LookSAM reads DeepSpeed's private attributes: another minor release may differ."""
 
 

@@ -1,4 +1,5 @@
 """Persistent rank processes: real processes, a real gloo group, started once per world size and used by many tests.
+(With ``DS_ACCELERATOR=cuda`` an NCCL group, a GPU for each rank.)
 
 ``run_on_ranks(world_size, function, *args)`` calls a module-level function on every rank and returns the list of their
 results. A rank that raises fails the call with that rank's traceback; a rank that hangs is shown where it hangs. Either
@@ -38,7 +39,7 @@ class RankError(AssertionError):
 
 class RankPool:
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context("forkserver" if os.environ["DS_ACCELERATOR"] == "cpu" else "spawn")
         context.set_forkserver_preload(["deepspeed", "tests.ranks"])
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.pipes, self.processes = [], []
@@ -139,8 +140,11 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Any) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(os.path.join(folder, "store"), world_size)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    deepspeed.init_distributed("gloo", verbose=False)
+    accelerator = deepspeed.get_accelerator()
+    accelerator.set_device(rank)
+    backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    deepspeed.init_distributed(backend, verbose=False)
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())

@@ -201,13 +201,13 @@ def _let_cpu_compute_fp16(yes: bool) -> None:
 def train_window(engine: Any, case: Case, update: int) -> None:
     """One accumulation window of an ordinary user's loop."""
     for x, y in case.micro_batches(update, torch.distributed.get_rank()):
-        loss = engine(x.to(DTYPES[case.precision]), y)
+        loss = engine(x.to(engine.device, DTYPES[case.precision]), y.to(engine.device))
         engine.backward(loss)
         engine.step()
 
 
 def master_weights(engine: Any) -> dict[str, Tensor]:
-    """The fp32 weights by name, whole on every rank. Collective."""
+    """The fp32 weights by name, whole, in every rank's host memory. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     if getattr(engine.optimizer, "round_robin_gradients", False):
@@ -218,10 +218,10 @@ def master_weights(engine: Any) -> dict[str, Tensor]:
     masters = _replicated_masters(engine)
     for name, p in engine.module.named_parameters():
         if p.requires_grad and id(p) in masters:
-            weights[name] = masters[id(p)].detach().clone()
+            weights[name] = masters[id(p)].detach().cpu().clone()
         elif p.requires_grad:
             full = safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") else p.detach()
-            weights[name] = full.detach().float().clone()
+            weights[name] = full.detach().float().cpu().clone()
     return weights
 
 
@@ -240,12 +240,12 @@ def _replicated_masters(engine: Any) -> dict[int, Tensor]:
 
 
 def visible_weights(engine: Any) -> dict[str, Tensor]:
-    """The weights the model computes with, in its dtype: what user code sees. Collective."""
+    """The weights the model computes with, in its dtype, in host memory: what user code sees. Collective."""
     import deepspeed
 
     named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     with deepspeed.zero.GatheredParameters([p for _, p in named if hasattr(p, "ds_id")]):
-        return {name: p.detach().clone() for name, p in named}
+        return {name: p.detach().cpu().clone() for name, p in named}
 
 
 def train(case: Case, looksam: bool = True, keep_history: bool = False) -> Result:
