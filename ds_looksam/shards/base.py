@@ -16,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,10 +159,14 @@ class GradientShards(ABC):
             ``device``, this rank's part.
         """
 
-    def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor) -> Tensor:
-        """:func:`algebra.add_perturbation` for the flat tensor of this index."""
+    def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor,
+                      start: int = 0) -> Tensor:
+        """:func:`algebra.add_perturbation` for the flat tensor of this index, or a piece of it from ``start`` on."""
+        def scale(lo: int, hi: int) -> Tensor:
+            return scale_of(index, start + lo, start + hi)
+
         with torch.no_grad():
-            return self.passes.add_perturbation(weights, gradient, partial(scale_of, index), out).to(self.device)
+            return self.passes.add_perturbation(weights, gradient, scale, out).to(self.device)
 
     def _perturb_flats(self, weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard,
                        publish: Publish | None = None) -> Tensor:

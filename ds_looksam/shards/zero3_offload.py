@@ -100,11 +100,8 @@ class Zero3OffloadShards(Zero3Shards):
                 buffer = torch.empty(min(STAGED, model.numel()), dtype=model.dtype, device=self.device)
                 buffer = get_accelerator().pin_memory(buffer)
                 for lo, hi in chunks(model.numel(), STAGED):
-                    def scale_here(i: int, start: int, end: int, lo: int = lo) -> Tensor:
-                        return scale_of(i, lo + start, lo + end)
-
                     piece = buffer[:hi - lo]
-                    moved += self._perturb_flat(master[lo:hi], gradient[i][lo:hi], i, scale_here, out=piece)
+                    moved += self._perturb_flat(master[lo:hi], gradient[i][lo:hi], i, scale_of, out=piece, start=lo)
                     model.data[lo:hi].copy_(piece)
         self._republish()
         return moved
