@@ -99,6 +99,7 @@ def test_sigterm_to_torchrun_stops_every_rank_together(data: Path, undisturbed: 
     _same_run(run_dir, undisturbed)
 
 
+@pytest.mark.faults
 def test_killed_and_its_newest_checkpoints_damaged(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = _start(TORCHRUN, *_options(data, run_dir))
