@@ -116,10 +116,6 @@ def test_arithmetic_stays_on_the_host(precision: str) -> None:
 ], ids=["clipping", "sub_groups", "bf16"])
 def test_optimizer_state_on_nvme(case: Case, tmp_path: Path) -> None:
     """A directory as the NVMe. The model is wide enough for DeepSpeed's swapper, which leaves less than 1 MiB alone."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        pytest.skip("DeepSpeed's async_io op needs libaio (Debian: libaio-dev)")
     case = _on_nvme(case, tmp_path)
     if case.precision == "fp32":
         check_against_oracle(case, TOLERANCE["fp32"])
@@ -191,6 +187,10 @@ def test_no_checkpoints_on_nvme(tmp_path: Path) -> None:
 
 
 def _on_nvme(case: Case, folder: Path) -> Case:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's async_io op needs libaio (Debian: libaio-dev)")
     offload = {"device": "nvme", "nvme_path": str(folder)}
     # Most of the model's 10^6 gradients are tiny: an eps below their rounding would make Adam step by their sign.
     return replace(case, model="wide", stage=3, updates=5, k=2, options={"eps": 1e-4},
