@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import algebra
 from .algebra import Passes, Shard, chunk_size, chunks
 
 BLOCK = 8192
@@ -42,12 +43,13 @@ def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
 
 
 def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor) -> Tensor:
-    """As :func:`algebra.add_perturbation`."""
+    """As :func:`algebra.add_perturbation`, and that itself where ``out`` is fp32: one operation has nothing to fuse."""
+    if out.dtype == torch.float32:
+        return algebra.add_perturbation(weights, gradient, scale_of, out)
     total = torch.zeros(3, dtype=torch.float64, device=weights.device)
     for lo, hi in chunks(weights.numel(), chunk_size(weights.device)):
         scale = scale_of(lo, hi)
-        total += _sums(_perturb, 3, weights[lo:hi], gradient[lo:hi], scale, out[lo:hi], PER_ELEMENT=scale.dim() > 0,
-                       MEASURED=out.dtype != torch.float32)
+        total += _sums(_perturb, 3, weights[lo:hi], gradient[lo:hi], scale, out[lo:hi], PER_ELEMENT=scale.dim() > 0)
     return total
 
 
@@ -128,8 +130,7 @@ def _add_reused(g_ptr, v_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _perturb(w_ptr, g_ptr, scale_ptr, out_ptr, sums_ptr, numel, PER_ELEMENT: tl.constexpr, MEASURED: tl.constexpr,
-             BLOCK: tl.constexpr):
+def _perturb(w_ptr, g_ptr, scale_ptr, out_ptr, sums_ptr, numel, PER_ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
     offsets, mask = _block(numel, BLOCK)
     w, g = _load(w_ptr, offsets, mask), _load(g_ptr, offsets, mask)
     if PER_ELEMENT:
@@ -137,16 +138,11 @@ def _perturb(w_ptr, g_ptr, scale_ptr, out_ptr, sums_ptr, numel, PER_ELEMENT: tl.
     else:
         eps = g * tl.load(scale_ptr)
     perturbed = (w + eps).to(out_ptr.dtype.element_ty)
+    moved = perturbed.to(tl.float32) - w.to(out_ptr.dtype.element_ty).to(tl.float32)
     row = sums_ptr + 3 * tl.program_id(0)
-    if MEASURED:
-        moved = perturbed.to(tl.float32) - w.to(out_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(row, tl.sum(moved * moved))
-        tl.store(row + 1, tl.sum(moved * eps))
-        tl.store(row + 2, tl.sum(eps * eps))
-    else:
-        tl.store(row, 0.0)
-        tl.store(row + 1, 0.0)
-        tl.store(row + 2, 0.0)
+    tl.store(row, tl.sum(moved * moved))
+    tl.store(row + 1, tl.sum(moved * eps))
+    tl.store(row + 2, tl.sum(eps * eps))
     tl.store(out_ptr + offsets, perturbed, mask=mask)
 
 

@@ -49,10 +49,16 @@ class Segment:
 
 
 def part_norms(parts: Shard) -> list[Tensor]:
-    """The norm of each fp32 part, 0-dim. On a CPU a foreach norm runs on one thread."""
-    if parts and parts[0].device.type == "cpu":
-        return [squared_norm([part], part.device).sqrt().float() for part in parts]
-    return list(torch._foreach_norm(parts)) if parts else []
+    """The norm of each part in host memory, fp32 0-dim. A foreach norm runs on one thread there."""
+    return [squared_norm([part], part.device).sqrt().float() for part in parts]
+
+
+def in_fp32(flat: Tensor, survives_evaluation: bool) -> Tensor:
+    """A wrapper's own gradient buffer in fp32, as take_gradient has to hand it out: a copy where it must survive.
+
+    ``.to`` copies where the dtype differs; only an fp32 alias of the buffer must be copied by hand.
+    """
+    return flat.clone() if survives_evaluation and flat.dtype == torch.float32 else flat.to(torch.float32)
 
 
 def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

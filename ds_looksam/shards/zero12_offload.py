@@ -18,7 +18,7 @@ import torch
 from torch.distributed import Work
 
 from ..algebra import Shard
-from .base import ScaleOf, part_norms
+from .base import ScaleOf, in_fp32, part_norms
 from .zero12 import Zero12Shards
 
 
@@ -26,11 +26,7 @@ class Zero12OffloadShards(Zero12Shards):
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         self._complete_gradient()
-        gradient = []
-        for buffer in self._gradient_buffers():
-            # .to copies where the dtype differs; only an fp32 alias of DeepSpeed's buffer must be copied by hand.
-            alias = buffer.dtype == torch.float32
-            gradient.append(buffer.clone() if alias and survives_evaluation else buffer.to(torch.float32))
+        gradient = [in_fp32(buffer, survives_evaluation) for buffer in self._gradient_buffers()]
         self._start_window()
         return gradient
 

@@ -23,7 +23,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment
+from .base import GradientShards, ScaleOf, Segment, in_fp32
 
 
 class Zero3Shards(GradientShards):
@@ -59,15 +59,7 @@ class Zero3Shards(GradientShards):
         return list(self._zero.fp16_partitioned_groups_flat_numel)
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
-        gradient = []
-        for i in range(len(self.group_of)):
-            partitions = self._gradient_partitions(i)
-            flat = self._contiguous(partitions)
-            if flat is None:
-                flat = torch.cat([p.reshape(-1) for p in partitions])
-            # .to copies where the dtype differs; only an fp32 alias of DeepSpeed's buffer must be copied by hand.
-            alias = flat.dtype == torch.float32
-            gradient.append(flat.clone() if alias and survives_evaluation else flat.to(torch.float32))
+        gradient = [in_fp32(self._flat_gradient(i), survives_evaluation) for i in range(len(self.group_of))]
         self._start_window()
         if survives_evaluation:
             self._zero.grad_partitions_flat_buffer.zero_()
@@ -128,8 +120,11 @@ class Zero3Shards(GradientShards):
         self._start_window()
         self.end_window()
 
-    def _gradient_partitions(self, i: int) -> list[torch.Tensor]:
-        return self._zero.averaged_gradients[i]
+    def _flat_gradient(self, i: int) -> torch.Tensor:
+        """Sub-group i's averaged gradient as one tensor, DeepSpeed's own memory where that is in one piece."""
+        partitions = self._zero.averaged_gradients[i]
+        flat = self._contiguous(partitions)
+        return torch.cat([p.reshape(-1) for p in partitions]) if flat is None else flat
 
     def _start_window(self) -> None:
         """The next backward is the first of a window, as after a step."""

@@ -43,22 +43,6 @@ class Zero3OffloadShards(Zero3Shards):
         self._segments = self.layout()
         self._v_on_nvme: dict[int, Tensor] = {}
 
-    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
-        gradient = []
-        for i, master in enumerate(self._zero.fp32_partitioned_groups_flat):
-            if self._zero._swappable_optimizer_subgroup(i):
-                flat = self._flat_gradient(i)
-            else:  # what the step reads is fp32 already, and fresh memory for a copy would take longer than arithmetic
-                self._complete_gradient(i)
-                flat = master.grad.view(-1)
-            # .to copies where the dtype differs; only an fp32 alias of DeepSpeed's buffer must be copied by hand.
-            alias = flat.dtype == torch.float32
-            gradient.append(flat.clone() if alias and survives_evaluation else flat.to(torch.float32))
-        self._start_window()
-        if survives_evaluation:
-            self._zero.grad_partitions_flat_buffer.zero_()
-        return gradient
-
     def give_gradient(self, gradient: Shard) -> None:
         self._zero.norm_for_param_grads = {}
         for i, (flat, segments) in enumerate(zip(gradient, self._segments, strict=True)):
@@ -70,7 +54,7 @@ class Zero3OffloadShards(Zero3Shards):
             if not self._zero._swappable_optimizer_subgroup(i):
                 self._complete_gradient(i)
             elif segments:
-                self._hand_over(i, self._flat_gradient(i).to(torch.float32), segments)
+                self._hand_over(i, self._accumulated_gradient(i).to(torch.float32), segments)
 
     def reserve_v(self, dtype: torch.dtype) -> None:
         for i, numel in enumerate(self.flat_sizes()):
@@ -125,9 +109,16 @@ class Zero3OffloadShards(Zero3Shards):
         known = self._zero.norm_for_param_grads
         missing = [s for s in self._segments[i] if self._zero.get_param_id(s.parameter) not in known]
         if missing:
-            self._hand_over(i, self._flat_gradient(i), missing)
+            self._hand_over(i, self._accumulated_gradient(i), missing)
 
     def _flat_gradient(self, i: int) -> Tensor:
+        """What the step reads: fp32 already, where fresh memory for a copy would take longer than the arithmetic."""
+        if self._zero._swappable_optimizer_subgroup(i):
+            return self._accumulated_gradient(i)
+        self._complete_gradient(i)
+        return self._zero.fp32_partitioned_groups_flat[i].grad.view(-1)
+
+    def _accumulated_gradient(self, i: int) -> Tensor:
         """Sub-group i's part of the gradient buffer, in the order of its master weights."""
         sizes = self._zero.fp16_partitioned_groups_flat_numel
         return self._zero.grad_partitions_flat_buffer.narrow(0, sum(sizes[:i]), sizes[i])
