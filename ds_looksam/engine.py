@@ -252,8 +252,9 @@ class LookSAMEngine(ResumableEngine):
         v_squared = self._v_squared_local if self._v_squared_local is not None else parts.new_zeros(())
         sums = sum_over_ranks(torch.cat([parts, v_squared.reshape(1)]), self._shards.process_group)
         w_squared, g_squared = sums[:-1].view(-1, 2).unbind(1)
-        layerwise = torch.tensor([group.layerwise for group in groups], device=layers.device)
-        rho = torch.tensor([group.rho for group in groups], dtype=torch.float64, device=layers.device)
+        # Filled there: a tensor made of a list is copied to a GPU, and the host waits for that.
+        layerwise = torch.stack([torch.full((), group.layerwise, device=layers.device) for group in groups])
+        rho = torch.stack([torch.full((), group.rho, dtype=torch.float64, device=layers.device) for group in groups])
         scales = perturbation_scales(w_squared, g_squared, layerwise[layers.group_of_layer], rho[layers.group_of_layer],
                                      self._settings.layer_scale, self.gradient_loss_scale())
         return g_squared.sum(), sums[-1], lambda i, lo, hi: layers.expand(scales, i, lo, hi)

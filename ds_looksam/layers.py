@@ -8,8 +8,8 @@ every rank. A rank holds pieces of some layers, anywhere in its flat tensors, an
 
 The two add up to the squares of the whole layers, in one all-reduce of L numbers however many ranks share them.
 
-Sums over pieces are ``torch._foreach_norm`` over views on a GPU, a fixed number of kernels whatever the number of
-layers, and dot products on a CPU. ``benchmarks/segment_sums.py`` compares them with segment_reduce and index_add.
+Sums over pieces are ``torch.segment_reduce`` on a GPU, a few kernels whatever the number of layers, and dot products on
+a CPU. ``benchmarks/segment_sums.py`` compares them with others.
 
 Source of the layer-wise rule: Liu, Mai, Chen, Hsieh, You, CVPR 2022 (arXiv 2203.02714), Look-LayerSAM; its direction is
 that of LARS and LAMB. Which global scalar divides it could not be checked: see :func:`perturbation_scales`.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -30,6 +31,26 @@ from .shards.base import Segment
 
 Range = tuple[int, int, int]
 """Elements lo to hi of flat tensor i: (i, lo, hi)."""
+
+CUT_DEVICE = 1 << 16
+"""Elements that one sum on an accelerator goes over: segment_reduce gives each to one of its many processors."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What lies in a range: consecutive pieces, each of one layer, and these cut into what is summed at once.
+
+    ``lengths`` and ``layers``: of the pieces. ``cuts``: the lengths of their parts. On the device, int64: the same, and
+    ``parts``, into how many each piece is cut.
+    """
+
+    lengths: list[int]
+    layers: list[int]
+    cuts: list[int]
+    lengths_on_device: Tensor
+    layers_on_device: Tensor
+    cuts_on_device: Tensor
+    parts: Tensor
 
 
 class LayerMap:
@@ -69,7 +90,7 @@ class LayerMap:
                 layers.append(self.count)
             self._starts.append(starts)
             self._layers.append(layers)
-        self._cached: dict[tuple[int, int, int], tuple[list[int], list[int], Tensor, Tensor]] = {}
+        self._cached: dict[Range, Pieces] = {}
 
     def zeros(self, columns: int) -> Tensor:
         """float64 [L + 1, columns] for :meth:`add_squares_`; the last row collects padding and is to be ignored."""
@@ -83,35 +104,28 @@ class LayerMap:
             ranges: for each of ``x`` which flat tensor, from which element to which.
             x: fp32 [hi - lo] each.
         """
-        views: list[Tensor] = []
-        numbers: list[int] = []
-        on_device: list[Tensor] = []
-        for (i, lo, hi), part in zip(ranges, x, strict=True):
-            if hi > lo:
-                lengths, layers, layers_on_device, _ = self._pieces(i, lo, hi)
-                views += part.split(lengths)
-                numbers += layers
-                on_device.append(layers_on_device)
-        if not views:
+        there = [(self._pieces(r), part) for r, part in zip(ranges, x, strict=True) if part.numel() > 0]
+        if not there:
             return
-        if views[0].device.type == "cpu":
-            # In pieces that a sum in fp32 is exact enough for (algebra.CHUNK_CPU). A foreach norm runs on one thread,
-            # adds up one element after the other, and so would have to do it in float64.
-            step = chunk_size(views[0].device)
-            pieces = [[view] if view.numel() <= step else view.split(step) for view in views]
-            squares = torch.stack([torch.dot(piece, piece) for parts in pieces for piece in parts])
-            index = torch.tensor([layer for layer, parts in zip(numbers, pieces, strict=True) for _ in parts])
+        # Without "unsafe" segment_reduce checks the lengths, and waits for the device to do so.
+        if self.device.type == "cpu":  # a foreach norm runs on one thread, and adds up one element after the other
+            views = [view for pieces, part in there for view in part.split(pieces.cuts)]
+            squares = torch.stack([torch.dot(view, view) for view in views])
         else:
-            squares = torch.stack(torch._foreach_norm(views)).square()
-            index = torch.cat(on_device)
-        out.index_add_(0, index, squares.double())
+            whole = there[0][1] if len(there) == 1 else torch.cat([part for _, part in there])
+            cuts = torch.cat([pieces.cuts_on_device for pieces, _ in there])
+            squares = torch.segment_reduce(whole.square(), "sum", lengths=cuts, unsafe=True)
+        # Added up piece by piece first: index_add_ takes what goes to one layer in any order on a GPU.
+        parts = torch.cat([pieces.parts for pieces, _ in there])
+        sums = torch.segment_reduce(squares.double(), "sum", lengths=parts, unsafe=True)
+        out.index_add_(0, torch.cat([pieces.layers_on_device for pieces, _ in there]), sums)
 
     def squares(self, shard: Shard) -> Tensor:
         """The squared norms of this rank's part of every layer: float64 [L]."""
         out = self.zeros(1)[:, 0]
         for i, flat in enumerate(shard):
-            at_once = flat.numel() if flat.dtype == torch.float32 else chunk_size(flat.device)
-            for lo, hi in chunks(flat.numel(), max(1, at_once)):
+            as_it_is = flat.dtype == torch.float32 and flat.device.type == "cpu"
+            for lo, hi in chunks(flat.numel(), max(1, flat.numel()) if as_it_is else chunk_size(flat.device)):
                 self.add_squares_(out, [(i, lo, hi)], [flat[lo:hi].float()])
         return out[:-1]
 
@@ -124,27 +138,31 @@ class LayerMap:
         Returns:
             [hi - lo], or 0-dim where all of them belong to one layer.
         """
-        lengths, layers, layers_on_device, lengths_on_device = self._pieces(i, lo, hi)
-        if len(layers) == 1:
-            return values[layers[0]]
-        mine = values[layers_on_device]
+        pieces = self._pieces((i, lo, hi))
+        if len(pieces.layers) == 1:
+            return values[pieces.layers[0]]
+        mine = values[pieces.layers_on_device]
         if values.device.type == "cpu":
-            return torch.repeat_interleave(mine, lengths_on_device, output_size=hi - lo)
+            return torch.repeat_interleave(mine, pieces.lengths_on_device, output_size=hi - lo)
         # On a GPU concatenating takes half the time of repeating.
-        return torch.cat([value.expand(length) for value, length in zip(mine.unbind(), lengths, strict=True)])
+        return torch.cat([value.expand(length) for value, length in zip(mine.unbind(), pieces.lengths, strict=True)])
 
-    def _pieces(self, i: int, lo: int, hi: int) -> tuple[list[int], list[int], Tensor, Tensor]:
-        """Lengths and layers, as lists and on the device. Cached: chunks are the same ones in every step."""
-        key = (i, lo, hi)
-        if key not in self._cached:
+    def _pieces(self, where: Range) -> Pieces:
+        """Cached: chunks are the same ones in every step."""
+        if where not in self._cached:
+            i, lo, hi = where
             starts = self._starts[i]
             first, last = bisect_right(starts, lo) - 1, bisect_left(starts, hi)
-            bounds = [lo, *starts[first + 1:last], hi]
-            lengths = [end - start for start, end in pairwise(bounds)]
+            lengths = [end - start for start, end in pairwise([lo, *starts[first + 1:last], hi])]
             layers = self._layers[i][first:last]
-            self._cached[key] = (lengths, layers, torch.tensor(layers, device=self.device),
-                                 torch.tensor(lengths, device=self.device))
-        return self._cached[key]
+            # What a sum in fp32 is exact enough for (algebra.CHUNK_CPU).
+            most = chunk_size(self.device) if self.device.type == "cpu" else CUT_DEVICE
+            cuts = [[b - a for a, b in chunks(length, most)] for length in lengths]
+            flat_cuts = [cut for of_piece in cuts for cut in of_piece]
+            on_device = [torch.tensor(x, device=self.device)
+                         for x in (lengths, layers, flat_cuts, [len(of_piece) for of_piece in cuts])]
+            self._cached[where] = Pieces(lengths, layers, flat_cuts, *on_device)
+        return self._cached[where]
 
 
 def perturbation_scales(w_squared: Tensor, g_squared: Tensor, layerwise: Tensor, rho: Tensor, rule: LayerScale,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 
 import ds_looksam
 from ds_looksam.algebra import Passes
+from ds_looksam.layers import CUT_DEVICE, LayerMap
 from ds_looksam.passes import choose_passes
+from ds_looksam.shards.base import Segment
 
 from .fuzz import rounding_tolerance
 from .models import Mlp
@@ -140,6 +143,28 @@ def test_a_reuse_step_never_waits_for_the_gpu(stage: int, precision: str) -> Non
         assert len(steps[reuse]) == len(plain[reuse]), (steps[reuse], plain[reuse])
     in_sam = [where for where in steps[3] if where.startswith(ours)]
     assert 0 < len(in_sam) <= 2, in_sam  # is g finite; is g_v
+
+
+def test_look_layersam_waits_no_more_often() -> None:
+    case = Case(world=1, stage=2, precision="bf16", alpha=0.7, k=3, updates=4, layer_scale="norm",
+                params={"torch_adam": True})
+    ours = [where for where in run_on_ranks(1, waits, case, True)[0][3] if "ds_looksam" in Path(where).parts]
+    assert 0 < len(ours) <= 2, ours
+
+
+def test_squares_of_large_and_small_layers() -> None:
+    """Every run gives the same bits: replicas of ZeRO stage 0 must not differ. 2e-6: sums over 65,536 in fp32."""
+    sizes = [1, 3 * CUT_DEVICE + 5, CUT_DEVICE, 7, 2_000_001]
+    parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
+    starts = [3, *(3 + end for end in accumulate(sizes[:-1]))]  # after three elements of padding
+    flat = torch.randn(3 + sum(sizes), device=GPU)
+    segments = [Segment(p, start, 0, size, size) for p, start, size in zip(parameters, starts, sizes, strict=True)]
+    layers = LayerMap([segments], [flat.numel()], [parameters], GPU)
+    exact = torch.stack([part.double().square().sum() for part in flat[3:].split(sizes)])
+    squares = layers.squares([flat])
+    assert ((squares - exact) / exact).abs().max() < 2e-6
+    for _ in range(20):
+        assert torch.equal(layers.squares([flat]), squares)
 
 
 class Dropping(Mlp):
