@@ -12,7 +12,7 @@ import torch
 
 from .ranks import run_on_ranks
 from .test_oracle_grid import TOLERANCE
-from .training import Case, check_against_oracle, engine_for, train_window
+from .training import Case, check_against_oracle, engine_for, master_weights, train_window
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "persistence-none": {"stage3_param_persistence_threshold": 0},
@@ -83,3 +83,24 @@ def test_the_second_evaluation_prefetches_as_the_first() -> None:
     # Each layer is a module with two parameters: more at once than one module needs was fetched ahead.
     assert max(len(params) for params in first) > 2
     assert again == first
+
+
+def weights_of_run(case: Case, left_gathered: bool) -> dict[str, torch.Tensor]:
+    """After training on this rank; with one weight gathered by hand before each step, and left so."""
+    with engine_for(case) as engine:
+        for update in range(case.updates):
+            (x, y), = case.micro_batches(update, torch.distributed.get_rank())
+            engine.backward(engine(x.float(), y))
+            if left_gathered:
+                weight = engine.module.second.weight
+                weight.all_gather([weight])
+            engine.step()
+        return master_weights(engine)
+
+
+def test_no_gathered_copy_survives_the_perturbation() -> None:
+    """DeepSpeed leaves none but the persistent parameters' behind, user code may."""
+    case = Case(stage=3, k=2, updates=4, zero={"stage3_param_persistence_threshold": 0})
+    dropped, left = (run_on_ranks(2, weights_of_run, case, left)[0] for left in (False, True))
+    for name, weight in dropped.items():
+        assert torch.equal(weight, left[name]), name

@@ -28,8 +28,8 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import ScaleOf
-from .replicated import WholeShards, views_of
+from .base import ScaleOf, views_of
+from .replicated import WholeShards
 
 
 class FP16Shards(WholeShards):

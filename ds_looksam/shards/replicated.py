@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment
+from .base import GradientShards, ScaleOf, Segment, views_of
 
 if TYPE_CHECKING:
     from ..layers import LayerMap
@@ -109,8 +109,3 @@ class ReplicatedShards(WholeShards):
 def _ends(params: list[torch.nn.Parameter]) -> Iterator[tuple[int, int]]:
     """Where each parameter begins and ends in its group's flat tensor."""
     return pairwise(accumulate((p.numel() for p in params), initial=0))
-
-
-def views_of(flat: Tensor, params: list[torch.nn.Parameter]) -> list[Tensor]:
-    """``flat`` cut into pieces of the parameters' shapes."""
-    return [part.view(p.shape) for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True)]

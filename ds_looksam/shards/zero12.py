@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import Work
 
 from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment
+from .base import GradientShards, ScaleOf, Segment, views_of
 
 
 class Zero12Shards(GradientShards):
@@ -33,8 +33,7 @@ class Zero12Shards(GradientShards):
         self.process_group: Any | None = optimizer.dp_process_group
         self.device = optimizer.single_partition_of_fp32_groups[0].device
         self.group_of = list(range(len(optimizer.single_partition_of_fp32_groups)))
-        self._fragment_shapes: dict[int, list[tuple[torch.Size, bool]]] = {}
-        self._taken: dict[int, tuple[Tensor, list[Tensor]]] = {}  # what was last taken, and its fragments
+        self._taken: dict[int, tuple[Tensor, list[Tensor]]] = {}  # what was last taken of each group, its fragments
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.bit16_groups for p in group]
@@ -63,9 +62,9 @@ class Zero12Shards(GradientShards):
         # cast the fragments. The fragments stay visible in their shapes: the clipping norm is summed over them, in
         # DeepSpeed's order.
         for i, flat in enumerate(gradient):
-            taken, fragments = self._taken.pop(i, (None, []))
+            taken, fragments = self._taken.pop(i)
             if taken is not flat:
-                fragments = self._fragments_of(i, flat)
+                fragments = fragments_like(fragments, flat)
             self._zero.averaged_gradients[i] = GradPartitionBufferGroup(fragments, flat)
 
     def master_weights(self) -> Shard:
@@ -100,26 +99,14 @@ class Zero12Shards(GradientShards):
     def _flat_fp32(self, i: int) -> Tensor:
         """Group i's averaged gradient as one fp32 tensor [partition_size]; a copy, unless LookSAM gave it."""
         fragments = self._zero.averaged_gradients[i]
-        flat = getattr(fragments, "flat_partition", None)
-        self._fragment_shapes[i] = [(f.shape, getattr(f, "_zero_padding", False)) for f in fragments]
+        flat: Tensor | None = getattr(fragments, "flat_partition", None)
         if flat is None or flat.dtype != torch.float32:
             flat = torch.empty(sum(f.numel() for f in fragments), dtype=torch.float32, device=self.device)
-            views = self._fragments_of(i, flat)
+            views = fragments_like(fragments, flat)
             torch._foreach_copy_(views, [f.detach() for f in fragments])
-            self._taken[i] = flat, views  # making views of hundreds of parameters takes longer than an all-reduce
+            fragments = views
+        self._taken[i] = flat, fragments
         return flat
-
-    def _fragments_of(self, i: int, flat: Tensor) -> list[Tensor]:
-        """Views of ``flat`` with the shapes and padding marks of the fragments last taken for group i."""
-        fragments = self._fragment_shapes[i]
-        views = []
-        for part, (shape, is_padding) in zip(flat.split([shape.numel() for shape, _ in fragments]), fragments,
-                                             strict=True):
-            view = part.view(shape)
-            if is_padding:
-                view._zero_padding = True
-            views.append(view)
-        return views
 
     def _start_window(self) -> None:
         """Without this the next evaluation would be added onto the last one."""
@@ -135,6 +122,15 @@ class Zero12Shards(GradientShards):
     def _publish(self, i: int) -> Work | None:
         return start_gather(self._zero.bit16_groups_flat[i], self._own_model_partition(i),
                             self._zero.real_dp_process_group[i])
+
+
+def fragments_like(fragments: list[Any], flat: Tensor) -> list[Any]:
+    """Views of ``flat`` with the shapes and padding marks of these fragments."""
+    views: list[Any] = views_of(flat, fragments)
+    for view, fragment in zip(views, fragments, strict=True):
+        if getattr(fragment, "_zero_padding", False):
+            view._zero_padding = True
+    return views
 
 
 def start_gather(whole: Tensor, own: Tensor, group: Any) -> Work | None:

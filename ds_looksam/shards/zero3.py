@@ -97,7 +97,7 @@ class Zero3Shards(GradientShards):
         for i, master in enumerate(self._zero.fp32_partitioned_groups_flat):
             if not self._model_flat_is_master[i]:
                 self._zero.fp16_partitioned_groups_flat[i].data.copy_(master.data)
-        self._republish()
+        self._republish(drop_all=True)
 
     def cast_weights(self, i: int) -> None:
         if not self._model_flat_is_master[i]:
@@ -135,9 +135,18 @@ class Zero3Shards(GradientShards):
         for bucket in self._zero.ipg_buckets.values():
             bucket.clear_params()
 
-    def _republish(self) -> None:
-        """Drop every gathered copy of the old weights, and gather again what DeepSpeed keeps gathered. Collective."""
-        self._zero._partition_all_parameters()
+    def _republish(self, *, drop_all: bool = False) -> None:
+        """Gather again what DeepSpeed keeps gathered. Collective.
+
+        After an evaluation that is the persistent parameters alone, as between two micro-batches. If anything else is
+        still gathered or on its way, all is dropped first, as DeepSpeed's step does, which takes longer than to gather.
+
+        Args:
+            drop_all: do so in any case. An evaluation that broke off has left modules marked as running.
+        """
+        parameters: list[Any] = self.parameters()
+        if drop_all or any(p.ds_status != ZeroParamStatus.NOT_AVAILABLE and not p.ds_persist for p in parameters):
+            self._zero._partition_all_parameters()
         gather_at_once(self._zero.persistent_parameters)
         self._zero.invalidate_secondary_tensor()
 
@@ -154,25 +163,23 @@ class Zero3Shards(GradientShards):
 
 
 def gather_at_once(parameters: list[Any]) -> None:
-    """Make parameters that are partitioned whole on every rank. Collective: one all-gather (for each dtype).
+    """Make parameters whole on every rank, from their partitions. Collective: one all-gather (for each dtype).
 
     DeepSpeed's ``all_gather`` sends one for each parameter, its ``all_gather_coalesced`` copies ranks x parameters
     pieces in Python, and reads hpZ's secondary partitions, which are still the old weights'.
     """
     by_dtype: dict[torch.dtype, list[Any]] = {}
     for p in parameters:
-        if p.ds_status == ZeroParamStatus.NOT_AVAILABLE:
-            by_dtype.setdefault(p.ds_tensor.dtype, []).append(p)
+        by_dtype.setdefault(p.ds_tensor.dtype, []).append(p)
     device = get_accelerator().current_device_name()
     for dtype, params in by_dtype.items():
         group = params[0].ds_process_group
         pieces = [p.ds_tensor.detach().to(device).view(-1) for p in params]
         own = torch.cat(pieces)
-        gathered = torch.empty(dist.get_world_size(group=group), own.numel(), dtype=dtype, device=device)
-        if len(gathered) > 1:
+        gathered = own.view(1, -1)
+        if dist.get_world_size(group=group) > 1:
+            gathered = torch.empty(dist.get_world_size(group=group), own.numel(), dtype=dtype, device=device)
             dist.all_gather_into_tensor(gathered.view(-1), own, group=group)
-        else:
-            gathered[0] = own
         for p, columns in zip(params, gathered.split([piece.numel() for piece in pieces], dim=1), strict=True):
             p.data = columns.contiguous().view(-1)[:p.ds_numel].view(p.ds_shape)  # a view would keep all in memory
             p.ds_status = ZeroParamStatus.AVAILABLE

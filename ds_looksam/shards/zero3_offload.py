@@ -97,7 +97,7 @@ class Zero3OffloadShards(Zero3Shards):
         for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
             with self._master(i) as master:
                 model.data.copy_(master)
-        self._republish()
+        self._republish(drop_all=True)
 
     def _start_window(self) -> None:
         super()._start_window()
