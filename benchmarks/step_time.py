@@ -15,8 +15,10 @@ The *ideal* is arithmetic: if an evaluation (forward, backward and the reduction
 U, as the base optimizer's updates beside it took, then T updates that need N evaluations take N E + T U, and nothing
 else. The overhead is what is measured over that.
 
-There are two clocks. *Wall* is what a user waits. *CPU* is the processor time of this process and its threads: it does
-not count other programs, nor waiting for other ranks or for a GPU, but neither does it show a wait that LookSAM causes.
+There are two clocks. *Wall* is what a user waits: on a GPU the time that passes there, between events in its queue, so
+that the host runs ahead of it as it does in training; it waits only where an update ends. *CPU* is the processor time
+of this process and its threads: it does not count other programs, nor waiting for other ranks, but neither does it show
+a wait that LookSAM causes. A process that waits for its GPU spins, so there it says little.
 """
 
 from __future__ import annotations
@@ -127,27 +129,49 @@ def batch(args: argparse.Namespace, device: torch.device, precision: str, seed: 
             "labels": labels.to(device)}
 
 
-def now() -> Seconds:
-    from deepspeed.accelerator import get_accelerator
+@dataclass(frozen=True)
+class Mark:
+    """A place in the device's queue of work, and this process's clocks when it was put there."""
 
-    get_accelerator().synchronize()
-    return time.perf_counter(), time.process_time()
+    event: Any  # None on a CPU
+    wall: float
+    cpu: float
+
+    @classmethod
+    def put(cls) -> Mark:
+        from deepspeed.accelerator import get_accelerator
+
+        event = None
+        if get_accelerator().Event is not None:
+            event = get_accelerator().Event(enable_timing=True)
+            event.record()
+        return cls(event, time.perf_counter(), time.process_time())
+
+    def since(self, earlier: Mark) -> Seconds:
+        """After the device has been waited for."""
+        wall = self.wall - earlier.wall if self.event is None else earlier.event.elapsed_time(self.event) / 1e3
+        return wall, self.cpu - earlier.cpu
 
 
 def update(contender: Contender, data: list[Batch]) -> Update:
-    """One accumulation window; the device is waited for after forward and backward, and after step()."""
-    engine = contender.engine
-    evaluation, step = [0.0, 0.0], [0.0, 0.0]
+    """One accumulation window. The device is waited for at its end."""
+    from deepspeed.accelerator import get_accelerator
+
+    engine, marks = contender.engine, []
     for inputs in data:
-        start = now()
+        start = Mark.put()
         engine.backward(engine(**inputs).loss)
-        middle = now()
+        middle = Mark.put()
         engine.step()
-        end = now()
-        for clock in (WALL, CPU):
-            evaluation[clock] += middle[clock] - start[clock]
-            step[clock] += end[clock] - middle[clock]
-    return Update(contender.kind(), (evaluation[0], evaluation[1]), (step[0], step[1]))
+        marks.append((start, middle, Mark.put()))
+    get_accelerator().synchronize()
+    evaluations = [middle.since(start) for start, middle, _ in marks]
+    steps = [end.since(middle) for _, middle, end in marks]
+    return Update(contender.kind(), add_up(evaluations), add_up(steps))
+
+
+def add_up(times: list[Seconds]) -> Seconds:
+    return sum(wall for wall, _ in times), sum(cpu for _, cpu in times)
 
 
 def measure(args: argparse.Namespace, stage: int, precision: str, seconds: float) -> dict[str, Contender]:
@@ -260,11 +284,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def launch(module: str, ranks: int) -> None:
+    """If this process was not started by a launcher: be one, which starts ``module`` with the same arguments."""
+    if "RANK" not in os.environ:
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                  f"--nproc-per-node={ranks}", "-m", module, *sys.argv[1:]])
+
+
 def main() -> None:
     args = parse()
-    if "RANK" not in os.environ:  # not under a launcher: start one
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                  f"--nproc-per-node={args.ranks}", "-m", "benchmarks.step_time", *sys.argv[1:]])
+    launch("benchmarks.step_time", args.ranks)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from distributed import leave
