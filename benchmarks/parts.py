@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -73,9 +74,7 @@ class Parts:
             setattr(owner, name, self.around(name.strip("_"), getattr(owner, name)))
 
     def put_around_engine(self, engine: Any) -> None:
-        """Everything that LookSAM's step calls (``engine.step`` itself is left to the caller)."""
-        import ds_looksam.engine as of_engine
-
+        """What LookSAM's step calls on the engine and its shards."""
         shards = engine._shards
         self.put_around(engine, "_scales", "_layer_scales", "_evaluate_again", "_forward_again", "_backward_again",
                         "_take_model_step", "_keep", "_sum_norms")
@@ -84,8 +83,6 @@ class Parts:
         shards.passes = replace(shards.passes, **{
             name: self.around(name, getattr(shards.passes, name))
             for name in ("add_reused_", "replay_sums", "project_out_")})
-        take = of_engine.ModelSnapshot.take
-        of_engine.ModelSnapshot.take = self.around("ModelSnapshot.take", take)  # type: ignore[method-assign]
 
 
 def updates(contender: step_time.Contender, data: list[Any], parts: Parts, number: int) -> list[tuple[str, list[Call]]]:
@@ -127,6 +124,20 @@ def table(title: str, found: list[list[Call]], counted: list[int], on_gpu: bool)
     return "\n".join(lines)
 
 
+def print_tables(title: str, contender: step_time.Contender, data: list[Any], parts: Parts, number: int) -> None:
+    """One for each kind of update, of so many updates."""
+    on_gpu = contender.engine.device.type != "cpu"
+    updates(contender, data, parts, 6)  # warm
+    found = updates(contender, data, parts, number)
+    kinds = list(dict.fromkeys(kind for kind, _ in found))
+    for kind in kinds:
+        while contender.kind() == kind and len(kinds) > 1:  # so that the next one is of this kind
+            updates(contender, data, parts, 1)
+        counted = launches(contender, data, parts, on_gpu)
+        calls = [calls for of_kind, calls in found if of_kind == kind]
+        print(table(f"{title}, {kind}", calls, counted, on_gpu), end="\n\n", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     step_time.add_training_arguments(parser)
@@ -141,13 +152,11 @@ def main() -> None:
     args.k, args.accumulation = 2, 1
     step_time.launch("benchmarks.parts", ranks=1)
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
     from distributed import leave
 
-    import ds_looksam  # noqa: F401 - registers LookSAM
+    from ds_looksam.snapshot import ModelSnapshot
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    on_gpu = get_accelerator().device_name() != "cpu"
     deepspeed.init_distributed()
     for stage in args.stage:
         for name in args.only:
@@ -158,16 +167,9 @@ def main() -> None:
                 parts.put_around(contender.engine, "_take_model_step")
             else:
                 parts.put_around_engine(contender.engine)
-            updates(contender, data, parts, 6)  # warm
-            found = updates(contender, data, parts, args.updates)
-            kinds = list(dict.fromkeys(kind for kind, _ in found))
-            for kind in kinds:
-                while contender.kind() == kind and len(kinds) > 1:  # so that the next one is of this kind
-                    updates(contender, data, parts, 1)
-                counted = launches(contender, data, parts, on_gpu)
-                print(table(f"stage {stage}, {name}, {kind}", [calls for k, calls in found if k == kind], counted,
-                            on_gpu), flush=True)
-                print(flush=True)
+            # A class attribute: the next engine's calls are not this one's.
+            with patch.object(ModelSnapshot, "take", parts.around("ModelSnapshot.take", ModelSnapshot.take)):
+                print_tables(f"stage {stage}, {name}", contender, data, parts, args.updates)
             contender.engine.destroy()
             del contender, data
     leave()
