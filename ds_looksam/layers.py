@@ -124,8 +124,8 @@ class LayerMap:
         """The squared norms of this rank's part of every layer: float64 [L]."""
         out = self.zeros(1)[:, 0]
         for i, flat in enumerate(shard):
-            as_it_is = flat.dtype == torch.float32 and flat.device.type == "cpu"
-            for lo, hi in chunks(flat.numel(), max(1, flat.numel()) if as_it_is else chunk_size(flat.device)):
+            as_it_is = flat.dtype == torch.float32 and flat.device.type == "cpu"  # no temporary of its size
+            for lo, hi in [(0, flat.numel())] if as_it_is else chunks(flat.numel(), chunk_size(flat.device)):
                 self.add_squares_(out, [(i, lo, hi)], [flat[lo:hi].float()])
         return out[:-1]
 
