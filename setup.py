@@ -1,4 +1,4 @@
-"""Packaging. The version and the tested ranges are read from ds_looksam/_versions.py, without importing DeepSpeed."""
+"""Packaging. Version and tested ranges are read from ds_looksam/ranks/versions.py, without importing DeepSpeed."""
 
 import ast
 from pathlib import Path
@@ -17,7 +17,7 @@ def constants(path: Path) -> dict:
     }
 
 
-versions = constants(HERE / "ds_looksam" / "_versions.py")
+versions = constants(HERE / "ds_looksam" / "ranks" / "versions.py")
 
 setup(
     name="ds_looksam",

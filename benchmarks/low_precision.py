@@ -23,7 +23,7 @@ from distributed import leave  # noqa: E402
 from images import Images, open_images  # noqa: E402
 from vits import build_vit  # noqa: E402
 
-from ds_looksam.algebra import add_perturbation, perturbation_scale, squared_norm  # noqa: E402
+from ds_looksam.arithmetic.eager import add_perturbation, perturbation_scale, squared_norm  # noqa: E402
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

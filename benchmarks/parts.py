@@ -154,7 +154,7 @@ def main() -> None:
     import deepspeed
     from distributed import leave
 
-    from ds_looksam.snapshot import ModelSnapshot
+    from ds_looksam.replay.snapshot import ModelSnapshot
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed()

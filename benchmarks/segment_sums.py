@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_looksam.algebra import CHUNK_CPU, chunks
-from ds_looksam.layers import CUT_DEVICE
+from ds_looksam.arithmetic.eager import CHUNK_CPU, chunks
+from ds_looksam.arithmetic.layout import CUT_DEVICE
 
 SHARDS = {"ViT-S of 150 tensors": (150, 22_000_000), "1,500 tensors": (1500, 22_000_000),
           "1,500 tensors on one of 64 ranks": (1500, 350_000), "10 tensors": (10, 86_000_000)}

@@ -16,9 +16,9 @@ from typing import Any
 import pydantic
 
 import ds_looksam
-from ds_looksam.config import RhoSchedule
-from ds_looksam.evaluation import ReplayingEngine
-from ds_looksam.resume import ResumableEngine
+from ds_looksam.config.params import RhoSchedule
+from ds_looksam.engines.evaluation import ReplayingEngine
+from ds_looksam.engines.resume import ResumableEngine
 
 TARGET = Path(__file__).parent / "api.md"
 INTRODUCTION = """# API reference

@@ -3,18 +3,18 @@
 ``import ds_looksam`` makes DeepSpeed answer to ``"optimizer": {"type": "LookSAM"}``; nothing else changes.
 """
 
-from ._versions import __version__, check_versions
+from .ranks.versions import __version__, check_versions
 
 check_versions()
 
-from .config import LookSAMConfig  # noqa: E402
-from .engine import LookSAMEngine  # noqa: E402
+from .config.params import LookSAMConfig  # noqa: E402
+from .engines.looksam import LookSAMEngine  # noqa: E402
+from .engines.registration import initialize, is_registered, register, unregister  # noqa: E402
 from .errors import LookSAMCheckpointError, LookSAMConfigError, LookSAMError, LookSAMReplayError, LookSAMVersionError  # noqa: E402
-from .grouping import parameter_groups  # noqa: E402
 from .optimizers import Lamb, Lars  # noqa: E402
-from .rank_check import check_ranks  # noqa: E402
-from .registration import initialize, is_registered, register, unregister  # noqa: E402
-from .status import LookSAMStatus  # noqa: E402
+from .optimizers.grouping import parameter_groups  # noqa: E402
+from .ranks.check import check_ranks  # noqa: E402
+from .step.status import LookSAMStatus  # noqa: E402
 
 register()
 

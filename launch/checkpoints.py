@@ -21,8 +21,8 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ds_looksam.agreement import together
-from ds_looksam.checkpoint_files import verify_file, write_atomically
+from ds_looksam.checkpoint.files import verify_file, write_atomically
+from ds_looksam.ranks.agree import together
 
 FOLDER = "checkpoints"
 LISTING = "files.json"

@@ -75,7 +75,7 @@ compile_cpu_operators() {
 }
 
 # With the folder's own name in it: a virtual environment does not work after it was moved.
-wanted=$(echo "$VENV" | cat - constraints.txt setup.py ds_looksam/_versions.py | sha256sum)
+wanted=$(echo "$VENV" | cat - constraints.txt setup.py ds_looksam/ranks/versions.py | sha256sum)
 if [ "$(cat "$VENV/installed" 2> /dev/null)" != "$wanted" ] || ! "$VENV/bin/python" -c '' 2> /dev/null; then
     install_into_venv
     echo "$wanted" > "$VENV/installed"

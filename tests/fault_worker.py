@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-import ds_looksam.checkpoint_files as files
+import ds_looksam.checkpoint.files as files
 from launch import distributed
 
 from .training import Case, engine_for, master_weights, train_window

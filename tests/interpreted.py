@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_looksam.fused import FUSED
+from ds_looksam.arithmetic.triton_passes import FUSED
 
 from .test_algebra import NUMEL, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
 

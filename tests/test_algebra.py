@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_looksam import algebra
-from ds_looksam.algebra import EAGER, Passes
+from ds_looksam.arithmetic import eager as algebra
+from ds_looksam.arithmetic.eager import EAGER, Passes
 
 CPU = torch.device("cpu")
 # fp32 dot products of one chunk at a time, of independent normals: each is some 1e-7 of sqrt(‖x‖² ‖y‖²) off.

@@ -86,7 +86,7 @@ def _all_of_another_save(tag: Path) -> None:
 
 
 def _newer_format(tag: Path) -> None:
-    from ds_looksam.checkpoint_files import _crc_of_json
+    from ds_looksam.checkpoint.files import _crc_of_json
 
     content = json.loads((tag / "looksam.json").read_text())
     content["format"] += 1

@@ -90,8 +90,8 @@ def g_v_of(case: Case, folder: str, tag: str) -> list[tuple[str, int, int, torch
     """On a rank: the parts of g_v that it would load."""
     import math
 
-    from ds_looksam import checkpoint
-    from ds_looksam.checkpoint_layout import Trained
+    from ds_looksam.checkpoint import checkpoint
+    from ds_looksam.checkpoint.reading import Trained
 
     from .training import engine_for
 

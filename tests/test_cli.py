@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from ds_looksam import support_table
-from ds_looksam._versions import __version__
 from ds_looksam.cli import main
+from ds_looksam.config import support_table
+from ds_looksam.ranks.versions import __version__
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))

@@ -14,10 +14,11 @@ import pytest
 import torch
 from packaging.version import Version
 
-from ds_looksam import LookSAMConfigError, compiled
+from ds_looksam import LookSAMConfigError
 from ds_looksam import passes as passes_module
-from ds_looksam.algebra import EAGER, Passes
-from ds_looksam.passes import COMPILES_ON_CPU, choose_passes
+from ds_looksam.arithmetic import compiled
+from ds_looksam.arithmetic.choose import COMPILES_ON_CPU, choose_passes
+from ds_looksam.arithmetic.eager import EAGER, Passes
 
 from .test_algebra import CPU, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
 from .test_low_precision import TIGHT
@@ -88,7 +89,7 @@ def test_v_in_bf16() -> None:
 
 def test_no_compiler(tmp_path: Path) -> None:
     program = ("import torch; from torch._inductor import config; config.cpp.cxx = ('no-such-compiler', )\n"
-               "from ds_looksam.passes import choose_passes; choose_passes(torch.device('cpu'), True)")
+               "from ds_looksam.arithmetic.choose import choose_passes; choose_passes(torch.device('cpu'), True)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent,
                           env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})

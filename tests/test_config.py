@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_looksam import LookSAMConfigError
-from ds_looksam.config import parse_params
+from ds_looksam.config.params import parse_params
 
 from .ranks import run_on_ranks
 from .training import Case, distance, engine_for, make_model, master_weights, run_oracle, train_window

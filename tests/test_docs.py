@@ -20,7 +20,7 @@ import torch
 
 import ds_looksam
 from ds_looksam.cli.check import check
-from ds_looksam.config import LookSAMConfig, RhoSchedule
+from ds_looksam.config.params import LookSAMConfig, RhoSchedule
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(ds_looksam.__file__).parent  # not always beside the tests: tests/run_wheel.sh

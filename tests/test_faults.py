@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ds_looksam.agreement import GRACE
+from ds_looksam.ranks.agree import GRACE
 
 from .fault_worker import STRIKE, TIMEOUT
 

@@ -18,10 +18,9 @@ import torch
 from torch.nn import functional as F
 
 import ds_looksam
-from ds_looksam.algebra import Passes
-from ds_looksam.layers import CUT_DEVICE, LayerMap
-from ds_looksam.passes import choose_passes
-from ds_looksam.shards.base import Segment
+from ds_looksam.arithmetic.choose import choose_passes
+from ds_looksam.arithmetic.eager import Passes
+from ds_looksam.arithmetic.layout import CUT_DEVICE, LayerMap, Segment
 
 from .fuzz import rounding_tolerance
 from .models import Mlp

@@ -463,7 +463,7 @@ def test_hosts_with_different_versions_are_named(job, tmp_path):
     """host-b has another ds_looksam where host-a has this one."""
     package, other = Path(ds_looksam.__file__).parent, tmp_path / "ds_looksam"
     shutil.copytree(package, other)
-    versions = other / "_versions.py"
+    versions = other / "ranks" / "versions.py"
     versions.write_text(versions.read_text().replace("__version__ = ", "__version__ = '9.9.9' or "))
     job.hosts[1].run(["mount", "--bind", str(other), str(package)])
     try:

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ds_looksam.config import parse_params
+from ds_looksam.arithmetic.layerwise import perturbation_scales
+from ds_looksam.arithmetic.layout import LayerMap, Segment
+from ds_looksam.config.params import parse_params
 from ds_looksam.errors import LookSAMConfigError
-from ds_looksam.layers import LayerMap, perturbation_scales
-from ds_looksam.shards.base import Segment
 
 from .collectives import Collective, Recorder
 from .models import make_model

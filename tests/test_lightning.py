@@ -153,7 +153,7 @@ class Counting(nn.Module):
 
 
 def test_metrics_are_as_before_whatever_kind_of_state_they_have() -> None:
-    from ds_looksam.side_effects import without_side_effects
+    from ds_looksam.replay.side_effects import without_side_effects
 
     module = Counting()
     scores, labels = torch.eye(CLASSES), torch.arange(CLASSES)

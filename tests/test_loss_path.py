@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_looksam.loss_path import UnknownLoss, follow, mark, trace
+from ds_looksam.replay.loss_path import UnknownLoss, follow, mark, trace
 
 
 def times_three_in_place(loss):

@@ -14,9 +14,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ds_looksam.errors import LookSAMReplayError
-from ds_looksam.loss_path import UnknownLoss
-from ds_looksam.loss_recording import Recording
-from ds_looksam.loss_tape import LossTape
+from ds_looksam.replay.loss_path import UnknownLoss
+from ds_looksam.replay.recording import Recording
+from ds_looksam.replay.tape import LossTape
 
 CLASSES = 5
 

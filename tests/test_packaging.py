@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import Specifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
-from ds_looksam._versions import TESTED, __version__
+from ds_looksam.ranks.versions import TESTED, __version__
 
 from .ranks import run_on_ranks
 

@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from ds_looksam import LookSAMVersionError, check_ranks, rank_check
+from ds_looksam import LookSAMVersionError, check_ranks
+from ds_looksam.ranks import check as rank_check
 from tests.ranks import run_on_ranks
 from tests.training import Case, engine_for
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ds_looksam.config import LookSAMConfig, RhoSchedule, parse_params
+from ds_looksam.config.params import LookSAMConfig, RhoSchedule, parse_params
 from ds_looksam.errors import LookSAMConfigError
-from ds_looksam.schedule import RhoFactors
+from ds_looksam.step.schedule import RhoFactors
 
 from .ranks import run_on_ranks
 from .training import Case, check_against_oracle, distance, engine_for, master_weights, run_oracle, train_window

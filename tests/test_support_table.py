@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ds_looksam import LookSAMConfigError
-from ds_looksam.support_table import REFUSED, SUPPORTED, Refused, render
+from ds_looksam.config.support_table import REFUSED, SUPPORTED, Refused, render
 
 from .models import make_model
 from .ranks import run_on_ranks

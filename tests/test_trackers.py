@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ds_looksam.monitor import PREFIX, STEP_KINDS
+from ds_looksam.step.monitor import PREFIX, STEP_KINDS
 
 ROOT = Path(__file__).parent.parent
 Kept = dict[str, list[tuple[int, float]]]

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._versions import __version__
 from ..errors import LookSAMError
+from ..ranks.versions import __version__
 from . import check, plot, report
 
 EPILOG = """examples:

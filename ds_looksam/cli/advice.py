@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..config import AUTO, LookSAMConfig
+from ..config.params import AUTO, LookSAMConfig
 from .costs import precision_of
 
 MODEST_ALPHA, PUBLISHED_RHO = 0.2, 1.0

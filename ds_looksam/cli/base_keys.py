@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .. import optimizers
-from ..config import explain_unknown_key
+from ..config.params import explain_unknown_key
+from ..config.support import deepspeed_name
 from ..optimizers import LAYERWISE_OPTIMIZERS
-from ..support import deepspeed_name
 
 OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}
 """Keys that DeepSpeed's engine takes out of an Adam's params before it builds one."""

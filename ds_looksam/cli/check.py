@@ -26,10 +26,10 @@ import hjson
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 
-from ..config import AUTO, OPTIMIZER_TYPES, LookSAMConfig, parse_base_params, parse_params
+from ..config.params import AUTO, OPTIMIZER_TYPES, LookSAMConfig, parse_base_params, parse_params
+from ..config.support import refuse_layerwise_optimizer, refuse_unsupported
 from ..errors import LookSAMConfigError
 from ..optimizers import LAYERWISE_OPTIMIZERS
-from ..support import refuse_layerwise_optimizer, refuse_unsupported
 from . import advice, costs
 from .base_keys import refuse_unknown_keys
 from .output import print_table

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.config import DtypeEnum
 
-from ..config import LookSAMConfig
+from ..config.params import LookSAMConfig
 
 FP32 = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

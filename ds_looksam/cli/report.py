@@ -15,10 +15,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from packaging.specifiers import SpecifierSet
 
-from .._versions import TESTED, __version__
-from ..config import OPTIMIZER_TYPES
+from ..config.params import OPTIMIZER_TYPES
+from ..config.support_table import REFUSED, SUPPORTED
 from ..optimizers import LAYERWISE_OPTIMIZERS
-from ..support_table import REFUSED, SUPPORTED
+from ..ranks.versions import TESTED, __version__
 from .output import print_table
 
 OPTIONAL = {

@@ -23,10 +23,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..algebra import chunk_size, chunks
-from ..layers import LayerMap, Range
-from ..reduction import sum_over_ranks
-from ..shards.base import GradientShards, Segment
+from ..arithmetic.eager import chunk_size, chunks
+from ..arithmetic.layout import LayerMap, Range, Segment
+from ..ranks.reduce import sum_over_ranks
+from ..shards.base import GradientShards
 
 Group = dict[str, Any]
 Parts = list[Tensor]

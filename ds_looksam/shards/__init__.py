@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ..errors import LookSAMConfigError
-from .base import GradientShards, ScaleOf, Segment, full_shape
+from .base import GradientShards, ScaleOf, full_shape
 from .bf16 import BF16Shards
-from .cpu_adam import relive_steps
 from .fp16 import FP16Shards
-from .host import HostEngine, tag_for_muon
 from .replicated import ReplicatedShards
 from .zero3 import Zero3Shards
 from .zero3_offload import Zero3OffloadShards
 from .zero12 import Zero12Shards
 from .zero12_offload import Zero12OffloadShards
 
-__all__ = ["GradientShards", "HostEngine", "ScaleOf", "Segment", "full_shape", "open_shards", "relive_steps",
-           "tag_for_muon"]
+__all__ = ["GradientShards", "ScaleOf", "full_shape", "open_shards"]
 
 
-def open_shards(engine: HostEngine) -> GradientShards:
+def open_shards(engine: DeepSpeedEngine) -> GradientShards:
     """The room for the wrapper that DeepSpeed has put around the base optimizer.
 
     Raises:

@@ -15,38 +15,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 from torch.distributed import Work
 
-from ..algebra import EAGER, Passes, Shard, squared_norm
-
-if TYPE_CHECKING:
-    from ..layers import LayerMap
+from ..arithmetic.eager import EAGER, Passes, Shard, squared_norm
+from ..arithmetic.layout import LayerMap, Segment
 
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
 Publish = Callable[[int], Work | None]
 """(flat tensor's index) -> the sending of what was formed for it, to be waited for; None where there is nobody else."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of elements of one parameter inside one of this rank's flat tensors.
-
-    ``parameter[param_offset : param_offset + numel]`` (flattened, row-major) lies at ``flat[start : start + numel]``.
-    ``param_numel`` is the parameter's full size, which zero.Init hides from ``parameter.shape``.
-    """
-
-    parameter: torch.nn.Parameter
-    start: int
-    param_offset: int
-    numel: int
-    param_numel: int
 
 
 def part_norms(parts: Shard) -> list[Tensor]:

@@ -26,8 +26,9 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 from torch.distributed import Work
 
-from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment
+from ..arithmetic.eager import Shard
+from ..arithmetic.layout import Segment
+from .base import GradientShards, ScaleOf
 from .zero12 import start_gather
 
 

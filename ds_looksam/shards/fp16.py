@@ -27,7 +27,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import logger
 from torch import Tensor
 
-from ..algebra import Shard
+from ..arithmetic.eager import Shard
 from .base import ScaleOf, views_of
 from .replicated import WholeShards
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, views_of
-
-if TYPE_CHECKING:
-    from ..layers import LayerMap
+from ..arithmetic.eager import Shard
+from ..arithmetic.layout import LayerMap, Segment
+from .base import GradientShards, ScaleOf, views_of
 
 
 class WholeShards(GradientShards):

@@ -23,8 +23,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import (
 from torch import Tensor
 from torch.distributed import Work
 
-from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, views_of
+from ..arithmetic.eager import Shard
+from ..arithmetic.layout import Segment
+from .base import GradientShards, ScaleOf, views_of
 
 
 class Zero12Shards(GradientShards):

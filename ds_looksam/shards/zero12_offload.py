@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch.distributed import Work
 
-from ..algebra import Shard
+from ..arithmetic.eager import Shard
 from .base import ScaleOf, in_fp32, part_norms
 from .zero12 import Zero12Shards
 

@@ -22,8 +22,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from ..algebra import Shard
-from .base import GradientShards, ScaleOf, Segment, in_fp32
+from ..arithmetic.eager import Shard
+from ..arithmetic.layout import Segment
+from .base import GradientShards, ScaleOf, in_fp32
 
 
 class Zero3Shards(GradientShards):

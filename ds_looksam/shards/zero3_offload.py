@@ -27,8 +27,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from ..algebra import Shard, chunks
-from .base import ScaleOf, Segment, part_norms
+from ..arithmetic.eager import Shard, chunks
+from ..arithmetic.layout import Segment
+from .base import ScaleOf, part_norms
 from .zero3 import Zero3Shards
 
 STAGED = 1 << 24

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import algebra
-from .algebra import Passes, Shard, chunk_size, chunks
+from . import eager as algebra
+from .eager import Passes, Shard, chunk_size, chunks
 
 BLOCK = 8192
 """Elements of one program: 32 for each of its threads."""

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 
-from .agreement import on_all_ranks, together
-from .algebra import Shard
-from .checkpoint_files import Manifest, Range, RankFile
-from .errors import LookSAMCheckpointError
-from .shards import GradientShards, full_shape
+from ..arithmetic.eager import Shard
+from ..errors import LookSAMCheckpointError
+from ..ranks.agree import on_all_ranks, together
+from ..shards import GradientShards, full_shape
+from .files import Manifest, Range, RankFile
 
 
 @dataclass

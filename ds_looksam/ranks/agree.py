@@ -18,7 +18,7 @@ from deepspeed import comm as dist
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from .errors import LookSAMCheckpointError
+from ..errors import LookSAMCheckpointError
 
 Result = TypeVar("Result")
 

@@ -12,10 +12,11 @@ from deepspeed import comm as dist
 from deepspeed.utils import log_dist, logger
 from torch import Tensor
 
-from . import algebra, monitor
-from .agreement import raised_everywhere
-from .algebra import Shard
-from .config import (
+from ..arithmetic import eager as algebra
+from ..arithmetic.choose import choose_passes
+from ..arithmetic.eager import Shard
+from ..arithmetic.layerwise import perturbation_scales
+from ..config.params import (
     GroupSettings,
     LookSAMConfig,
     explain_unknown_key,
@@ -24,18 +25,19 @@ from .config import (
     parse_params,
     set_group_defaults,
 )
-from .errors import LookSAMReplayError
-from .layers import perturbation_scales
-from .passes import choose_passes
-from .rank_check import check_ranks
-from .reduction import ranks_in, sum_over_ranks
-from .replay import Window
+from ..config.support import deepspeed_name, refuse_model, refuse_unsupported
+from ..errors import LookSAMReplayError
+from ..ranks.agree import raised_everywhere
+from ..ranks.check import check_ranks
+from ..ranks.reduce import ranks_in, sum_over_ranks
+from ..replay.snapshot import ModelSnapshot
+from ..replay.window import Window
+from ..shards import ScaleOf
+from ..step import monitor
+from ..step.schedule import RhoFactors
+from ..step.status import LookSAMStatus, StepKind
+from .host import tag_for_muon
 from .resume import V_DTYPES, ResumableEngine
-from .schedule import RhoFactors
-from .shards import ScaleOf, tag_for_muon
-from .snapshot import ModelSnapshot
-from .status import LookSAMStatus, StepKind
-from .support import deepspeed_name, refuse_model, refuse_unsupported
 
 
 @dataclass(frozen=True)

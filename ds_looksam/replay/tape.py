@@ -3,11 +3,11 @@
 The ordinary loop is ``outputs = engine(x); loss = criterion(outputs, y); engine.backward(loss)``: what turns the output
 into the loss is the user's code, and LookSAM needs its value at w + eps too. Between the engine's forward and backward
 a :class:`LossTape` sees every torch function, and keeps those whose arguments depend on the model's output or on its
-parameters, with all other arguments as they were. :meth:`~ds_looksam.loss_recording.Recording.loss`
+parameters, with all other arguments as they were. :meth:`~ds_looksam.replay.recording.Recording.loss`
 calls them again.
 
 That is the user's loss at w + eps if every dependence on the output went through a recorded call. What can break this
-is noticed, and makes the recording unusable (:class:`~ds_looksam.loss_path.UnknownLoss`) instead of wrong:
+is noticed, and makes the recording unusable (:class:`~ds_looksam.replay.loss_path.UnknownLoss`) instead of wrong:
 
 - values read out to Python (``.item()``, ``if loss > 3``) before the loss was complete, but for constant factors;
 - tensors whose graph was made elsewhere: a custom ``autograd.Function`` (its backward is its own), another model;
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .loss_path import UnknownLoss
-from .loss_recording import (
+from .recording import (
     OUTPUT,
     GraphId,
     RecordedCall,

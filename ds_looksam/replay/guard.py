@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import LookSAMReplayError
+from ..errors import LookSAMReplayError
 from .snapshot import submodules
 
 _WHEN = ("was called while the weights are perturbed: from inside the second evaluation of a SAM step (a forward hook, "

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import LookSAMReplayError
-from .guard import PerturbedWeights
-from .loss_path import UnknownLoss
-from .optimizers.engine import LayerwiseEngine
-from .replay import Backward, Forward, LossFn, MicroBatch, Window, loss_again
-from .side_effects import without_side_effects
+from ..errors import LookSAMReplayError
+from ..replay.guard import PerturbedWeights
+from ..replay.loss_path import UnknownLoss
+from ..replay.side_effects import without_side_effects
+from ..replay.window import Backward, Forward, LossFn, MicroBatch, Window, loss_again
+from .zero_optimizer import LayerwiseEngine
 
 Closure = Callable[[], Any]
 
 
 class ReplayingEngine(LayerwiseEngine):
     """The user's loop: ``forward`` and ``backward`` of a window that ends in a SAM step are recorded, and
-    :meth:`_evaluate_again` runs them once more. :class:`~ds_looksam.engine.LookSAMEngine` decides when.
+    :meth:`_evaluate_again` runs them once more. :class:`~ds_looksam.engines.looksam.LookSAMEngine` decides when.
     """
 
     loss_fn: LossFn | None

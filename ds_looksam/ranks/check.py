@@ -15,15 +15,15 @@ import deepspeed
 import torch
 from torch import distributed
 
-from ._versions import __version__
-from .errors import LookSAMVersionError
+from ..errors import LookSAMVersionError
+from .versions import __version__
 
 
 @cache
 def sources_digest() -> str:
     """A short digest of the package's own files: two checkouts may carry the same version number."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:8]

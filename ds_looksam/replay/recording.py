@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import LookSAMReplayError
+from ..errors import LookSAMReplayError
 from .snapshot import AutocastState, TorchRandomState
 
 GraphId = tuple[str, int] | None

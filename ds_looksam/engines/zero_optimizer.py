@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from ..config import explain_unknown_key, parse_base_params
-from ..layers import LayerMap
-from ..shards import GradientShards, HostEngine, open_shards
-from ..support import refuse_layerwise_optimizer, refuse_model
-from . import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
+from ..arithmetic.layout import LayerMap
+from ..config.params import explain_unknown_key, parse_base_params
+from ..config.support import refuse_layerwise_optimizer, refuse_model
+from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
+from ..shards import GradientShards, open_shards
+from .host import HostEngine
 
 
 class LayerwiseEngine(HostEngine):

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .config import RhoSchedule
-from .errors import LookSAMConfigError
+from ..config.params import RhoSchedule
+from ..errors import LookSAMConfigError
 
 
 class RhoFactors:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .shards import full_shape
+from ..shards import full_shape
 
 KINDS = ("bias", "norm", "embedding", "vector")
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import algebra
-from .algebra import Passes, Shard
+from . import eager as algebra
+from .eager import Passes, Shard
 
 CHUNK = 1 << 20
 """Elements per call. A call takes some 20 microseconds; a layer-wise perturbation writes a factor for each."""

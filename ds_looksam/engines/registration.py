@@ -16,11 +16,11 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from .config import OPTIMIZER_TYPES
-from .engine import LookSAMEngine
-from .errors import LookSAMConfigError
-from .optimizers import LAYERWISE_OPTIMIZERS
-from .optimizers.engine import ZeroOptimizerEngine
+from ..config.params import OPTIMIZER_TYPES
+from ..errors import LookSAMConfigError
+from ..optimizers import LAYERWISE_OPTIMIZERS
+from .looksam import LookSAMEngine
+from .zero_optimizer import ZeroOptimizerEngine
 
 ENGINES: dict[str | None, type[DeepSpeedEngine]] = {
     **dict.fromkeys(OPTIMIZER_TYPES, LookSAMEngine),

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import LookSAMCheckpointError
+from ..errors import LookSAMCheckpointError
 
 MANIFEST = "looksam.json"
 FORMAT = 1

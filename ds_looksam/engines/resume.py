@@ -9,15 +9,15 @@ import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from . import checkpoint
-from .agreement import from_rank_0
-from .algebra import Shard
-from .config import LookSAMConfig
-from .errors import LookSAMCheckpointError
+from ..arithmetic.eager import Shard
+from ..checkpoint import checkpoint
+from ..config.params import LookSAMConfig
+from ..errors import LookSAMCheckpointError
+from ..ranks.agree import from_rank_0
+from ..replay.window import Window
+from ..step.status import LookSAMStatus
+from .cpu_adam import relive_steps
 from .evaluation import ReplayingEngine
-from .replay import Window
-from .shards import relive_steps
-from .status import LookSAMStatus
 
 V_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -21,15 +21,15 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
-from .agreement import from_rank_0, together
-from .algebra import Shard
-from .checkpoint_files import MANIFEST, Manifest, write_atomically, write_rank_file
-from .checkpoint_layout import Trained, read_own_part
-from .config import OPTIMIZER_TYPES, LookSAMConfig
-from .errors import LookSAMCheckpointError
-from .shards import GradientShards
-from .status import LookSAMStatus
-from .support import deepspeed_name
+from ..arithmetic.eager import Shard
+from ..config.params import OPTIMIZER_TYPES, LookSAMConfig
+from ..config.support import deepspeed_name
+from ..errors import LookSAMCheckpointError
+from ..ranks.agree import from_rank_0, together
+from ..shards import GradientShards
+from ..step.status import LookSAMStatus
+from .files import MANIFEST, Manifest, write_atomically, write_rank_file
+from .reading import Trained, read_own_part
 
 MARK = "ds_looksam"
 """Key of DeepSpeed's model states file (through client_state) that names the save to which LookSAM's files belong."""

@@ -21,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import LookSAMConfigError
+from ..arithmetic.layerwise import LayerScale
+from ..errors import LookSAMConfigError
 
 AUTO, CALIBRATED = "auto", "calibrated"
 LAYERWISE_TYPE = "LookLayerSAM"
@@ -38,7 +39,6 @@ def _finite(value: float) -> float:
 NonNegative = Annotated[float, Field(ge=0, strict=True), AfterValidator(_finite)]
 # Accelerate takes every "auto" in a DeepSpeed configuration for a placeholder that it must fill in, hence the synonym.
 Alpha = Annotated[Literal["auto"] | NonNegative, BeforeValidator(lambda value: AUTO if value == CALIBRATED else value)]
-LayerScale = Literal["norm", "relative", "gradient"]
 _BetaPair = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
@@ -90,7 +90,7 @@ class LookSAMConfig(BaseModel):
         layerwise: scale each layer's (parameter tensor's) part of the perturbation by its trust ratio ‖w_l‖/‖g_l‖:
             Look-LayerSAM. ``"type": "LookLayerSAM"`` is ``"type": "LookSAM"`` with this set.
         layer_scale: what divides the layer-wise direction, and so what ``rho`` means: ``"norm"``, ``"relative"`` or
-            ``"gradient"``, see :func:`ds_looksam.layers.perturbation_scales`.
+            ``"gradient"``, see :func:`ds_looksam.arithmetic.layout.perturbation_scales`.
         rho_schedule: what rho is multiplied by over the course of the run, see :class:`RhoSchedule`.
         v_dtype: how the stored g_v is kept between SAM steps: ``"fp32"``, or ``"bf16"``, which halves it
             (docs/low-precision.md has the measured effect).

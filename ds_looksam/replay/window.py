@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .errors import LookSAMReplayError
+from ..errors import LookSAMReplayError
 from .loss_path import LossPath, UnknownLoss, follow, mark, model_loss, trace
-from .loss_recording import Recording
-from .loss_tape import LossTape
+from .recording import Recording
 from .snapshot import ComputeMode, RandomState
+from .tape import LossTape
 
 LossFn = Callable[..., Tensor]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DtypeEnum
 
-from .config import OPTIMIZER_TYPES, LookSAMConfig
-from .errors import LookSAMConfigError
-from .optimizers import LAYERWISE_OPTIMIZERS
+from ..errors import LookSAMConfigError
+from ..optimizers import LAYERWISE_OPTIMIZERS
+from .params import OPTIMIZER_TYPES, LookSAMConfig
 
 _BASES_REFUSED = {
     "lbfgs": "it evaluates the loss itself",
