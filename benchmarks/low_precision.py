@@ -24,6 +24,7 @@ from images import Images, open_images  # noqa: E402
 from vits import build_vit  # noqa: E402
 
 from ds_looksam.arithmetic.eager import add_perturbation, perturbation_scale, squared_norm  # noqa: E402
+from tests.inside import stored_v  # noqa: E402
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,7 +83,7 @@ def train(v_dtype: str, seed: int, data_dir: Path, updates: int) -> dict[str, fl
         loss = engine(pixel_values=images, labels=labels).loss
         engine.backward(loss)
         engine.step()
-    stored = sum(part.numel() * part.element_size() for part in engine._v)
+    stored = sum(part.numel() * part.element_size() for part in stored_v(engine) or ())
     ratio, cosine = engine.looksam.perturbation_ratio.item(), engine.looksam.perturbation_cosine.item()
     engine.eval()
     losses, hits = 0.0, 0

@@ -1,7 +1,7 @@
 """What LookSAM asks of a DeepSpeed optimizer wrapper: hand out the gradient, move the weights, start over.
 
-One subclass per wrapper; they and ``host.py`` are the only places that touch DeepSpeed's private attributes. The way of
-a gradient: wrapper -> take_gradient -> algebra -> give_gradient -> the wrapper's own step.
+One subclass per wrapper. The way of a gradient: wrapper -> take_gradient -> arithmetic -> give_gradient -> the
+wrapper's own step.
 
 A picture of the flat tensors for two ranks (one param group, three tensors a b c, padding .)::
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ..arithmetic.layout import LayerMap, Segment
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
 Publish = Callable[[int], Work | None]
-"""(flat tensor's index) -> the sending of what was formed for it, to be waited for; None where there is nobody else."""
+"""(flat tensor's index) -> the all-gather that has been started for it, to be waited for; None on a single rank."""
 
 
 def part_norms(parts: Shard) -> list[Tensor]:
@@ -62,12 +63,14 @@ class GradientShards(ABC):
         device: where the shards, and the sums over them, live.
         group_of: for each flat tensor, the index of its param group.
         passes: the arithmetic on them.
+        whole_groups: the parameters of each param group of the optimizer, the same lists on every rank.
     """
 
     process_group: Any | None
     device: torch.device
     group_of: list[int]
     passes: Passes = EAGER
+    whole_groups: list[list[torch.nn.Parameter]]
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
@@ -82,6 +85,11 @@ class GradientShards(ABC):
         Over all ranks of ``process_group`` (or on each rank, where that is None) every element of every trained
         parameter appears exactly once. Linear in this rank's tensors.
         """
+
+    @cached_property
+    def layers(self) -> LayerMap:
+        """Which layer each element of the flat tensors belongs to. Built on first use, not collective."""
+        return LayerMap(self.layout(), self.flat_sizes(), self.whole_groups, self.device)
 
     @abstractmethod
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
@@ -131,9 +139,9 @@ class GradientShards(ABC):
         """The clean master weights of this rank's part, fp32 (bf16 under ``bf16_master_weights_and_grads``). While they
         are perturbed in place, the saved copies."""
 
-    def layer_squares(self, layers: LayerMap) -> Tensor:
+    def layer_squares(self) -> Tensor:
         """‖w_l‖² of this rank's part of every layer's master weights, float64 [L]. Not collective."""
-        return layers.squares(self.master_weights())
+        return self.layers.squares(self.master_weights())
 
     def flat_sizes(self) -> list[int]:
         """Elements of each flat tensor, padding included. Copies no weights, as master_weights() does on stage 0 and

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic.eager import Shard
-from ..arithmetic.layout import LayerMap, Segment
+from ..arithmetic.layout import Segment
 from .base import GradientShards, ScaleOf, views_of
 
 
@@ -86,10 +86,11 @@ class ReplicatedShards(WholeShards):
     def master_weights(self) -> Shard:
         return self._clean if self._clean is not None else self._copy_weights()
 
-    def layer_squares(self, layers: LayerMap) -> Tensor:
-        out = layers.zeros(1)[:, 0]
+    def layer_squares(self) -> Tensor:
+        out = self.layers.zeros(1)[:, 0]
         for i, params in enumerate(self._groups):  # where they lie: master_weights() would copy all of them
-            layers.add_squares_(out, [(i, *ends) for ends in _ends(params)], [p.detach().reshape(-1) for p in params])
+            self.layers.add_squares_(out, [(i, *ends) for ends in _ends(params)],
+                                     [p.detach().reshape(-1) for p in params])
         return out[:-1]
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
