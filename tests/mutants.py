@@ -230,8 +230,8 @@ def _run_pytest(copy: Path, arguments: list[str], output: Path) -> None:
     sys.exit(code)
 
 
-def outcome(mutant: Mutant) -> str:
-    """ "killed", "SURVIVED", or what else came of the tests."""
+def outcome(mutant: Mutant) -> tuple[str, str]:
+    """ "killed", "SURVIVED" or "ERROR", and by what."""
     arguments = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(mutant.tests)]
     with planted(mutant) as copy, tempfile.NamedTemporaryFile("r") as output:
         # Forked: what takes longest of a test is to import DeepSpeed.
@@ -239,11 +239,13 @@ def outcome(mutant: Mutant) -> str:
                                                               args=(copy, arguments, Path(output.name)))
         process.start()
         process.join()
-        if process.exitcode == pytest.ExitCode.OK:
-            return "SURVIVED"
-        if process.exitcode == pytest.ExitCode.TESTS_FAILED:
-            return "killed"
-        return f"pytest ended with {process.exitcode}: {output.read()[-2000:]}"
+        told = output.read()
+    failed = [line.removeprefix("FAILED tests/") for line in told.splitlines() if line.startswith("FAILED")]
+    if process.exitcode == pytest.ExitCode.TESTS_FAILED and failed:
+        return "killed", failed[0]
+    if process.exitcode == pytest.ExitCode.OK:
+        return "SURVIVED", mutant.tests
+    return "ERROR", told[-2000:]
 
 
 def main(words: list[str]) -> int:
@@ -251,9 +253,9 @@ def main(words: list[str]) -> int:
     left = 0
     for mutant in chosen:
         start = time.monotonic()
-        result = outcome(mutant)
+        result, by = outcome(mutant)
         left += result != "killed"
-        print(f"{result:9} {mutant.file:30} {mutant.why}  ({mutant.tests}, {time.monotonic() - start:.0f} s)",
+        print(f"{result}  {mutant.file}: {mutant.why}\n        {by[:160]}  ({time.monotonic() - start:.0f} s)",
               flush=True)
     print(f"{len(chosen)} mutants, {len(chosen) - left} killed")
     return 1 if left else 0
