@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant("config/params.py", "group.setdefault(\"rho\", settings.rho)", "group[\"rho\"] = settings.rho",
            "a param group's own rho is overwritten", UPDATE),
     Mutant("config/params.py", "CALIBRATED else value", "CALIBRATED + \"x\" else value",
-           "\"calibrated\" is not \"auto\" any more", "test_config.py"),
+           "\"calibrated\" is not \"auto\" any more", "test_huggingface.py -k test_accelerate"),
     # replay
     Mutant("replay/snapshot.py", "        self.random.restore()\n", "",
            "what is drawn after a SAM step is not what it would have been", "test_replay.py -k randomness"),
