@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ds_looksam.arithmetic import eager as algebra
 from ds_looksam.arithmetic.eager import EAGER, Passes
+from ds_looksam.arithmetic.rounding import round_, rounding_keys, rounding_seed
 
 CPU = torch.device("cpu")
+SEED = 5
 # fp32 dot products of one chunk at a time, of independent normals: each is some 1e-7 of sqrt(‖x‖² ‖y‖²) off.
 REL = 1e-6
 NUMEL = [0, 1, 200, 8192, 20_000]
@@ -81,16 +83,20 @@ def check_projection(passes: Passes, numel: int, device: torch.device = CPU) -> 
 
 
 def check_perturbation(passes: Passes, numel: int, master: torch.dtype, model: torch.dtype, in_place: bool,
-                       per_element: bool, device: torch.device = CPU, one_off: float = 0.0) -> None:
+                       per_element: bool, device: torch.device = CPU, one_off: float = 0.0,
+                       rounding: int | None = None) -> None:
     """``one_off``: the share of elements that may be rounded to the other side, by a GPU that fuses w + scale g."""
     (w, _), (g, _) = shards(numel, 2, device)
     w = w.to(master)
+    g = g if rounding is None else g.to(master)
     scale = (torch.rand(numel) * 1e-2 if per_element else torch.tensor(1e-2)).to(device)
-    clean, eps = whole([w.to(model)]), whole([g * scale])
+    clean, eps = whole([w.to(model)]), whole([g.float() * scale])
     expected = whole([(w.float() + g * scale).to(model)])
+    if rounding is not None:  # at once, whatever the passes work on in pieces
+        expected = at_random(w.to(model).float() + g.float() * scale, model, rounding).double().cpu()
     out = w if in_place else torch.empty(numel, dtype=model, device=device)
 
-    sums = passes.add_perturbation(w, g, lambda lo, hi: scale[lo:hi] if per_element else scale, out)
+    sums = passes.add_perturbation(w, g, lambda lo, hi: scale[lo:hi] if per_element else scale, out, rounding)
 
     # fp32 may round the product before the sum or not; in low precision the cast decides, bit by bit.
     off = (whole([out]) - expected).abs()
@@ -103,6 +109,10 @@ def check_perturbation(passes: Passes, numel: int, master: torch.dtype, model: t
     moved = whole([out]) - clean
     assert (moved - eps).norm() >= 1e-3 * eps.norm(), "rounding was meant to show"
     close(sums, torch.stack([moved @ moved, moved @ eps, eps @ eps]), moved @ moved + eps @ eps)
+
+
+def at_random(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    return round_(x.clone(), rounding_keys(seed, 0), dtype, (torch.empty_like(x), torch.empty_like(x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,6 +137,72 @@ def test_projection_keeps_a_small_difference(numel: int) -> None:
 ])
 def test_perturbation(numel: int, master: torch.dtype, model: torch.dtype, in_place: bool, per_element: bool) -> None:
     check_perturbation(EAGER, numel, master, model, in_place, per_element)
+
+
+@pytest.mark.parametrize("master, model", [
+    (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16),
+])
+def test_stochastic_rounding_is_the_same_in_any_pieces(numel: int, master: torch.dtype, model: torch.dtype) -> None:
+    check_perturbation(EAGER, numel, master, model, master == model, per_element=True, rounding=SEED)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_right_on_average(dtype: torch.dtype) -> None:
+    """Between two numbers, at the ends of an exponent's range, below the smallest exponent, of both signs."""
+    tiny, step = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
+    x = torch.tensor([0.3, 1.0, 1 + 0.1 * step, 1 - 0.1 * step, 2 - 0.7 * step, 0.02, tiny * (1 + 0.5 * step), 37.7,
+                      tiny * (1 - 0.2 * step), tiny * 0.37, tiny * step * 0.3, tiny * step * 1.3])
+    x = torch.cat([x, -x])
+    seeds = 2000
+    drawn = torch.stack([at_random(x, dtype, rounding_seed(SEED, seed)) for seed in range(seeds)])
+    assert torch.equal(drawn.to(dtype).float(), drawn)
+    gap = step * torch.maximum(2.0 ** x.abs().double().log2().floor(), torch.tensor(tiny).double())
+    assert ((drawn.double() - x.double()).abs() < gap).all(), "neighbours"
+    share = (x.abs().double() / gap) % 1  # of the way from one to the other
+    standard_error = gap * (share * (1 - share) / seeds).sqrt()
+    assert ((drawn.double().mean(0) - x.double()).abs() <= 4 * standard_error).all()
+    assert ((drawn != x).any(0) == (share > 0)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_leaves_what_is_beyond(dtype: torch.dtype) -> None:
+    largest, nans = torch.finfo(dtype).max, torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    x = torch.tensor([torch.inf, -torch.inf, largest, -largest])
+    if dtype == torch.float16:
+        x = torch.cat([x, torch.tensor([65519.0, -65519.0, 65520.0, 1e9])])
+    for seed in range(100):
+        assert torch.equal(at_random(x, dtype, seed).to(dtype), x.to(dtype))
+        assert at_random(nans.view(torch.float32), dtype, seed).isnan().all()
+
+
+def test_a_seed_decides() -> None:
+    x = torch.linspace(-1, 1, 10_001)
+    first, again, other = (at_random(x, torch.bfloat16, seed) for seed in (SEED, SEED, SEED + 1))
+    assert torch.equal(first, again)
+    # Independent ones agree in x^2 + (1 - x)^2 of the cases, with x even over [0, 1]: in 2/3 of them, +-0.005.
+    assert abs((first == other).float().mean() - 2 / 3) < 0.02
+    named = [(), (0, ), (1, ), (0, 0), (0, 1), (1, 0), (-1, ), (2**40, 7)]
+    assert len({rounding_seed(*numbers) for numbers in named}) == len(named)
+
+
+@pytest.mark.parametrize("drift", [0.0, 1e-5, 1e-3])
+def test_perturbed_by_eps_on_average(drift: float) -> None:
+    """Weights that were bf16 once, and an optimizer that has moved its fp32 master down the gradient since then.
+
+    Nearest rounding does not move them at all, or by as much as the drift says, whatever eps is.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start, g = (0.02 * torch.randn(20_000, generator=generator)).bfloat16(), torch.randn(20_000, generator=generator)
+    w, scale, out = start.float() - drift * g.sign(), torch.tensor(1e-5), torch.empty_like(start)
+
+    def along(rounding: int | None) -> float:
+        _, moved_dot_eps, eps_squared = EAGER.add_perturbation(w, g, lambda lo, hi: scale, out, rounding)
+        return float(moved_dot_eps / eps_squared)
+
+    drawn = torch.tensor([along(rounding_seed(SEED, seed)) for seed in range(50)])
+    assert abs(drawn.mean() - 1) <= 4 * drawn.std() / 50**0.5 <= 0.02
+    if drift < 1e-3:  # larger than a rounding step of most: it dithers, as in training at a large learning rate
+        assert abs(along(None) - 1) > 0.2
 
 
 def test_a_rank_that_owns_nothing() -> None:
