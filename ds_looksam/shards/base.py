@@ -25,9 +25,9 @@ from torch.distributed import Work
 
 from ..arithmetic.eager import EAGER, Passes, Shard, squared_norm
 from ..arithmetic.layout import LayerMap, Segment
+from ..arithmetic.rounding import rounding_seed
+from .own import OwnModel, ScaleOf
 
-ScaleOf = Callable[[int, int, int], Tensor]
-"""(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
 Publish = Callable[[int], Work | None]
 """(flat tensor's index) -> the all-gather that has been started for it, to be waited for; None on a single rank."""
 
@@ -153,36 +153,45 @@ class GradientShards(ABC):
         return [torch.zeros(numel, dtype=torch.float32, device=self.device) for numel in self.flat_sizes()]
 
     @abstractmethod
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
         """Make every rank's model compute with w + eps, eps = scale * gradient formed in fp32. Collective on ZeRO.
 
+        Args:
+            rounding: how a low-precision model's weights are rounded, see ``add_perturbation``: to nearest, or at
+                random from this seed, which is to be another one on every rank of ``process_group``.
+
         Returns:
-            What the move came to in the model's dtype: the sums of :func:`algebra.add_perturbation`, float64 [3] on
+            What the move came to in the model's dtype: the sums of ``add_perturbation``, float64 [3] on
             ``device``, this rank's part.
         """
 
-    def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor,
-                      start: int = 0) -> Tensor:
-        """:func:`algebra.add_perturbation` for the flat tensor of this index, or a piece of it from ``start`` on."""
+    def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, rounding: int | None,
+                      out: Tensor, start: int = 0) -> Tensor:
+        """``add_perturbation`` for the flat tensor of this index, or a piece of it from ``start`` on."""
         def scale(lo: int, hi: int) -> Tensor:
             return scale_of(index, start + lo, start + hi)
 
+        seed = None if rounding is None else rounding_seed(rounding, index, start)
         with torch.no_grad():
-            return self.passes.add_perturbation(weights, gradient, scale, out).to(self.device)
+            return self.passes.add_perturbation(weights, gradient, scale, out, seed).to(self.device)
 
-    def _perturb_flats(self, weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard,
+    def _perturb_flats(self, weights: Shard, gradient: Shard, scale_of: ScaleOf, rounding: int | None, out: Shard,
                        publish: Publish | None = None) -> Tensor:
         """The same for every flat tensor; what it returns is summed. Each is published while the next one is formed."""
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
         under_way: list[Work | None] = []
         for i, (w, g, o) in enumerate(zip(weights, gradient, out, strict=True)):
-            moved += self._perturb_flat(w, g, i, scale_of, o)
+            moved += self._perturb_flat(w, g, i, scale_of, rounding, o)
             if publish is not None:
                 under_way.append(publish(i))
         for work in under_way:
             if work is not None:
                 work.wait()
         return moved
+
+    def own_model(self) -> OwnModel:
+        """This rank's whole model, where it has one: stages 0 to 2."""
+        raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
     def unperturb_local(self) -> None:

@@ -7,6 +7,7 @@ sends nothing. Parameters of one group are handled as one flat tensor; ``p.grad`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..arithmetic.eager import Shard
-from ..arithmetic.layout import Segment
+from ..arithmetic.layout import LayerMap, Segment
 from .base import GradientShards, ScaleOf, views_of
+from .own import OwnModel
 
 
 class WholeShards(GradientShards):
@@ -39,6 +41,9 @@ class WholeShards(GradientShards):
         for params, flat in zip(self._groups, gradient, strict=True):
             for p, view in zip(params, views_of(flat, params), strict=True):
                 p.grad = view
+
+    def own_model(self) -> OwnModel:
+        return OwnWholeModel(self)
 
     def unperturb_local(self) -> None:
         self.restore_weights()
@@ -69,6 +74,34 @@ class WholeShards(GradientShards):
         return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
+class OwnWholeModel(OwnModel):
+    """On stage 0 the shards are the whole model, in a tensor for each parameter."""
+
+    def __init__(self, shards: WholeShards) -> None:
+        super().__init__(lambda: [], [], shards.whole_groups, lambda: shards.passes)
+        self._shards = shards
+
+    @cached_property
+    def layout(self) -> list[list[Segment]]:
+        return self._shards.layout()
+
+    @cached_property
+    def layers(self) -> LayerMap:
+        return self._shards.layers
+
+    def layer_squares(self) -> Tensor:
+        return self._shards.layer_squares()
+
+    def perturb(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
+        return self._shards.perturb_weights(gradient, scale_of, rounding)
+
+    def restore(self) -> None:
+        self._shards.restore_weights()
+
+    def _new_gradient(self) -> Shard:
+        return self._shards.new_shard()
+
+
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.process_group: Any | None = None
@@ -93,7 +126,7 @@ class ReplicatedShards(WholeShards):
                                      [p.detach().reshape(-1) for p in params])
         return out[:-1]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
         # The weights exist once, so a clean copy must outlive the replay: subtracting eps again would not give back the
         # same bits. w + eps is formed in place, parameter by parameter, as a factor belongs to a layer or to all of
         # them: fresh memory for it would take a CPU longer than the arithmetic.

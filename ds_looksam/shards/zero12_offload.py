@@ -52,9 +52,9 @@ class Zero12OffloadShards(Zero12Shards):
     def end_window(self) -> None:
         self._clear_partial_sums()
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
         on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
-        return self._perturb_flats(self.master_weights(), gradient, scale_of, on_host, self._publish)
+        return self._perturb_flats(self.master_weights(), gradient, scale_of, rounding, on_host, self._publish)
 
     def _publish(self, i: int) -> Work | None:
         on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups[i]

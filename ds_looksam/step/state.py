@@ -86,7 +86,7 @@ class LookSAMState:
             value = values.get(field.name, getattr(defaults, field.name))
             if isinstance(value, dict):
                 value = torch.tensor(value["float64"], dtype=torch.float64, device=self._shards.device)
-            if field.name not in ("k", "first_sam_update"):
+            if field.name not in ("k", "first_sam_update", "ascent"):
                 setattr(self.status, field.name, value)
         self.v = self.v_squared = None
         if v is not None:
