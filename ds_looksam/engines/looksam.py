@@ -71,8 +71,9 @@ class LookSAMEngine(HostEngine):
         if on_nvme:
             log_dist("LookSAM: zero_optimization.offload_optimizer.device is \"nvme\": save_checkpoint and "
                      "load_checkpoint will raise, save_16bit_model works", ranks=[0], level=logging.WARNING)
-        log_dist(f"LookSAM is on: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, ascent={settings.ascent}, "
-                 f"base optimizer {type(self.basic_optimizer).__name__} in {type(self.optimizer).__name__}", ranks=[0])
+        log_dist(f"LookSAM is on: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, "
+                 f"ascent={settings.ascent}, base optimizer {type(self.basic_optimizer).__name__} in "
+                 f"{type(self.optimizer).__name__}", ranks=[0])
 
     # Construction ---------------------------------------------------------------------------------------------------
 
