@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -53,6 +54,17 @@ class HostEngine(DeepSpeedEngine):
     def gradient_shards(self) -> GradientShards:
         """This rank's part of gradient and weights."""
         return self._shards
+
+    def refuse_steps_of_optimizer(self, error: Exception) -> None:
+        """``engine.optimizer.step()`` raises ``error`` from now on, where it is not called by ``engine.step()``."""
+        step = type(self.optimizer).step
+
+        def guarded(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._running_engine_step:
+                raise error
+            return step(optimizer, *args, **kwargs)
+
+        self.optimizer.step = MethodType(guarded, self.optimizer)  # torch's LR schedulers want a method
 
     def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
         """Check DeepSpeed's parsed configuration, and make it that of the base optimizer. Called before anything else.

@@ -50,6 +50,11 @@ class LookSAMEngine(HostEngine):
         loss_fn: ``f(outputs, *inputs, **kwargs) -> loss``, to be set where the loss is computed outside the model in
             a way that cannot be recorded. It gets the model's output and the recorded inputs of its forward, and
             returns what the user hands to ``engine.backward``.
+        edit_gradients: ``f() -> None``, to be set where gradients are changed between backward and step (masked,
+            clipped by hand): called whenever a window's gradient has been averaged, so twice on a SAM step, the second
+            time at w + eps. It finds them where DeepSpeed has them: ``safe_get_full_grad`` and ``safe_set_full_grad`` on stages
+            1 to 3, ``p.grad`` on stage 0. With ``ascent`` "rank" and "micro_batch" the perturbation itself follows the
+            rank's gradient as it was before.
     """
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
@@ -63,6 +68,9 @@ class LookSAMEngine(HostEngine):
                               is_recorded=lambda: status.next_is_sam)
         self._update = Update(settings, self._state, shards, self._replay, self._rho_factors, self._param_groups,
                               loss_scale=self.gradient_loss_scale)
+        self.refuse_steps_of_optimizer(LookSAMReplayError(
+            "optimizer.step() was called, which would take the base optimizer's step without LookSAM: call engine.step()"
+        ))
         on_nvme = self.zero_nvme_offload_optimizer()
         local = self.use_node_local_storage()
         self._checkpointer = Checkpointer(
@@ -112,9 +120,15 @@ class LookSAMEngine(HostEngine):
     def loss_fn(self) -> LossFn | None:
         return self._replay.loss_fn
 
+    @property
+    def edit_gradients(self) -> Callable[[], None] | None:
+        return self._replay.gradient_edit
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss_fn":  # nn.Module would take a criterion that is a module for a part of the engine
             self._replay.loss_fn = value
+        elif name == "edit_gradients":
+            self._replay.gradient_edit = value
         else:
             super().__setattr__(name, value)
 
@@ -128,8 +142,13 @@ class LookSAMEngine(HostEngine):
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """As DeepSpeed's; in a window that ends in a SAM step it is remembered how ``loss`` was formed."""
-        if not self._evaluates_micro_batches_again or self._replay.is_perturbed:
+        if self._replay.is_perturbed:
             return self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if not self._evaluates_micro_batches_again:
+            loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            if self.is_gradient_accumulation_boundary():
+                self._update.gradient_is_there(is_seen=not self.inside_coalesce())
+            return loss
         self._refuse_per_micro_batch(self.inside_no_sync(), "engine.no_sync()", "call engine.backward() outside of it")
         self._refuse_per_micro_batch(self.inside_coalesce(), "engine.coalesce_grad_reduction()",
                                      "call engine.backward() outside of it")
@@ -141,6 +160,7 @@ class LookSAMEngine(HostEngine):
     def direct_backward_begins(self) -> None:
         self._refuse_per_micro_batch(self._evaluates_micro_batches_again and not self._replay.is_perturbed,
                                      "loss.backward()", "call engine.backward(loss)")
+        self._update.gradient_is_there(is_seen=False)  # when it ends is not known
         self._replay.direct_backward_begins()
 
     @property

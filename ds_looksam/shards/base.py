@@ -78,6 +78,15 @@ class GradientShards(ABC):
     def parameters(self) -> list[torch.nn.Parameter]:
         """The model's parameters that the base optimizer trains."""
 
+    def follow_changes(self, v: Shard | None) -> Shard | None:
+        """Called before each update. Where parameters were frozen, unfrozen or added since: v, laid out anew, with 0
+        for what is new. Only stage 0 in fp32 can: DeepSpeed's wrappers keep the partitions they began with.
+
+        Returns:
+            ``v`` itself where nothing changed.
+        """
+        return v
+
     @abstractmethod
     def layout(self) -> list[list[Segment]]:
         """For each flat tensor, what lies in it: segments in ascending order of ``start``, padding left out.
@@ -106,6 +115,11 @@ class GradientShards(ABC):
     @abstractmethod
     def give_gradient(self, gradient: Shard) -> None:
         """Make ``gradient`` (sizes as taken) the one that the wrapper clips and hands to the base optimizer."""
+
+    @abstractmethod
+    def gradient_tensors(self) -> list[Tensor]:
+        """The wrapper's own tensors that hold the averaged gradient, for as long as they do: to see whether somebody
+        writes to them."""
 
     def end_window(self) -> None:  # noqa: B027 - most wrappers have nothing to forget
         """The update is over, applied or skipped: nothing of this window's gradient may show in the next one.

@@ -45,6 +45,9 @@ class WholeShards(GradientShards):
     def own_model(self) -> OwnModel:
         return OwnWholeModel(self)
 
+    def gradient_tensors(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
+
     def unperturb_local(self) -> None:
         self.restore_weights()
 
@@ -106,9 +109,28 @@ class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.process_group: Any | None = None
         self.device = device
-        self._groups = [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
-                        for group in optimizer.param_groups]
+        self._optimizer = optimizer
+        self._groups = self._trained()
         self.group_of = list(range(len(self._groups)))
+
+    def _trained(self) -> list[list[torch.nn.Parameter]]:
+        return [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
+                for group in self._optimizer.param_groups]
+
+    def follow_changes(self, v: Shard | None) -> Shard | None:
+        before, now = self._groups, self._trained()
+        if list(map(len, before)) == list(map(len, now)) and all(
+                p is q for old, new in zip(before, now, strict=True) for p, q in zip(old, new, strict=True)):
+            return v
+        kept = {} if v is None else {id(p): part for params, flat in zip(before, v, strict=True)
+                                     for p, part in zip(params, views_of(flat, params), strict=True)}
+        self._groups, self.group_of = now, list(range(len(now)))
+        self.whole_groups = [list(group["params"]) for group in self._optimizer.param_groups]
+        self.__dict__.pop("layers", None)
+        if v is None:
+            return None
+        dtype = v[0].dtype
+        return [self._flatten([kept.get(id(p), torch.zeros_like(p, dtype=dtype)) for p in params]) for params in now]
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = [self._flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])

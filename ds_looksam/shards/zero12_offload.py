@@ -46,6 +46,9 @@ class Zero12OffloadShards(Zero12Shards):
         zero.norm_for_param_grads = dict(zip(ids, norms, strict=True))
         zero.local_overflow = bool(parts) and not torch.isfinite(torch.stack(norms)).all().item()
 
+    def gradient_tensors(self) -> list[torch.Tensor]:
+        return self._gradient_buffers()
+
     def keep_gradient(self) -> None:
         self._complete_gradient()
 
@@ -94,5 +97,10 @@ class Zero12OffloadShards(Zero12Shards):
             for p in params:
                 param_id = zero.get_param_id(p)
                 if param_id not in zero.norm_for_param_grads:
+                    # DeepSpeed's own check comes too late: by then every parameter has a norm.
+                    assert zero.ignore_unused_parameters, (
+                        "zero_optimization.ignore_unused_parameters is false, and a parameter of shape "
+                        f"{tuple(p.shape)} has no gradient in this window: set it to true, or let every parameter take "
+                        "part in the loss")
                     _, _, start, numel = zero.grad_position[param_id]
                     buffer.narrow(0, start, numel).zero_()

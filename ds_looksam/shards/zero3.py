@@ -72,6 +72,9 @@ class Zero3Shards(GradientShards):
             sizes = [p.partition_numel() for p in self._zero.fp16_groups[i]]
             self._zero.averaged_gradients[i] = list(flat.split(sizes)) if self._zero.use_muon else [flat]
 
+    def gradient_tensors(self) -> list[torch.Tensor]:
+        return [self._zero.grad_partitions_flat_buffer]
+
     def end_window(self) -> None:
         self._zero.grad_partitions_flat_buffer.zero_()
 

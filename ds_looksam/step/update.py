@@ -17,7 +17,7 @@ from torch import Tensor
 from ..arithmetic import eager as arithmetic
 from ..arithmetic.eager import Shard
 from ..arithmetic.rounding import rounding_seed
-from ..config.params import GroupSettings, LookSAMConfig, parse_group
+from ..config.params import GroupSettings, LookSAMConfig, parse_group, set_group_defaults
 from ..errors import LookSAMReplayError
 from ..ranks.reduce import ranks_in, sum_over_all_ranks, sum_over_ranks, this_rank, world_size
 from ..shards import GradientShards
@@ -33,6 +33,9 @@ class SecondEvaluation(Protocol):
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are perturbed at the moment."""
+
+    def edit_gradients(self) -> None:
+        """Let the user change the gradient that the wrapper has just averaged."""
 
     def check(self) -> None:
         """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet."""
@@ -81,6 +84,10 @@ class Gradients:
                          self.loss_rise + other.loss_rise, self.groups + 1)
 
 
+Marks = list[tuple[int, int]]
+"""Of tensors: where their memory is, and how often it was written to."""
+
+
 class Update:
     """Turns the averaged gradient of a window into the one that the base optimizer gets.
 
@@ -96,13 +103,15 @@ class Update:
     def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: SecondEvaluation,
                  rho_factors: RhoFactors, param_groups: Callable[[], list[dict[str, Any]]],
                  loss_scale: Callable[[], float]) -> None:
-        self._state, self._shards, self._replay, self._rho_factors = state, shards, replay, rho_factors
+        self._settings, self._state, self._shards, self._replay = settings, state, shards, replay
+        self._rho_factors = rho_factors
         self._param_groups, self._loss_scale = param_groups, loss_scale
         self._rounds_at_random = settings.rounding == "stochastic"
         self.is_per_micro_batch = settings.ascent in PER_MICRO_BATCH
         kind = OwnAscent if settings.ascent in OWN else GlobalAscent
         self._ascent: Ascent = kind(shards, settings.layer_scale)
         self._so_far: Gradients | None = None
+        self._gradient_marks: Marks | None = None
 
     def __call__(self, apply_update: Callable[[], bool]) -> None:
         """One update. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step.
@@ -111,7 +120,11 @@ class Update:
             apply_update: clips, steps the base optimizer and publishes the weights; False if it skipped them.
         """
         status = self._state.status
+        self._state.follow_changes()
         groups = self._groups_in_force()
+        if not (status.next_is_sam and self.is_per_micro_batch):
+            self._refuse_edited_gradient()
+            self._replay.edit_gradients()
 
         fresh: Fresh | None = None
         kind: StepKind
@@ -141,10 +154,30 @@ class Update:
         """Each param group's settings for this update, with the schedule's factor in rho."""
         settings = []
         for i, group in enumerate(self._param_groups()):
+            if "rho" not in group:  # added since
+                set_group_defaults(group, self._settings)
             own = parse_group(group, i)
             factor = self._rho_factors.of(i, self._state.status.updates, group["lr"])
             settings.append(own._replace(rho=own.rho * factor))
         return settings
+
+    # Gradients that the user changes ----------------------------------------------------------------------------------
+
+    def gradient_is_there(self, is_seen: bool) -> None:
+        """The backward of the window's last micro-batch has ended. ``is_seen``: no later code of DeepSpeed writes to
+        the gradient before the update."""
+        self._gradient_marks = self._marks() if is_seen and self._state.status.next_is_sam else None
+
+    def _refuse_edited_gradient(self) -> None:
+        marks, self._gradient_marks = self._gradient_marks, None
+        if marks is not None and marks != self._marks():
+            raise LookSAMReplayError(
+                "the gradient was changed between engine.backward() and engine.step(). A SAM step has two gradients, "
+                "and what was done to the first would be lost. Set engine.edit_gradients to a function without arguments "
+                "that does it: it is called whenever a window's gradient has been averaged, at w and at w + eps")
+
+    def _marks(self) -> Marks:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._shards.gradient_tensors()]
 
     # Reuse ----------------------------------------------------------------------------------------------------------
 
@@ -226,6 +259,7 @@ class Update:
         with self._replay.perturbed(shards, put_back=lambda: self._give(g, g_squared)):
             moved = ascent.perturb(g, scale_of, self._rounding(), keep_clean)
             self._replay.evaluate()
+            self._replay.edit_gradients()
             g_s = shards.take_gradient(survives_evaluation=keep_clean)
             loss_rise = self._replay.loss_rise(shards.device)
         return Gradients(g, g_s, g_squared, v_squared, moved, loss_rise)
@@ -263,6 +297,7 @@ class Update:
         so_far = self._so_far
         try:
             self._replay.check()
+            self._replay.edit_gradients()
             if so_far is not None and so_far.g_s is None:  # an overflow: the update will be skipped
                 found = replace(so_far, g=self._shards.take_gradient(survives_evaluation=True))
                 self._ascent.stop_listening()
@@ -278,7 +313,7 @@ class Update:
 
     def give_up_window(self) -> None:
         """Forget what has been evaluated since the last update."""
-        self._so_far = None
+        self._so_far = self._gradient_marks = None
         self._ascent.stop_listening()
         if not self._replay.is_perturbed:  # or the ranks are apart, and only a checkpoint helps
             if self.is_per_micro_batch:
