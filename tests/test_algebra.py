@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_looksam.arithmetic import eager as algebra
-from ds_looksam.arithmetic.eager import EAGER, Passes
+from ds_looksam.arithmetic import layout
+from ds_looksam.arithmetic.eager import EAGER, Passes, perturbation_scale
+from ds_looksam.arithmetic.layerwise import perturbation_scales
+from ds_looksam.arithmetic.layout import LayerMap, Segment
 from ds_looksam.arithmetic.rounding import round_, rounding_keys, rounding_seed
 
 CPU = torch.device("cpu")
@@ -203,6 +209,40 @@ def test_perturbed_by_eps_on_average(drift: float) -> None:
     assert abs(drawn.mean() - 1) <= 4 * drawn.std() / 50**0.5 <= 0.02
     if drift < 1e-3:  # larger than a rounding step of most: it dithers, as in training at a large learning rate
         assert abs(along(None) - 1) > 0.2
+
+
+@pytest.mark.parametrize("rule", [None, "norm", "relative", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_perturbed_alone(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rule: Any) -> None:
+    """A rank with the whole model in low precision, its weights and gradients flat, perturbs it by its own gradient."""
+    monkeypatch.setattr(algebra, "chunk_size", lambda device: 64)
+    monkeypatch.setattr(layout, "chunk_size", lambda device: 64)
+    sizes, padding = [130, 7, 64, 1], 8
+    parameters = [nn.Parameter(torch.empty(size)) for size in sizes]
+    starts = list(accumulate(sizes, initial=0))
+    segments = [Segment(p, start, 0, p.numel(), p.numel()) for p, start in zip(parameters, starts[:-1], strict=True)]
+    layers = LayerMap([segments], [sum(sizes) + padding], [parameters], CPU)
+    generator = torch.Generator().manual_seed(0)
+    w, g = (torch.randn(sum(sizes), generator=generator).to(dtype) for _ in range(2))
+    w, g = (nn.functional.pad(x, (0, padding)) for x in (w, g))
+    of_layer = [(w[a:b].double(), g[a:b].double()) for a, b in pairwise(starts)]
+    g_squared, w_squared = layers.squares([g]), layers.squares([w])
+    close(g_squared, torch.stack([b @ b for _, b in of_layer]), 400)
+    close(w_squared, torch.stack([a @ a for a, _ in of_layer]), 400)
+    close(EAGER.squared_norm([g], CPU), g_squared.sum(), 400)
+    if rule is None:
+        scales = perturbation_scale(0.05, EAGER.squared_norm([g], CPU)).expand(5)
+    else:
+        rho = torch.full((4, ), 0.05, dtype=torch.float64)
+        scales = perturbation_scales(w_squared, g_squared, torch.ones(4, dtype=torch.bool), rho, rule, loss_scale=8.0)
+    eps = g.float() * torch.cat([scale.expand(n) for scale, n in zip(scales, [*sizes, padding], strict=True)])
+    expected, clean = at_random(w.float() + eps, dtype, SEED).to(dtype), w.clone()
+
+    moved = EAGER.add_perturbation(w, g, lambda lo, hi: layers.expand(scales, 0, lo, hi), w, SEED)
+
+    assert torch.equal(w, expected)
+    change, eps = w.double() - clean.double(), eps.double()
+    close(moved, torch.stack([change @ change, change @ eps, eps @ eps]), change @ change + eps @ eps)
 
 
 def test_a_rank_that_owns_nothing() -> None:
