@@ -39,6 +39,8 @@ SCALARS = 256
 """Bytes: what counts as an all-reduce of scalars."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = 128.0
+HYPER = ("lr", "betas", "eps", "weight_decay", "momentum")
+"""What schedulers change, and what DeepSpeed's optimizers and torch's have other defaults of (Adam's weight decay)."""
 FEATURES, TARGETS = 7, 3
 
 
@@ -136,7 +138,7 @@ def train(case: Case, save_to: Path | None = None, load_from: Path | None = None
         for update in range(first, case.updates):
             if save_to is not None and update == case.saved_at:
                 engine.save_checkpoint(str(save_to))
-            result.hyper.append([{key: group[key] for key in ("lr", "betas", "momentum") if key in group}
+            result.hyper.append([{key: group[key] for key in HYPER if key in group}
                                  for group in engine.optimizer.param_groups])
             with Sent() as sent:
                 for x, y in micro_batches(result, update, dist.get_rank()):
