@@ -1,4 +1,4 @@
-"""What the ranks agree on when something fails on one of them, so that all go on or all raise, and none waits for ever.
+"""What the ranks agree on when something fails on one of them, so that all continue or all raise, and none hangs.
 
 While nothing is under way, by an all-reduce (:func:`together`). In the middle of a second evaluation, where the other
 ranks may be waiting in a collective that the failed one will never join, by the process group's key-value store
