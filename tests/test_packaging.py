@@ -61,7 +61,8 @@ def imported_with(monkeypatch, rank: str = "0", **installed: str) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-@pytest.mark.parametrize(("package", "release"), [("torch", "2.10.1"), ("deepspeed", "0.19.7"), ("deepspeed", "0.20.0")])
+@pytest.mark.parametrize(("package", "release"),
+                         [("torch", "2.10.1"), ("deepspeed", "0.19.7"), ("deepspeed", "0.20.0")])
 def test_a_version_it_does_not_run_with_is_refused(monkeypatch, package, release):
     with pytest.raises(ImportError, match=f"does not run with {package} {release}: .*pip install") as caught:
         imported_with(monkeypatch, **{package: release})
@@ -70,7 +71,8 @@ def test_a_version_it_does_not_run_with_is_refused(monkeypatch, package, release
     assert imported_with(monkeypatch, **{package: fits}) == []
 
 
-@pytest.mark.parametrize(("package", "release"), [("torch", "2.15.0"), ("torch", "3.0.0+cu140"), ("deepspeed", "0.19.9")])
+@pytest.mark.parametrize(("package", "release"),
+                         [("torch", "2.15.0"), ("torch", "3.0.0+cu140"), ("deepspeed", "0.19.9")])
 def test_a_version_that_was_not_tested_is_warned_of_on_rank_0(monkeypatch, package, release):
     [message] = imported_with(monkeypatch, **{package: release})
     assert f"{package} {release} (tested: {TESTED[package]})" in message and "-m ds_looksam verify" in message

@@ -28,9 +28,9 @@ def check_versions() -> None:
     untested = [f"{package} {installed[package]} (tested: {tested})" for package, tested in TESTED.items()
                 if not _inside(installed[package], tested)]
     if untested and next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0":
-        warnings.warn(f"ds_looksam {__version__} was not tested with {', '.join(untested)}. Whether it computes what it "
-                      "should on this machine you learn in a minute or two: torchrun --standalone --nproc-per-node 2 -m "
-                      "ds_looksam verify", stacklevel=3)
+        warnings.warn(f"ds_looksam {__version__} was not tested with {', '.join(untested)}. To see in a minute or two "
+                      "whether it is right on this machine: torchrun --standalone --nproc-per-node 2 -m ds_looksam "
+                      "verify", stacklevel=3)
 
 
 def _inside(installed: str, wanted: str) -> bool:

@@ -28,7 +28,7 @@ from ..arithmetic.layout import LayerMap, Segment
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
 Publish = Callable[[int], Work | None]
-"""(flat tensor's index) -> the transfer of what was formed there, to be waited for; None where there is no other rank."""
+"""(flat tensor's index) -> the transfer of what was formed there, to be waited for; None on one rank."""
 
 
 def part_norms(parts: Shard) -> list[Tensor]:
