@@ -166,3 +166,9 @@ def package_file() -> str:
 
 def test_rank_processes_test_the_same_package():
     assert run_on_ranks(1, package_file) == [package_file()]
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    date = re.search(r"^date-released: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    assert f"\n## {__version__} - {date}\n" in (ROOT / "CHANGELOG.md").read_text()
