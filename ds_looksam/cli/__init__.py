@@ -22,7 +22,7 @@ EPILOG = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 0, 1 for an error that was told, 2 for wrong arguments."""
+    """Run one subcommand and return its exit code: 0, 1 after an error message, 2 for wrong arguments."""
     args = _parser().parse_args(argv)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its lines go to stdout, between ours
     try:
