@@ -14,11 +14,14 @@ ZeRO stage 0 and fp32 throughout: the tests show that the other stages compute t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from benchmarks import evidence_report as report
 from benchmarks.evidence_methods import METHODS, RHOS
@@ -42,7 +45,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--rho", type=float, default=RHOS[1], help="with --lr, and for tasks that are not tuned")
     run.add_argument("--updates", type=int, help="instead of the tasks' own: to try the program")
     run.add_argument("--processes", type=int, default=1, help="runs side by side, on one GPU or CPU")
-    run.add_argument("--seconds", type=float, default=float("inf"), help="nothing is running after so many")
+    run.add_argument("--seconds", type=float, default=float("inf"),
+                     help="runs that have not ended so long after the start are given up")
     run.add_argument("--data-dir", type=Path, default=FASHION_MNIST)
     run.add_argument("--file", default="runs.jsonl", help="in the folder of the results")
     commands.add_parser("list", help="plans, tasks and methods")
@@ -70,9 +74,7 @@ def plan(args: argparse.Namespace) -> list[Part]:
 
 def run(args: argparse.Namespace) -> int:
     """How many runs failed."""
-    import os
-
-    start = time.time()
+    start = psutil.Process().create_time()  # before the imports, which take their time
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and args.processes > 1:
         raise SystemExit("--processes: each of them is one rank; under torchrun leave it out")
