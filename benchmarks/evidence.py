@@ -41,8 +41,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--tasks", nargs="+", choices=list(TASKS), help="only these of the plan's")
     run.add_argument("--methods", nargs="+", choices=list(METHODS), help="these instead of the plan's")
     run.add_argument("--seeds", type=int, nargs="+", help="these instead of the plan's; 0 is the tuning runs'")
-    run.add_argument("--lr", type=float, help="instead of the tuned one, or the task's")
-    run.add_argument("--rho", type=float, default=RHOS[1], help="with --lr, and for tasks that are not tuned")
+    run.add_argument("--lr", type=float, help="instead of the tuned one")
+    run.add_argument("--rho", type=float, default=RHOS[1], help="with --lr")
     run.add_argument("--updates", type=int, help="instead of the tasks' own: to try the program")
     run.add_argument("--processes", type=int, default=1, help="runs side by side, on one GPU or CPU")
     run.add_argument("--seconds", type=float, default=float("inf"),
@@ -55,6 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     table.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
     draw = commands.add_parser("draw", help="a PNG")
     draw.add_argument("--to", type=Path, default=ROOT / "docs" / "evidence.png")
+    draw.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="only these")
     for command in run, table, draw:
         command.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     if not records:
         raise SystemExit(f"{args.results}: no records in it; `python -m benchmarks.evidence run` makes them")
     if args.command == "draw":
-        report.draw(records, args.to)
+        report.draw(records, args.to, args.tasks)
         print(args.to)
     elif args.write:
         report.write(args.page, report.tables(records))

@@ -12,8 +12,8 @@ from benchmarks.evidence_tasks import Task
 from ds_looksam.config.params import LookSAMConfig
 
 ASCENTS = ("global", "rank", "micro_batch", "global_micro_batch")
-LRS, RHOS = (1e-3, 3e-3), (0.05, 0.12, 0.3)
-"""The grid that every tuned method is tuned on; the base optimizer has no rho."""
+RHOS = (0.05, 0.12, 0.3)
+"""With the task's learning rates, the grid that every method is tuned on; the base optimizer has no rho."""
 
 
 @dataclass(frozen=True)

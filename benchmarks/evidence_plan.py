@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence_methods import LRS, METHODS, RHOS, Method, refusal
+from benchmarks.evidence_methods import METHODS, RHOS, Method, refusal
 from benchmarks.evidence_run import Job
 from benchmarks.evidence_tasks import TASKS
 
@@ -41,7 +41,8 @@ PLANS = {
     "tune": [Part(["5k-wrong"], TUNED, tune=True)],
     "5k": [Part(["5k-wrong"], ALL), Part(["5k-clean"], ALL)],
     "60k": [Part(["60k-wrong", "60k-clean"], ALL)],
-    "batch": [Part(_BATCHES, LARGE_BATCH, seeds=(1, 2, 3))],
+    "batch": [Part(["batch-AdamW-1024", "batch-Lamb-1024"], LARGE_BATCH, tune=True),
+              Part(_BATCHES, LARGE_BATCH, seeds=(1, 2, 3))],
     "text": [Part(["gpt2", "lora"], TEXT, tune=True), Part(["gpt2", "lora"], TEXT)],
 }
 
@@ -67,17 +68,17 @@ def jobs(parts: Iterable[Part], world: int, updates: int | None = None, lr: floa
                     job = Job(task_name, name, seed, round((updates or task.updates) * method.more), world=world)
                     if part.tune:
                         made += grid(replace(job, updates=max(1, job.updates // 2), tuning=True), method)
-                    elif task.tuned_on and lr is None:
+                    elif lr is None:
                         made.append(job)
                     else:
-                        made.append(replace(job, lr=lr or task.lr, rho=rho if method.has_rho else None))
+                        made.append(replace(job, lr=lr, rho=rho if method.has_rho else None))
     for reason, names in left_out.items():
         print(f"left out: {reason}: {', '.join(sorted(names))}", flush=True)
     return list(dict.fromkeys(made))
 
 
 def grid(job: Job, method: Method) -> Iterator[Job]:
-    for lr in LRS:
+    for lr in TASKS[job.task].lrs:
         for rho in RHOS if method.has_rho else (None, ):
             yield replace(job, lr=lr, rho=rho)
 
@@ -123,7 +124,10 @@ class Board:
 
     def _resolve(self, job: Job) -> Job | None:
         best = tuned(self.records, job.task, job.method, job.world)
-        return None if best is None else replace(job, lr=best["lr"], rho=best["rho"])
+        if best is None:
+            return None
+        growth = TASKS[job.task].batch / TASKS[best["task"]].batch
+        return replace(job, lr=best["lr"] * growth**0.5, rho=best["rho"])
 
 
 def tuned(records: list[Record], task: str, method: str, world: int = 1) -> Record | None:

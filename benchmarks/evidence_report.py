@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from benchmarks.evidence_methods import LRS, METHODS, RHOS
+from benchmarks.evidence_methods import METHODS, RHOS
 from benchmarks.evidence_plan import TUNING_SEED, Record, tuned
 from benchmarks.evidence_tasks import TASKS, Task
 
@@ -108,19 +108,20 @@ def task_table(task: Task, rows: dict[Row, Runs]) -> str:
 def tuning_table(records: list[Record]) -> str:
     """What the grid was, and what was chosen."""
     lines = [f"### Tuning: seed {TUNING_SEED}, half of the updates", "",
-             f"lr of {', '.join(f'{lr:g}' for lr in LRS)}, rho of {', '.join(f'{rho:g}' for rho in RHOS)}; the seed is "
-             "used for nothing else.", "",
-             "| task | method | lr | rho | score | worst and best |", "|---|---|---|---|---|---|"]
+             f"Every lr of the task's with every rho of {', '.join(f'{rho:g}' for rho in RHOS)}; the seed is used for "
+             "nothing else.", "",
+             "| task | method | lr tried | lr | rho | score | worst and best |", "|---|---|---|---|---|---|---|"]
     done = {(r["task"], r["method"], r["world"]) for r in records if r["tuning"]}
     for task, method, world in sorted(done, key=lambda d: (list(TASKS).index(d[0]), list(METHODS).index(d[1]), d[2])):
         best = tuned(records, task, method, world)
         scores = sorted(r["score"] for r in records
                         if r["tuning"] and (r["task"], r["method"], r["world"]) == (task, method, world))
+        start = f"| {task} | {method} | {', '.join(f'{lr:g}' for lr in TASKS[task].lrs)} |"
         if best is None:
-            lines.append(f"| {task} | {method} | not all of the grid was run | | | |")
+            lines.append(f"{start} not all of the grid was run | | | |")
         else:
-            lines.append(f"| {task} | {method} | {best['lr']:g} | {best['rho'] or ''} | {best['score']:.2f} | "
-                         f"{scores[0]:.2f} to {scores[-1]:.2f} |")
+            lines.append(f"{start} {best['lr']:g} | {best['rho'] or ''} | {best['score']:.2f} | {scores[0]:.2f} to "
+                         f"{scores[-1]:.2f} |")
     return "\n".join(lines)
 
 
@@ -150,16 +151,16 @@ def _style(method: str) -> dict[str, Any]:
     return {"color": _COLOURS[plain], "linestyle": "--" if ascent else "-", "label": method, "linewidth": 1.5}
 
 
-def draw(records: list[Record], png: Path) -> None:
+def draw(records: list[Record], png: Path, tasks: Collection[str] = TASKS) -> None:
     """A line of panels a task: score over evaluations, and over seconds of training; then accuracy over batch size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = final(records)
+    found = {task: rows for task, rows in final(records).items() if task in tasks}
     curves = [task for task in found if not task.startswith("batch-")]
     sweeps = sorted({TASKS[task].base for task in found if task.startswith("batch-")})
     height = len(curves) + bool(sweeps)
-    figure = Figure(figsize=(12, 4 * height), layout="constrained")
+    figure = Figure(figsize=(13, 4 * height), layout="constrained")
     FigureCanvasAgg(figure)  # needs no display
     panels = figure.subplots(height, 2, squeeze=False)
     for task, (left, right) in zip(curves, panels, strict=False):
@@ -168,7 +169,7 @@ def draw(records: list[Record], png: Path) -> None:
                 if row.method in DRAWN and row.world == 1:
                     points = _mean_points(list(runs.values()))
                     axes.plot([p[column] for p in points], [p[3] for p in points], marker=".", **_style(row.method))
-            _finish(axes, f"{TASKS[task].about}", label, TASKS[task].metric)
+            _finish(axes, f"{task}: {TASKS[task].about}", label, TASKS[task].metric)
             _look_at_the_end(axes, TASKS[task].more_is_better)
     for base, axes in zip(sweeps, panels[-1], strict=False):
         lines: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
@@ -182,9 +183,13 @@ def draw(records: list[Record], png: Path) -> None:
             batch, score, error = zip(*sorted(values), strict=True)
             axes.errorbar(batch, score, yerr=error, marker="o", capsize=3, **_style(method))
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         _finish(axes, f"60,000 images, 10 epochs, {base}", "batch size", "test accuracy, %")
     if len(sweeps) == 1:
         panels[-1][1].axis("off")
+    for axes in panels[:, -1]:
+        handles = axes.get_legend_handles_labels() if axes.axison else panels[-1][0].get_legend_handles_labels()
+        axes.legend(*handles, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=100)
 
@@ -204,7 +209,6 @@ def _look_at_the_end(axes: Any, more_is_better: bool) -> None:
 
 
 def _finish(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize="medium")
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
-    if axes.lines or axes.containers:
-        axes.legend(fontsize="x-small", loc="lower right" if y.startswith("test") else "upper right")

@@ -29,9 +29,10 @@ class Task:
         batch: examples an update, over all ranks; ``micro_batch`` of them share a perturbation in the ascent modes
             by micro-batch. All other methods take a rank's part of the batch at once.
         updates: of the methods that are compared at equal updates.
-        lr, weight_decay: of the base optimizer, for runs that are not tuned.
+        lrs: the learning rates that tuning tries, if this task is tuned on itself.
         images, wrong: of "images": how many to train on, and which part of them has a wrong label.
-        tuned_on: the task whose tuning runs choose this one's lr and rho.
+        tuned_on: the task whose tuning runs choose this one's lr and rho. Where its batch is another, the lr goes with
+            the square root of the batch.
     """
 
     name: str
@@ -40,12 +41,12 @@ class Task:
     batch: int
     micro_batch: int
     updates: int
-    lr: float
+    lrs: tuple[float, ...]
+    tuned_on: str
     weight_decay: float = 0.1
     base: str = "AdamW"
     images: int = 0
     wrong: float = 0.0
-    tuned_on: str = ""
     model: str = "nano/7"
 
     @property
@@ -62,16 +63,16 @@ def _catalogue() -> dict[str, Task]:
     for size, images, updates in (("5k", 5_000, 600), ("60k", 60_000, 1_200)):
         for labels, wrong in (("wrong", 0.2), ("clean", 0.0)):
             what = f"{images:,} images, {'20 % of the training labels wrong' if wrong else 'clean labels'}"
-            tasks.append(Task(f"{size}-{labels}", what, "images", 250, 50, updates, lr=3e-3, images=images, wrong=wrong,
-                              tuned_on="5k-wrong"))
-    for base, lr in (("AdamW", 2e-3), ("Lamb", 1e-2)):
+            tasks.append(Task(f"{size}-{labels}", what, "images", 250, 50, updates, (1e-3, 3e-3), "5k-wrong",
+                              images=images, wrong=wrong))
+    for base, lrs in (("AdamW", (2e-3, 6e-3)), ("Lamb", (1e-2, 3e-2))):
         for batch in (256, 1024, 4096, 8192):
             tasks.append(Task(f"batch-{base}-{batch}", f"60,000 images, 10 epochs, batch {batch:,}, {base}", "images",
-                              batch, 256, 10 * (60_000 // batch), lr=lr * (batch / 256)**0.5, base=base, images=60_000))
-    tasks.append(Task("gpt2", "GPT-2 (4 layers of 128) from scratch on English", "text", 16, 4, 600, lr=1e-3,
-                      tuned_on="gpt2"))
-    tasks.append(Task("lora", "the same model, LoRA of rank 8 on Python source", "lora", 16, 4, 300, lr=3e-3,
-                      tuned_on="lora"))
+                              batch, 256, 10 * (60_000 // batch), lrs, f"batch-{base}-1024", base=base, images=60_000))
+    tasks.append(Task("gpt2", "GPT-2 (4 layers of 128) from scratch on English", "text", 16, 4, 600, (1e-3, 3e-3),
+                      "gpt2"))
+    tasks.append(Task("lora", "the same model, LoRA of rank 8 on Python source", "lora", 16, 4, 300, (1e-3, 3e-3),
+                      "lora"))
     return {task.name: task for task in tasks}
 
 

@@ -56,9 +56,9 @@ if [ -n "${MPS:-}" ] && command -v nvidia-cuda-mps-control >/dev/null; then
     fi
 fi
 cp -n benchmarks/results/evidence/evidence-gpu.jsonl "$results" 2>/dev/null
-left=$((budget - SECONDS - 15))  # evidence.py gives its processes ten seconds to end
+left=$((budget - SECONDS - 20))  # evidence.py gives its processes ten seconds to end, and has to end itself
 if [ "$left" -gt 0 ]; then
-    part evidence.log "$((left + 15))" python3 -m benchmarks.evidence run --plan ${PLAN:-tune 5k batch text 60k} \
+    part evidence.log "$((left + 18))" python3 -m benchmarks.evidence run --plan ${PLAN:-tune 5k batch text 60k} \
         --processes "${PROCESSES:-14}" --seconds "$left" --data-dir "$data" --results "$results" \
         --file evidence-gpu.jsonl ${EVIDENCE:-}
 fi
