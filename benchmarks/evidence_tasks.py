@@ -17,7 +17,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-SUBSET_SEED, WRONG_SEED, PRETRAIN_SEED = 5_000, 20, 1_000
+SUBSET_SEED, WRONG_SEED, PRETRAIN_SEED, PRETRAIN_UPDATES = 5_000, 20, 1_000, 600
 """Of what all runs share: which 5,000 images, which labels are wrong and how, the model that LoRA adapts."""
 
 
@@ -167,11 +167,11 @@ def _gpt2(seed: int) -> Any:
 
 @functools.lru_cache(1)
 def _pretrained(device: torch.device) -> dict[str, Tensor]:
-    """600 updates of AdamW on the English text, by torch alone: what LoRA adapts, none of the contenders."""
+    """AdamW on the English text, by torch alone: what LoRA adapts, none of the contenders."""
     data, model = _text("text", device), _gpt2(PRETRAIN_SEED).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     generator = torch.Generator().manual_seed(PRETRAIN_SEED)
-    for _ in range(600):
+    for _ in range(PRETRAIN_UPDATES):
         indices = torch.randint(len(data.inputs), (16, ), generator=generator).to(device)
         model(**data.batch(indices)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
