@@ -34,12 +34,12 @@ def record(method: str, seed: int, score: float, task: str = TASK, tuning: bool 
 
 
 RECORDS = [
+    *(record("LookSAM-5", 0, 70 + lr * 1e3 + rho, tuning=True, lr=lr, rho=rho) for lr in LRS for rho in RHOS),
     *(record("base", seed, score) for seed, score in ((1, 76.0), (2, 77.0), (3, 78.0))),
     *(record("SAM-5", seed, score) for seed, score in ((1, 77.0), (2, 77.5))),
     *(record("LookSAM-5", seed, score) for seed, score in ((1, 78.0), (2, 78.0), (3, 81.0))),
     *(record(method, 1, 80.0, f"batch-{base}-{batch}") for method in ("base", "LookSAM-5") for base in ("AdamW", "Lamb")
       for batch in (256, 8192)),
-    *(record("LookSAM-5", 0, 70 + lr * 1e3 + rho, tuning=True, lr=lr, rho=rho) for lr in LRS for rho in RHOS),
 ]
 
 
