@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -51,14 +52,15 @@ def perturbation_table(models: list[str], batch: int) -> None:
     for name in models:
         w, g = weights_and_gradient(name, batch)
         g_squared = squared_norm([g], CPU)
-        for dtype_name, dtype in DTYPES.items():
+        for (dtype_name, dtype), (how, rounding) in product(DTYPES.items(), {"": None, ", stochastic": 0}.items()):
             out, cells = torch.empty(w.numel(), dtype=dtype), []
             for rho in RHOS:
                 scale = perturbation_scale(rho, g_squared)
-                moved, dot, eps = add_perturbation(w, g, partial(_same, scale), out).tolist()
+                moved, dot, eps = add_perturbation(w, g, partial(_same, scale), out, rounding).tolist()
                 changed = (out != w.to(dtype)).float().mean().item()
                 cells.append(f"{(moved / eps)**0.5:.2f}, {dot / (moved * eps)**0.5:.2f}, {changed:.0%}")
-            print(f"| ViT-{name} | {w.numel() / 1e6:.1f} M | {dtype_name} | " + " | ".join(cells) + " |", flush=True)
+            row = [f"ViT-{name}", f"{w.numel() / 1e6:.1f} M", dtype_name + how, *cells]
+            print("| " + " | ".join(row) + " |", flush=True)
 
 
 def train(v_dtype: str, seed: int, data_dir: Path, updates: int) -> dict[str, float]:

@@ -61,6 +61,9 @@ class CutShards(ReplicatedShards):
         self.group_of, self._groups = [i for i, _ in pieces], [piece for _, piece in pieces]
         self.told: Tensor | None = None
 
+    def follow_changes(self, v: Any) -> Any:
+        return v  # as DeepSpeed's wrappers, it keeps the pieces it began with
+
     def tell_squared_norm(self, squared_norm: Tensor) -> None:
         self.told = squared_norm
 
@@ -89,10 +92,15 @@ class Run:
         factors = RhoFactors(settings.rho_schedule, [group["lr"] for group in self.optimizer.param_groups])
         self.status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates)
         self.state = LookSAMState(self.status, self.shards, V_DTYPES[settings.v_dtype])
-        self.update = Update(self.state, self.shards, self, factors, settings.layer_scale,
+        self.update = Update(settings, self.state, self.shards, self, factors,
                              param_groups=lambda: self.optimizer.param_groups,
                              loss_scale=lambda: self.scale_of(self.window))
         self.window, self.evaluations, self.losses = 0, 0, []
+
+    is_perturbed = False
+
+    def edit_gradients(self) -> None:
+        pass
 
     def train(self, windows: int) -> dict[str, Tensor]:
         for _ in range(windows):

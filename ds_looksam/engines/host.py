@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class HostEngine(DeepSpeedEngine):
     _running_engine_step: bool
     warn_unscaled_loss: bool
     inside_no_sync_ctxt: bool
+    enable_backward_allreduce: bool
     _running_engine_backward: bool
     _manual_backward_expected: bool
     device: torch.device
@@ -52,6 +54,17 @@ class HostEngine(DeepSpeedEngine):
     def gradient_shards(self) -> GradientShards:
         """This rank's part of gradient and weights."""
         return self._shards
+
+    def refuse_steps_of_optimizer(self, error: Exception) -> None:
+        """``engine.optimizer.step()`` raises ``error`` from now on, where it is not called by ``engine.step()``."""
+        step = type(self.optimizer).step
+
+        def guarded(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._running_engine_step:
+                raise error
+            return step(optimizer, *args, **kwargs)
+
+        self.optimizer.step = MethodType(guarded, self.optimizer)  # torch's LR schedulers want a method
 
     def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
         """Check DeepSpeed's parsed configuration, and make it that of the base optimizer. Called before anything else.
@@ -99,6 +112,33 @@ class HostEngine(DeepSpeedEngine):
     def set_boundary_of_next_backward(self, is_boundary: bool) -> None:
         """Override the engine's accumulation counter for one backward of a replay."""
         self._is_gradient_accumulation_boundary = is_boundary
+
+    @contextmanager
+    def as_a_window_of_its_own(self) -> Iterator[None]:
+        """A backward inside is an accumulation boundary: afterwards its gradient is reduced, as before a step."""
+        boundary = self._is_gradient_accumulation_boundary
+        if self.managed_gradient_accumulation():
+            self._is_gradient_accumulation_boundary = True
+        try:
+            yield
+            self.finish_unmanaged_window()
+        finally:
+            self._is_gradient_accumulation_boundary = boundary
+
+    @contextmanager
+    def nothing_left_to_reduce(self) -> Iterator[None]:
+        """step() inside does not reduce what ``managed_gradient_accumulation: false`` leaves to it: every backward was
+        a window of its own."""
+        if self.managed_gradient_accumulation():
+            yield
+            return
+        reduces, self.enable_backward_allreduce = self.enable_backward_allreduce, False
+        self.optimizer.finalize_gradient_accumulation_boundary = lambda: None
+        try:
+            yield
+        finally:
+            self.enable_backward_allreduce = reduces
+            del self.optimizer.finalize_gradient_accumulation_boundary
 
     def inside_no_sync(self) -> bool:
         """Whether the caller is inside ``engine.no_sync()``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..config.params import (
     set_group_defaults,
 )
 from ..config.support import deepspeed_name, refuse_unsupported
+from ..errors import LookSAMReplayError
 from ..ranks.check import check_ranks
 from ..replay.replay import Closure, Replay
 from ..replay.window import LossFn
@@ -48,18 +50,27 @@ class LookSAMEngine(HostEngine):
         loss_fn: ``f(outputs, *inputs, **kwargs) -> loss``, to be set where the loss is computed outside the model in
             a way that cannot be recorded. It gets the model's output and the recorded inputs of its forward, and
             returns what the user hands to ``engine.backward``.
+        edit_gradients: ``f() -> None``, to be set where gradients are changed between backward and step (masked,
+            clipped by hand): called whenever a window's gradient has been averaged, so twice on a SAM step, the second
+            time at w + eps. It finds them where DeepSpeed has them: ``safe_get_full_grad`` and ``safe_set_full_grad``
+            on stages 1 to 3, ``p.grad`` on stage 0. With ``ascent`` "rank" and "micro_batch" the perturbation itself
+            follows the rank's gradient as it was before.
     """
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
         super().__init__(*args, config_class=config_class, **kwargs)
         settings, shards = self._settings, self.gradient_shards
         shards.passes = choose_passes(shards.device, settings.compile)
-        status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates)
+        status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates,
+                               ascent=settings.ascent)
         self._state = LookSAMState(status, shards, V_DTYPES[settings.v_dtype])
         self._replay = Replay(self, self.module, super().forward, super().backward,
                               is_recorded=lambda: status.next_is_sam)
-        self._update = Update(self._state, shards, self._replay, self._rho_factors, settings.layer_scale,
-                              param_groups=self._param_groups, loss_scale=self.gradient_loss_scale)
+        self._update = Update(settings, self._state, shards, self._replay, self._rho_factors, self._param_groups,
+                              loss_scale=self.gradient_loss_scale)
+        self.refuse_steps_of_optimizer(LookSAMReplayError(
+            "optimizer.step() was called, which takes the base optimizer's step without LookSAM: call engine.step()"))
+        self._requires_grad = [p.requires_grad for p in self.module.parameters()]
         on_nvme = self.zero_nvme_offload_optimizer()
         local = self.use_node_local_storage()
         self._checkpointer = Checkpointer(
@@ -68,8 +79,9 @@ class LookSAMEngine(HostEngine):
         if on_nvme:
             log_dist("LookSAM: zero_optimization.offload_optimizer.device is \"nvme\": save_checkpoint and "
                      "load_checkpoint will raise, save_16bit_model works", ranks=[0], level=logging.WARNING)
-        log_dist(f"LookSAM: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, base optimizer "
-                 f"{type(self.basic_optimizer).__name__} in {type(self.optimizer).__name__}", ranks=[0])
+        log_dist(f"LookSAM is on: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, "
+                 f"ascent={settings.ascent}, base optimizer {type(self.basic_optimizer).__name__} in "
+                 f"{type(self.optimizer).__name__}", ranks=[0])
 
     # Construction ---------------------------------------------------------------------------------------------------
 
@@ -108,9 +120,15 @@ class LookSAMEngine(HostEngine):
     def loss_fn(self) -> LossFn | None:
         return self._replay.loss_fn
 
+    @property
+    def edit_gradients(self) -> Callable[[], None] | None:
+        return self._replay.gradient_edit
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss_fn":  # nn.Module would take a criterion that is a module for a part of the engine
             self._replay.loss_fn = value
+        elif name == "edit_gradients":
+            self._replay.gradient_edit = value
         else:
             super().__setattr__(name, value)
 
@@ -118,14 +136,42 @@ class LookSAMEngine(HostEngine):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; in a window that ends in a SAM step the inputs and the RNG state are remembered."""
+        if not self._replay.is_perturbed:
+            self._update.window_runs()
         return self._replay.forward(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """As DeepSpeed's; in a window that ends in a SAM step it is remembered how ``loss`` was formed."""
-        return self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if self._replay.is_perturbed:
+            return self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if not self._evaluates_micro_batches_again:
+            loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            if self.is_gradient_accumulation_boundary():
+                self._update.gradient_is_there(is_seen=not self.inside_coalesce())
+            return loss
+        self._refuse_per_micro_batch(self.inside_no_sync(), "engine.no_sync()", "call engine.backward() outside of it")
+        self._refuse_per_micro_batch(self.inside_coalesce(), "engine.coalesce_grad_reduction()",
+                                     "call engine.backward() outside of it")
+        with self.as_a_window_of_its_own():
+            loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        self._update.micro_batch_is_done(1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
+        return loss
 
     def direct_backward_begins(self) -> None:
+        self._refuse_per_micro_batch(self._evaluates_micro_batches_again and not self._replay.is_perturbed,
+                                     "loss.backward()", "call engine.backward(loss)")
+        self._update.gradient_is_there(is_seen=False)  # when it ends is not known
         self._replay.direct_backward_begins()
+
+    @property
+    def _evaluates_micro_batches_again(self) -> bool:
+        return self._update.is_per_micro_batch and self._state.status.next_is_sam
+
+    def _refuse_per_micro_batch(self, happens: bool, what: str, instead: str) -> None:
+        if happens:
+            raise LookSAMReplayError(
+                f"{what} cannot be used with optimizer.params.ascent \"{self._settings.ascent}\", which evaluates each "
+                f"micro-batch again in engine.backward(): {instead}, or use \"ascent\": \"global\"")
 
     def step(self, lr_kwargs: dict[str, Any] | None = None, closure: Closure | None = None) -> None:
         """As DeepSpeed's; at the boundary of a SAM step the window is evaluated a second time, at w + eps.
@@ -142,16 +188,29 @@ class LookSAMEngine(HostEngine):
         """
         with self._replay.stepping(closure):
             try:
-                super().step(lr_kwargs)
+                with self.nothing_left_to_reduce() if self._evaluates_micro_batches_again else nullcontext():
+                    super().step(lr_kwargs)
             except BaseException:
                 self.leave_failed_step()
                 raise
 
     def update_at_boundary(self, apply_update: Callable[[], bool]) -> None:
+        if self._state.status.next_is_sam:
+            self._warn_of_freezing()
         self._update(apply_update)
         if self.monitors():
             status = self._state.status
             self.write_to_monitors(monitor.events(status, self.global_samples, measured=status.step_kind == "sam"))
+
+    def _warn_of_freezing(self) -> None:
+        """Once, where DeepSpeed ignores that parameters were frozen or unfrozen: everywhere but on stage 0 in fp32."""
+        now = [p.requires_grad for p in self.module.parameters()]
+        if now != self._requires_grad and self.zero_optimization():
+            log_dist(f"zero_optimization.stage {self.zero_optimization_stage()}: requires_grad of a parameter was "
+                     "changed after deepspeed.initialize. DeepSpeed goes on training what was frozen, and does not "
+                     "train what was unfrozen, with LookSAM or without: save, and initialize again", ranks=[0],
+                     level=logging.WARNING)
+        self._requires_grad = now
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -193,11 +252,14 @@ class LookSAMEngine(HostEngine):
         """
         self._checkpointer.refuse("load_checkpoint")
         load = super().load_checkpoint
-        return self._checkpointer.load(
+        path, client_state = self._checkpointer.load(
             load_dir, tag, universal=self.load_universal_checkpoint(),
             goes_on=load_optimizer_states and load_looksam_states and not load_module_only,
             load=lambda tag: load(load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states,
                                   load_module_only, custom_load_fn))
+        if path is not None:
+            self._update.give_up_window()
+        return path, client_state
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's. Raises LookSAMReplayError while the weights are perturbed."""

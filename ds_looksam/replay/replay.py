@@ -66,13 +66,14 @@ class Replay:
         is_recorded: whether the window now running may have to be evaluated again. The same throughout a window.
 
     Attributes:
-        loss_fn: the user's, see :class:`ds_looksam.LookSAMEngine`.
+        loss_fn, gradient_edit: the user's, see :class:`ds_looksam.LookSAMEngine`.
         window: what was recorded since the last update.
     """
 
     def __init__(self, engine: Engine, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
                  is_recorded: Callable[[], bool]) -> None:
         self.loss_fn: LossFn | None = None
+        self.gradient_edit: Callable[[], None] | None = None
         self.window = Window()
         self._engine, self._module = engine, module
         self._forward, self._backward, self._is_recorded = forward, backward, is_recorded
@@ -231,6 +232,11 @@ class Replay:
                 self._engine.finish_unmanaged_window()
         finally:
             self._where = Where.PERTURBED
+
+    def edit_gradients(self) -> None:
+        """Let the user change the gradient that the wrapper has just averaged."""
+        if self.gradient_edit is not None:
+            self.gradient_edit()
 
     def loss_rise(self, device: torch.device) -> Tensor:
         """The window's loss at w + eps minus its loss at w on this rank, float64 [1] on ``device``."""

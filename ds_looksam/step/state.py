@@ -72,6 +72,12 @@ class LookSAMState:
         self.v = self._shards.keep_v(v, self._v_dtype)
         self.v_squared = self._shards.passes.squared_norm(self.v, self._shards.device)
 
+    def follow_changes(self) -> None:
+        """Parameters may have been frozen, unfrozen or added since the last update."""
+        v = self._shards.follow_changes(self.v)
+        if v is not None and v is not self.v:
+            self._store(v)
+
     def to_json(self) -> dict[str, Any]:
         """Counters and measurements as JSON has them. Waits for the device."""
         values = {field.name: getattr(self.status, field.name) for field in fields(self.status)}
@@ -86,7 +92,7 @@ class LookSAMState:
             value = values.get(field.name, getattr(defaults, field.name))
             if isinstance(value, dict):
                 value = torch.tensor(value["float64"], dtype=torch.float64, device=self._shards.device)
-            if field.name not in ("k", "first_sam_update"):
+            if field.name not in ("k", "first_sam_update", "ascent"):
                 setattr(self.status, field.name, value)
         self.v = self.v_squared = None
         if v is not None:
