@@ -22,8 +22,8 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from torch import Tensor
 
 from ..arithmetic.eager import Shard
+from ..config.base_optimizers import deepspeed_name
 from ..config.params import OPTIMIZER_TYPES, LookSAMConfig
-from ..config.support import deepspeed_name
 from ..errors import LookSAMCheckpointError
 from ..ranks.agree import from_rank_0, together
 from ..shards import GradientShards

@@ -13,6 +13,8 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+from ..config.base_optimizers import TESTED_WITH_ZERO
+
 
 class HostEngine(DeepSpeedEngine):
     """A DeepSpeedEngine whose update can be surrounded, and whose forward and backward can be run again.
@@ -152,19 +154,24 @@ class HostEngine(DeepSpeedEngine):
         return self.prepare_base_optimizer(build)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
-        """DeepSpeed asks for "zero_allow_untested_optimizer" with any class that is not in its list. Ours is made for
-        ZeRO; it is in the list while the engine that binds it to its shards is being built, and no longer."""
-        own = self.own_optimizer_class()
-        if own is None:
-            return super()._do_optimizer_sanity_check(basic_optimizer)
-        ZERO_SUPPORTED_OPTIMIZERS.append(own)
+        """DeepSpeed asks for "zero_allow_untested_optimizer" with any class that is not in its list. Ours are made for
+        ZeRO, others were tested with it under LookSAM; these are in the list while such an engine is being built, and
+        no longer."""
+        tested = [cls for cls in (self.own_optimizer_class(), *TESTED_WITH_ZERO) if cls is not None]
+        ZERO_SUPPORTED_OPTIMIZERS.extend(tested)
         try:
             return super()._do_optimizer_sanity_check(basic_optimizer)
         finally:
-            ZERO_SUPPORTED_OPTIMIZERS.remove(own)
+            for cls in tested:
+                ZERO_SUPPORTED_OPTIMIZERS.remove(cls)
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         self.update_at_boundary(lambda: super(HostEngine, self)._take_model_step(lr_kwargs))
+
+
+def given_json(config_class: Any) -> dict[str, Any]:
+    """The JSON that a ``DeepSpeedConfig`` was made from, with the keys that DeepSpeed does not read."""
+    return config_class._param_dict
 
 
 def tag_for_muon(config_class: Any, model: torch.nn.Module) -> None:

@@ -18,14 +18,11 @@ from ..arithmetic.eager import Shard
 from ..arithmetic.layerwise import perturbation_scales
 from ..config.params import (
     GroupSettings,
-    LookSAMConfig,
-    explain_unknown_key,
     group_settings,
     parse_group,
-    parse_params,
     set_group_defaults,
 )
-from ..config.support import deepspeed_name, refuse_model, refuse_unsupported
+from ..config.support import accept, explain_unknown_key, refuse_model
 from ..errors import LookSAMReplayError
 from ..ranks.agree import raised_everywhere
 from ..ranks.check import check_ranks
@@ -36,7 +33,7 @@ from ..shards import ScaleOf
 from ..step import monitor
 from ..step.schedule import RhoFactors
 from ..step.status import LookSAMStatus, StepKind
-from .host import tag_for_muon
+from .host import given_json, tag_for_muon
 from .resume import V_DTYPES, ResumableEngine
 
 
@@ -65,12 +62,11 @@ class LookSAMEngine(ResumableEngine):
     """
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
-        settings, base_params = parse_params(config_class.optimizer_params, config_class.optimizer_name)
-        refuse_unsupported(config_class, settings, client_optimizer=kwargs.get("optimizer"))
-        self._settings: LookSAMConfig = settings
+        run = accept(config_class, given_json(config_class), client_optimizer=kwargs.get("optimizer"))
+        assert run.settings is not None
+        self._settings = settings = run.settings
         # From here on DeepSpeed sees the configuration of a run with the base optimizer alone.
-        config_class.optimizer_name = deepspeed_name(settings.base_optimizer)
-        config_class.optimizer_params = base_params
+        config_class.optimizer_name, config_class.optimizer_params = run.base, run.base_params
         tag_for_muon(config_class, kwargs["model"])
 
         self._status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates)
@@ -102,7 +98,7 @@ class LookSAMEngine(ResumableEngine):
         try:
             optimizer = super().prepare_base_optimizer(build)
         except TypeError as error:
-            raise explain_unknown_key(error, self.optimizer_params() or {}, self._settings.base_optimizer) from error
+            raise explain_unknown_key(error, self._settings.base_optimizer) from error
         for i, group in enumerate(optimizer.param_groups):
             set_group_defaults(group, self._settings)
             parse_group(group, i)

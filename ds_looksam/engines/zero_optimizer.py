@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from ..arithmetic.layout import LayerMap
-from ..config.params import explain_unknown_key, parse_base_params
-from ..config.support import refuse_layerwise_optimizer, refuse_model
+from ..config.support import accept, explain_unknown_key, refuse_model
 from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
 from ..shards import GradientShards, open_shards
-from .host import HostEngine
+from .host import HostEngine, given_json
 
 
 class LayerwiseEngine(HostEngine):
@@ -76,8 +75,7 @@ class ZeroOptimizerEngine(LayerwiseEngine):
     """
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
-        config_class.optimizer_params = parse_base_params(config_class.optimizer_params)
-        refuse_layerwise_optimizer(config_class, client_optimizer=kwargs.get("optimizer"))
+        accept(config_class, given_json(config_class), client_optimizer=kwargs.get("optimizer"))
         super().__init__(*args, config_class=config_class, **kwargs)
         self.open_shards()
 
@@ -86,7 +84,7 @@ class ZeroOptimizerEngine(LayerwiseEngine):
         try:
             return super().prepare_base_optimizer(build)
         except TypeError as error:
-            raise explain_unknown_key(error, self.optimizer_params(), self.optimizer_name(), looksam=False) from error
+            raise explain_unknown_key(error, self.optimizer_name()) from error
 
     def update_at_boundary(self, apply_update: Callable[[], None]) -> None:
         self.start_update()
