@@ -24,10 +24,10 @@ from typing import Any
 import hjson
 import torch
 from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DtypeEnum
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from pydantic import ValidationError
 
-from ..config.base_optimizers import base_class, torch_optimizers
+from ..config.base_optimizers import torch_optimizers
 from ..config.deepspeed_keys import MODELS, ignored, misspelt
 from ..config.params import AUTO, FILLED_IN, OPTIMIZER_TYPES, LookSAMConfig, did_you_mean
 from ..config.support import Run, examine, refuse
@@ -109,19 +109,17 @@ def _parsed(values: dict[str, Any], world_size: int, problems: list[str]) -> Any
 
     try:
         return Offline(values)
-    except ValidationError as error:
-        block = next((name for name, model in MODELS.items() if model.__name__ == error.title), error.title)
-        for detail in error.errors():
-            where = [*block.split("."), *map(str, detail["loc"])]
-            problems.append(f"{'.'.join(where)}: {detail['msg']}, got {detail['input']!r}" if detail["loc"] else
-                            f"{block}: {detail['msg']}")
-            smaller = _without(values, where)
-            if smaller == values:
-                return None
-            values = smaller
-        return _parsed(values, world_size, problems)
     except Exception as error:  # whatever deepspeed.initialize would raise
-        hint = "" if world_size > 1 or "batch" not in str(error) else "; give --world-size, if it is for more"
+        block = next((name for name, model in MODELS.items() if isinstance(error, ValidationError)
+                      and model.__name__ == error.title), None)
+        if isinstance(error, ValidationError) and block is not None:
+            smaller = values
+            for detail in error.errors():
+                where = [*block.split("."), *map(str, detail["loc"])]
+                problems.append(f"{'.'.join(where)}: {detail['msg']}, got {detail['input']!r}")
+                smaller = _without(smaller, where)
+            return _parsed(smaller, world_size, problems)
+        hint = "" if world_size > 1 or "batch" not in str(error).lower() else "; give --world-size, if it is for more"
         problems.append(f"DeepSpeed refuses it at world size {world_size}{hint}: {error}")
         for key in values:  # the rest is told too, if one key is to blame
             try:
@@ -145,19 +143,12 @@ def _fails_later(run: Run, open_scheduler: bool) -> Iterator[str]:
     Args:
         open_scheduler: whether keys of the scheduler are missing because others will fill them in.
     """
-    config, stage = run.config, run.stage
-    if config.param_dtype is not None and DtypeEnum(config.param_dtype).value != run.dtype:
-        yield (f"data_types.param_dtype: {config.param_dtype!r} contradicts the fp16 and bf16 blocks, by which the "
-               f"model is in {run.dtype}; leave it out")
-    if not config.managed_gradient_accumulation and config.zero_config.overlap_comm and stage == 1:
-        yield ("managed_gradient_accumulation: false is not supported by DeepSpeed with zero_optimization.overlap_comm "
-               "at stage 1; leave overlap_comm off, or use stage 2")
     if run.settings is not None and run.settings.rho_schedule.type == "lr" and run.settings.rho_schedule.lr is None \
             and run.base_params.get("lr") == 0:
         yield 'optimizer.params.rho_schedule.lr: must be given with "type": "lr" where optimizer.params.lr is 0'
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer: torch.optim.Optimizer = torch.optim.AdamW([weight], lr=run.base_params.get("lr", 1e-3))
-    cls = base_class(run.base, run.base_params, run.offloaded)
+    cls = run.base_class
     if cls is not None and not cls.__module__.startswith("deepspeed"):  # those compile their kernels
         own = {key: value for key, value in run.base_params.items() if key not in ("torch_adam", "adam_w_mode",
                                                                                    "fp32_optimizer_states")}
@@ -167,13 +158,18 @@ def _fails_later(run: Run, open_scheduler: bool) -> Iterator[str]:
             yield f"optimizer.params: {cls.__name__} refuses its values: {error}"
     elif run.base in ("adam", "adamw") and run.base_params.get("amsgrad"):
         yield 'optimizer.params.amsgrad: not supported by DeepSpeed\'s Adam; use "torch_adam": true'
-    name, params = config.scheduler_name, config.scheduler_params or {}
+    name, params = run.config.scheduler_name, run.config.scheduler_params
     if name is None:
         return
     scheduler = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
     if scheduler is None:
         known = (*lr_schedules.VALID_LR_SCHEDULES, *torch.optim.lr_scheduler.__all__)
         yield f"scheduler.type: {name!r} is known neither to DeepSpeed nor to torch.{did_you_mean(name, known)}"
+    elif params is None:
+        yield "scheduler.params is missing: {} takes the scheduler's defaults"
+    elif scheduler.__module__ == "torch.optim.lr_scheduler" and (run.stage > 0 or run.dtype != torch.float32):
+        yield (f"scheduler.type: torch's {name} cannot be made around DeepSpeed's wrapper; use deepspeed.initialize("
+               f"lr_scheduler=lambda optimizer: {name}(optimizer, ...)), or one of DeepSpeed's")
     elif not open_scheduler:
         try:
             scheduler(optimizer, **params)

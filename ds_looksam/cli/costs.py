@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed.runtime.config import DtypeEnum
 
-from ..config.base_optimizers import base_class
 from ..config.params import LookSAMConfig
 from ..config.rounding import computes_in, precision_of
 from ..config.support import Run
@@ -65,8 +64,7 @@ def rows(checked: Checked, world_size: int, parameters: int | None) -> Iterator[
 
 def default_of(run: Run, key: str) -> float | None:
     """What the base optimizer takes for a number that the JSON does not give; None if that cannot be known."""
-    cls = base_class(run.base, run.base_params, run.offloaded)
-    argument = inspect.signature(cls).parameters.get(key) if cls is not None else None
+    argument = inspect.signature(run.base_class).parameters.get(key) if run.base_class is not None else None
     return argument.default if argument is not None and isinstance(argument.default, int | float) else None
 
 

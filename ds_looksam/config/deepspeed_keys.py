@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from deepspeed.compile.config import CompileConfig
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import (
@@ -18,7 +19,7 @@ from deepspeed.runtime.zero.config import (
 
 from .params import did_you_mean
 
-SIMILAR = 0.75
+SIMILAR = 0.85
 """difflib's ratio from which on an unknown key is a misspelling, and not somebody's own key."""
 
 KEYS = {
@@ -43,6 +44,7 @@ KEYS = {
 
 MODELS: dict[str, type[DeepSpeedConfigModel]] = {
     "bf16": DeepSpeedBF16Config,
+    "compile": CompileConfig,
     "fp16": DeepSpeedFP16Config,
     "zero_optimization": DeepSpeedZeroConfig,
     "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,

@@ -51,7 +51,7 @@ NonNegative = Annotated[float, Field(ge=0, strict=True), AfterValidator(_finite)
 
 
 def _alpha(value: Any) -> str | float:
-    # Accelerate takes every "auto" in a DeepSpeed configuration for a placeholder that it must fill in: hence a synonym.
+    # Accelerate takes every "auto" in a DeepSpeed configuration for a placeholder that it must fill: hence a synonym.
     if value in (AUTO, CALIBRATED):
         return AUTO
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:

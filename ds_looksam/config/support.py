@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DtypeEnum
 
 from ..errors import LookSAMConfigError
 from ..optimizers import LAYERWISE_OPTIMIZERS
-from .base_optimizers import deepspeed_name, is_tested_with_zero, known_keys, torch_optimizers
+from .base_optimizers import base_class, deepspeed_name, is_tested_with_zero, known_keys, torch_optimizers
 from .deepspeed_keys import misspelt
 from .params import OPTIMIZER_TYPES, LookSAMConfig, closest, did_you_mean, read_params, wrong_base_params
 
@@ -67,9 +67,24 @@ class Run:
                 torch.float16 if self.config.float16_config.enabled else torch.float32)
 
     @property
-    def grad_accum_dtype(self) -> torch.dtype:
-        chosen = self.config.grad_accum_dtype
-        return self.dtype if chosen is None else DtypeEnum(chosen).value
+    def grad_accum_dtype(self) -> torch.dtype | None:
+        """None if what the JSON says is no dtype."""
+        return self.dtype if self.config.grad_accum_dtype is None else dtype_named(self.config.grad_accum_dtype)
+
+    @property
+    def has_bf16_optimizer(self) -> bool:
+        """Whether DeepSpeed wraps the base in its BF16_Optimizer."""
+        return (self.stage == 1 and self.dtype == torch.bfloat16 and self.grad_accum_dtype == torch.float32
+                and self.offload != "cpu")
+
+    @property
+    def clips(self) -> bool:
+        clipping = self.config.gradient_clipping
+        return isinstance(clipping, int | float) and clipping > 0
+
+    @property
+    def base_class(self) -> type[torch.optim.Optimizer] | None:
+        return base_class(self.base, self.base_params, self.offloaded)
 
     @property
     def writer(self) -> dict[str, Any]:
@@ -118,6 +133,14 @@ class Refused:
     def feature(self) -> str:
         """For a table in Markdown."""
         return (f"`{self.key}` {self.what}" if self.key else self.what).strip()
+
+
+def dtype_named(name: Any) -> torch.dtype | None:
+    """DeepSpeed's names of dtypes, "bf16" say; None for what is none."""
+    try:
+        return DtypeEnum(name).value
+    except ValueError:
+        return None
 
 
 def _is_anything_enabled(block: Any) -> bool:
@@ -284,6 +307,46 @@ REFUSED = (
 )
 
 
+DEMANDED = (
+    Refused("bf16.bf16_master_weights_and_grads", "without bf16_optimizer_states or DeepSpeed's CPU Adam",
+            f'set "bf16_optimizer_states": true, or {_OFFLOAD}.device "cpu" with base "AdamW"',
+            json=lambda run: (run.stage > 0 and run.config.bfloat16_config.bf16_master_weights_and_grads
+                              and (run.offloaded or not run.config.bfloat16_config.bf16_optimizer_states)
+                              and not run.has_bf16_optimizer
+                              and getattr(run.base_class, "__name__", "") != "DeepSpeedCPUAdam"),
+            config={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}),
+    Refused("gradient_predivide_factor, prescale_gradients", "with zero_optimization.reduce_scatter at stages 2 and 3",
+            'set "reduce_scatter": false',
+            json=lambda run: (run.zero.reduce_scatter and run.stage >= 2
+                              and (run.stage == 3 or run.config.gradient_allreduce_op == "mean")
+                              and (run.config.gradient_predivide_factor != 1.0 or run.config.prescale_gradients)),
+            config={"gradient_predivide_factor": 2.0}),
+    Refused("zero_optimization.compute_grad_norm", "false with gradient_clipping, offload_optimizer or gradients of a "
+            "bf16 model in fp32", 'leave it out, or set "gradient_clipping": 0.0 (DeepSpeed\'s default is 1.0)',
+            json=lambda run: (run.stage > 0 and not run.zero.compute_grad_norm
+                              and (run.offloaded or run.has_bf16_optimizer or run.clips)),
+            config=_zero(1, compute_grad_norm=False)),
+    Refused("zero_optimization.legacy_stage1", "", "leave it out", json=lambda run: run.zero.legacy_stage1,
+            config=_zero(1, legacy_stage1=True)),
+    Refused("zero_optimization", 'with a device "nvme" and no nvme_path', "give the path",
+            json=lambda run: any(block is not None and block.device == "nvme" and block.nvme_path is None
+                                 for block in (run.zero.offload_optimizer, run.zero.offload_param)) and run.stage == 3,
+            config=_zero(3, offload_optimizer={"device": "nvme"})),
+    Refused("managed_gradient_accumulation", "false with zero_optimization.overlap_comm at stages 0 and 1",
+            "leave overlap_comm off, or use stage 2",
+            json=lambda run: (run.stage < 2 and run.zero.overlap_comm
+                              and not run.config.managed_gradient_accumulation),
+            config={**_zero(1, overlap_comm=True), "managed_gradient_accumulation": False}),
+    Refused("data_types.param_dtype", "that contradicts the blocks fp16 and bf16", "leave it out",
+            json=lambda run: run.config.param_dtype is not None and dtype_named(run.config.param_dtype) != run.dtype,
+            config={"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}),
+    Refused("gradient_clipping", "that is not a number", "give one; 0 switches clipping off",
+            json=lambda run: not isinstance(run.config.gradient_clipping, int | float),
+            config={"gradient_clipping": "1.0"}),
+)
+"""What DeepSpeed 0.19.8 demands itself, half an engine later and in other words, or notices in the first step."""
+
+
 def examine(config: Any, client_optimizer: Any = None) -> tuple[Run, list[str]]:
     """Everything in a parsed DeepSpeedConfig whose optimizer type is one of ours that would fail, or be wrong.
 
@@ -303,7 +366,7 @@ def examine(config: Any, client_optimizer: Any = None) -> tuple[Run, list[str]]:
         run = Run(config, settings, deepspeed_name(base), params, client_optimizer)
         problems += _wrong_base(base)
     problems += _unknown_keys(run, base)
-    problems += [row.message for row in REFUSED
+    problems += [row.message for row in (*REFUSED, *DEMANDED)
                  if row.json is not None and (row.alone or run.settings is not None) and row.json(run)]
     return run, problems
 
@@ -356,8 +419,10 @@ def _unknown_keys(run: Run, base: str) -> Iterator[str]:
     whose = "neither a key of LookSAM nor one that the base optimizer" if own else "not a key that the optimizer"
     for key in run.base_params:
         if known is not None and key not in known:
-            yield (f"optimizer.params.{key}: {whose} {base!r} knows." +
-                   (did_you_mean(key, [*own, *known]) or f" These are {', '.join([*own, *sorted(known)])}"))
+            hint = did_you_mean(key, [*own, *known]) or f" These are {', '.join([*own, *sorted(known)])}"
+            if key == "max_grad_norm":
+                hint = " Use gradient_clipping, outside of the block optimizer"
+            yield f"optimizer.params.{key}: {whose} {base!r} knows.{hint}"
 
 
 def explain_unknown_key(error: TypeError, base_optimizer: str) -> LookSAMConfigError:
