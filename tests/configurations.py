@@ -154,10 +154,11 @@ _REFUSED: dict[str, tuple[dict[str, Any], *tuple[str, ...]]] = {
 }
 
 CONFIGURATIONS = [
-    *(Configuration(name, merged(WORKS, changes), True) for name, changes in _ACCEPTED.items()),
-    *(Configuration(name, merged(WORKS, changes), False, words) for name, (changes, *words) in _REFUSED.items()),
+    *(Configuration(name, merged(WORKS, changes), False, tuple(words), name == "type misspelt") for name, (changes, *words) in _REFUSED.items()),
     *(Configuration(row.feature, merged(WORKS, row.config), False, (row.message, ), "hybrid" not in row.key)
       for row in (*REFUSED, *DEMANDED) if row.config),
+    # Last, so that they also show that a refusal leaves nothing behind.
+    *(Configuration(name, merged(WORKS, changes), True) for name, changes in _ACCEPTED.items()),
 ]
 
 _AUTO = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",

@@ -119,11 +119,13 @@ def _parsed(values: dict[str, Any], world_size: int, problems: list[str]) -> Any
                 problems.append(f"{'.'.join(where)}: {detail['msg']}, got {detail['input']!r}")
                 smaller = _without(smaller, where)
             return _parsed(smaller, world_size, problems)
-        hint = "" if world_size > 1 or "batch" not in str(error).lower() else "; give --world-size, if it is for more"
+        hint = "; give --world-size, if it is for more" if world_size == 1 and "atch" in str(error) else ""
         problems.append(f"DeepSpeed refuses it at world size {world_size}{hint}: {error}")
-        for key in values:  # the rest is told too, if one key is to blame
+        # The rest is told too, if the batch or one other key is to blame.
+        others = {key: value for key, value in values.items() if "batch" not in key and "accumulation_steps" not in key}
+        for smaller in ({**others, "train_micro_batch_size_per_gpu": 1}, *(_without(values, [key]) for key in values)):
             try:
-                return Offline(_without(values, [key]))
+                return Offline(smaller)
             except Exception:
                 continue
         return None
