@@ -154,7 +154,8 @@ _REFUSED: dict[str, tuple[dict[str, Any], *tuple[str, ...]]] = {
 }
 
 CONFIGURATIONS = [
-    *(Configuration(name, merged(WORKS, changes), False, tuple(words), name == "type misspelt") for name, (changes, *words) in _REFUSED.items()),
+    *(Configuration(name, merged(WORKS, changes), False, tuple(words), name == "type misspelt")
+      for name, (changes, *words) in _REFUSED.items()),
     *(Configuration(row.feature, merged(WORKS, row.config), False, (row.message, ), "hybrid" not in row.key)
       for row in (*REFUSED, *DEMANDED) if row.config),
     # Last, so that they also show that a refusal leaves nothing behind.

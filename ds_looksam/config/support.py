@@ -240,7 +240,7 @@ REFUSED = (
     Refused(_BASE, "MuAdam, MuAdamW, MuSGD", 'use "AdamW" or "SGD"', why="not tested",
             json=lambda run: run.base in ("muadam", "muadamw", "musgd"), config=_params(base_optimizer="MuAdam")),
     Refused(_BASE, "that was not tested with ZeRO, without zero_allow_untested_optimizer",
-            'use one that was (docs/support.md), or set "zero_allow_untested_optimizer": true',
+            'use one that was ("ds-looksam report" lists them), or set "zero_allow_untested_optimizer": true',
             json=lambda run: (run.base in torch_optimizers() and run.stage > 0
                               and not run.config.zero_allow_untested_optimizer
                               and not is_tested_with_zero(run.base, run.base_params, run.offloaded)),
