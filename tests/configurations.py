@@ -119,6 +119,7 @@ _REFUSED: dict[str, tuple[dict[str, Any], *tuple[str, ...]]] = {
     "another base's key": (looksam(momentum=0.9), "params.momentum: neither a key of LookSAM"),
     "torch's key, DeepSpeed's Adam": (looksam(foreach=True), "params.foreach: "),
     "FusedAdam's key, CPU": ({**zero(2, offload_optimizer=CPU), **looksam(set_grad_none=True)}, "params.set_grad_none"),
+    "adamw_mode": ({**zero(2, offload_optimizer=CPU), **looksam(adamw_mode=True)}, "Did you mean 'adam_w_mode'?"),
     "Muon's key misspelt": (merged(zero(0), looksam(base_optimizer="Muon", momentun=0.9)), "Did you mean 'momentum'?"),
     "AMSGrad": (looksam(amsgrad=True), "params.amsgrad: "),
     "Nesterov without momentum": (looksam(base_optimizer="SGD", nesterov=True), "momentum"),

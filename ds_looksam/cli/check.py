@@ -27,10 +27,11 @@ from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from pydantic import ValidationError
 
+from ..config.accept import examine, refuse
 from ..config.base_optimizers import torch_optimizers
 from ..config.deepspeed_keys import MODELS, ignored, misspelt
 from ..config.params import AUTO, FILLED_IN, OPTIMIZER_TYPES, LookSAMConfig, did_you_mean
-from ..config.support import Run, examine, refuse
+from ..config.support import Run
 from ..errors import LookSAMConfigError
 from ..optimizers import LAYERWISE_OPTIMIZERS
 from . import advice, costs

@@ -16,13 +16,13 @@ from ..arithmetic import eager as algebra
 from ..arithmetic.choose import choose_passes
 from ..arithmetic.eager import Shard
 from ..arithmetic.layerwise import perturbation_scales
+from ..config.accept import accept, explain_unknown_key, refuse_model
 from ..config.params import (
     GroupSettings,
     group_settings,
     parse_group,
     set_group_defaults,
 )
-from ..config.support import accept, explain_unknown_key, refuse_model
 from ..errors import LookSAMReplayError
 from ..ranks.agree import raised_everywhere
 from ..ranks.check import check_ranks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..arithmetic.layout import LayerMap
-from ..config.support import accept, explain_unknown_key, refuse_model
+from ..config.accept import accept, explain_unknown_key, refuse_model
 from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
 from ..shards import GradientShards, open_shards
 from .host import HostEngine, given_json
