@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .inside import stored_v
 from .training import Case, Result, engine_for, master_weights, train_window, visible_weights
 
 
@@ -102,7 +103,7 @@ def _run(case: Case, stretch: Stretch, log: list[str]) -> Result:
                   for group in engine.optimizer.param_groups]
         values = {f.name: getattr(status, f.name) for f in fields(status)} if status else {}
         values = {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-        g_v = getattr(engine, "_v", None)
+        g_v = stored_v(engine) if stretch.looksam else None
         return Result(weights=master_weights(engine), model_weights=visible_weights(engine), history=[],
                       forwards=len(calls), evaluations=status.evaluations if status else 0,
                       updates=status.updates if status else engine.global_steps,
@@ -120,5 +121,5 @@ def _everything(engine: Any) -> dict[str, torch.Tensor]:
     state["steps"] = torch.tensor([engine.global_steps, engine.skipped_steps])
     if hasattr(engine, "looksam"):
         state["updates"] = torch.tensor([engine.looksam.updates, engine.looksam.evaluations])
-        state |= {f"g_v {i}": v.clone() for i, v in enumerate(engine._v or [])}
+        state |= {f"g_v {i}": v.clone() for i, v in enumerate(stored_v(engine) or [])}
     return state
