@@ -29,6 +29,7 @@ from ..replay.replay import Closure, Replay
 from ..replay.window import LossFn
 from ..shards import full_shape
 from ..step import monitor
+from ..step.ascent import OWN
 from ..step.schedule import RhoFactors
 from ..step.state import V_DTYPES, LookSAMState
 from ..step.status import LookSAMStatus
@@ -107,6 +108,11 @@ class LookSAMEngine(HostEngine):
             warning = rounding_warning(self._settings.rho, self._computes_in, trained)
             if warning is not None:
                 log_dist(f"LookSAM: {warning}", ranks=[0], level=logging.WARNING)
+
+    @property
+    def perturbs_by_rank(self) -> bool:
+        """Whether each rank has a perturbation of its own: ``ascent`` "rank" or "micro_batch"."""
+        return self._settings.ascent in OWN
 
     def _param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
