@@ -39,6 +39,8 @@ class Zero3Shards(GradientShards):
                                      strict=True)
         ]
         self._clean: dict[int, torch.Tensor] = {}
+        for name in ("set_fp32_grad_for_param", "set_local_grad_for_param", "update_fp32_grad_for_param_vectorized"):
+            setattr(optimizer, name, self._noting_changes(getattr(optimizer, name)))
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.fp16_groups for p in group]
@@ -79,12 +81,12 @@ class Zero3Shards(GradientShards):
         masters = self._zero.fp32_partitioned_groups_flat
         return [self._clean.get(i, master.detach()) for i, master in enumerate(masters)]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
         masters = [master.detach() for master in self._zero.fp32_partitioned_groups_flat]
         # torch autocast: model and master are one tensor, so a clean copy must outlive the replay.
         self._clean = {i: masters[i].clone() for i in range(len(masters)) if self._model_flat_is_master[i]}
         model = [flat.data for flat in self._zero.fp16_partitioned_groups_flat]
-        moved = self._perturb_flats(masters, gradient, scale_of, model)
+        moved = self._perturb_flats(masters, gradient, scale_of, rounding, model)
         self._republish()
         return moved
 
