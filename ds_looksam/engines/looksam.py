@@ -19,14 +19,8 @@ from torch import Tensor
 
 from ..arithmetic.choose import choose_passes
 from ..checkpoint.checkpointer import Checkpointer
-from ..config.params import (
-    explain_unknown_key,
-    group_settings,
-    parse_group,
-    parse_params,
-    set_group_defaults,
-)
-from ..config.support import deepspeed_name, refuse_unsupported
+from ..config.accept import explain_unknown_key
+from ..config.params import group_settings, parse_group, set_group_defaults
 from ..errors import LookSAMReplayError
 from ..ranks.check import check_ranks
 from ..replay.replay import Closure, Replay
@@ -86,18 +80,18 @@ class LookSAMEngine(HostEngine):
     # Construction ---------------------------------------------------------------------------------------------------
 
     def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
-        self._settings, base_params = parse_params(config.optimizer_params, config.optimizer_name)
-        refuse_unsupported(config, self._settings, client_optimizer)
+        run = self.accept(config, client_optimizer)
+        assert run.settings is not None
+        self._settings = run.settings
         # From here on DeepSpeed sees the configuration of a run with the base optimizer alone.
-        config.optimizer_name = deepspeed_name(self._settings.base_optimizer)
-        config.optimizer_params = base_params
+        config.optimizer_name, config.optimizer_params = run.base, run.base_params
         tag_for_muon(config, model)
 
     def before_first_communication(self, device: torch.device) -> None:
         check_ranks(device)
 
     def explain(self, error: TypeError) -> Exception:
-        return explain_unknown_key(error, self.optimizer_params() or {}, self._settings.base_optimizer)
+        return explain_unknown_key(error, self._settings.base_optimizer)
 
     def base_optimizer_is_built(self, optimizer: torch.optim.Optimizer) -> None:
         for i, group in enumerate(optimizer.param_groups):
