@@ -71,8 +71,9 @@ class LookSAMEngine(HostEngine):
         if on_nvme:
             log_dist("LookSAM: zero_optimization.offload_optimizer.device is \"nvme\": save_checkpoint and "
                      "load_checkpoint will raise, save_16bit_model works", ranks=[0], level=logging.WARNING)
-        log_dist(f"LookSAM is on: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, ascent={settings.ascent}, "
-                 f"base optimizer {type(self.basic_optimizer).__name__} in {type(self.optimizer).__name__}", ranks=[0])
+        log_dist(f"LookSAM is on: k={settings.k}, rho={settings.rho}, alpha={settings.alpha}, "
+                 f"ascent={settings.ascent}, base optimizer {type(self.basic_optimizer).__name__} in "
+                 f"{type(self.optimizer).__name__}", ranks=[0])
 
     # Construction ---------------------------------------------------------------------------------------------------
 
@@ -165,6 +166,8 @@ class LookSAMEngine(HostEngine):
             LookSAMReplayError: the second evaluation cannot be run. Weights, gradients, RNG and statistics are as
                 before the call, unless another rank alone failed: then a checkpoint must be loaded.
         """
+        self._refuse_per_micro_batch(closure is not None and self._update.is_per_micro_batch,
+                                     "engine.step(closure=...)", "set engine.loss_fn")
         with self._replay.stepping(closure):
             try:
                 with self.nothing_left_to_reduce() if self._evaluates_micro_batches_again else nullcontext():
