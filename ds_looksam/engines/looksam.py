@@ -194,6 +194,8 @@ class LookSAMEngine(HostEngine):
             LookSAMReplayError: the second evaluation cannot be run. Weights, gradients, RNG and statistics are as
                 before the call, unless another rank alone failed: then a checkpoint must be loaded.
         """
+        self._refuse_per_micro_batch(closure is not None and self._update.is_per_micro_batch,
+                                     "engine.step(closure=...)", "set engine.loss_fn")
         with self._replay.stepping(closure):
             try:
                 with self.nothing_left_to_reduce() if self._evaluates_micro_batches_again else nullcontext():
