@@ -215,6 +215,7 @@ def train_noisy(case: Case, looksam: bool = True) -> tuple[dict[str, Tensor], di
             for i, (x, y) in enumerate(case.micro_batches(update, rank)):
                 torch.manual_seed(_seed(update, rank, i))
                 engine.backward(engine(x.float(), y))
+                torch.rand(5)  # drawn since the forward, and not drawn again after step()
                 engine.step()
         return master_weights(engine), dict(engine.module.named_buffers()), torch.rand(3)
 
