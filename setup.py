@@ -37,6 +37,7 @@ setup(
         "hjson",
         "numpy",
         "packaging",
+        "psutil",
         "pydantic>=2",
         "rich>=13",
         "safetensors>=0.5",
