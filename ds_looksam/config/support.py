@@ -273,6 +273,9 @@ REFUSED = (
                               and run.settings.ascent in ("rank", "micro_batch")),
             config={**_zero(3), **_params(ascent="rank")}),
 
+    Refused("optimizer.params.ascent", '"rank" and "micro_batch" with Ulysses', 'use "global" or "global_micro_batch"',
+            "a rank has a part of each sequence, whose gradient is no examples' gradient",
+            model=lambda engine: engine.sequence_parallel_size > 1 and getattr(engine, "perturbs_by_rank", False)),
     Refused("deepspeed.initialize(optimizer=...)", "", "leave it out, and name the base in "
             "optimizer.params.base_optimizer", why="it would override the JSON's optimizer block", alone=True,
             json=lambda run: run.client_optimizer is not None),

@@ -58,14 +58,16 @@ class HostEngine(DeepSpeedEngine):
 
     def refuse_steps_of_optimizer(self, error: Exception) -> None:
         """``engine.optimizer.step()`` raises ``error`` from now on, where it is not called by ``engine.step()``."""
-        step = type(self.optimizer).step
+        step = self.optimizer.step
 
         def guarded(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             if not self._running_engine_step:
                 raise error
-            return step(optimizer, *args, **kwargs)
+            return step(*args, **kwargs)
 
-        self.optimizer.step = MethodType(guarded, self.optimizer)  # torch's LR schedulers want a method
+        # torch's LR schedulers want a method, and look for what they have put around it.
+        guarded.__dict__.update(getattr(step, "__dict__", {}))
+        self.optimizer.step = MethodType(guarded, self.optimizer)
 
     def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
         """Check DeepSpeed's parsed configuration, and make it that of the base optimizer. Called before anything else.
