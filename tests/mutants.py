@@ -124,7 +124,7 @@ MUTANTS = [
     # config
     Mutant("config/params.py", "group.setdefault(\"rho\", settings.rho)", "group[\"rho\"] = settings.rho",
            "a param group's own rho is overwritten", UPDATE),
-    Mutant("config/params.py", "CALIBRATED else value", "CALIBRATED + \"x\" else value",
+    Mutant("config/params.py", "if value in (AUTO, CALIBRATED):", "if value in (AUTO, ):",
            "\"calibrated\" is not \"auto\" any more", "test_huggingface.py -k test_accelerate"),
     # replay
     Mutant("replay/snapshot.py", "        self.random.restore()\n", "",

@@ -182,8 +182,7 @@ def test_a_loss_that_cannot_be_replayed_is_refused(stage: int) -> None:
     said = ["read out to Python", "2 forwards of the engine", "does not depend on the output", "changed in place"]
     for (message, untouched), words in zip(outcomes, said, strict=True):
         assert words in message
-        assert "engine.loss_fn" in message or words == "changed in place"
-        assert "closure" in message
+        assert words == "changed in place" or ("engine.loss_fn" in message and "closure" in message)
         assert untouched
 
 

@@ -138,7 +138,7 @@ class Run:
 
     # The second evaluation ------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, in_step: bool = True) -> None:
         pass
 
     @contextmanager

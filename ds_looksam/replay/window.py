@@ -19,10 +19,14 @@ from .tape import LossTape
 
 LossFn = Callable[..., Tensor]
 
-WAYS_OUT = ("The second evaluation can form the loss again if the model returns it, or if torch functions make it of "
+
+def ways_out(with_closure: bool = True) -> str:
+    """What a user can do about a loss that cannot be formed again."""
+    closure = (", or call engine.step(closure=...) with a function that runs forward and engine.backward() for every "
+               "micro-batch of the window again") if with_closure else ""
+    return ("The second evaluation can form the loss again if the model returns it, or if torch functions make it of "
             "the model's output between engine(...) and engine.backward(). Otherwise set engine.loss_fn = "
-            "f(outputs, *inputs, **kwargs) -> loss, or call engine.step(closure=...) with a function that runs "
-            "forward and engine.backward() for every micro-batch of the window again. (In a Hugging Face Trainer: "
+            f"f(outputs, *inputs, **kwargs) -> loss{closure}. (In a Hugging Face Trainer: "
             "trainer.model_wrapped.loss_fn, from a TrainerCallback's on_train_begin.)")
 
 
@@ -53,7 +57,7 @@ class Forward:
                 raise LookSAMReplayError(
                     f"an input of the model (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in place after "
                     "its forward, so the second evaluation would see another micro-batch. Give each forward its own "
-                    "tensors, or call engine.step(closure=...).")
+                    "tensors.")
         return tree_map_only(Tensor, lambda t: t.detach().requires_grad_() if t.requires_grad else t,
                              (self.args, self.kwargs))
 
@@ -148,8 +152,9 @@ class Window:
             tape.discard()
         return tape
 
-    def check(self, loss_fn: LossFn | None) -> None:
-        """Raise LookSAMReplayError if the window cannot be evaluated again without a closure."""
+    def check(self, loss_fn: LossFn | None, with_closure: bool) -> None:
+        """Raise LookSAMReplayError if the window cannot be evaluated again. ``with_closure``: that may do it instead.
+        """
         reasons = [self.unmatched] if self.unmatched else []
         if not self.micro_batches:
             reasons.append(UnknownLoss("no backward was seen in this window"))
@@ -158,7 +163,8 @@ class Window:
         if loss_fn is None:
             reasons += [mb.loss for mb in self.micro_batches if isinstance(mb.loss, UnknownLoss)]
         if reasons:
-            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reasons[0]}. {WAYS_OUT}")
+            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reasons[0]}. "
+                                     f"{ways_out(with_closure)}")
         for micro_batch in self.micro_batches:
             micro_batch.forward.inputs()
             if loss_fn is None and isinstance(micro_batch.loss, Recording):
@@ -178,5 +184,5 @@ def loss_again(micro_batch: MicroBatch, output: Any, loss_fn: LossFn | None) -> 
         return micro_batch.loss.loss(output)
     replayed = model_loss(output)
     if replayed is None or isinstance(micro_batch.loss, UnknownLoss):
-        raise LookSAMReplayError(f"the model returned no loss in the second evaluation. {WAYS_OUT}")
+        raise LookSAMReplayError(f"the model returned no loss in the second evaluation. {ways_out()}")
     return follow(micro_batch.loss, replayed)
