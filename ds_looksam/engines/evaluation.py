@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..errors import LookSAMReplayError
 from ..replay.guard import PerturbedWeights
-from ..replay.loss_path import UnknownLoss
 from ..replay.side_effects import without_side_effects
-from ..replay.window import Backward, Forward, LossFn, MicroBatch, Window, loss_again
+from ..replay.window import Backward, LossFn, Window
 from .zero_optimizer import LayerwiseEngine
 
 Closure = Callable[[], Any]
@@ -34,7 +33,6 @@ class ReplayingEngine(LayerwiseEngine):
         self._evaluating_again = False  # inside one forward or backward of a replay
         self._replayed_forwards = self._replayed_backwards = 0
         self._replayed = Window()  # of the second evaluation; only its loss
-        self._noted_direct_backward = False
         super().__init__(*args, **kwargs)
         self._perturbed = PerturbedWeights(self.module)
 
@@ -50,13 +48,11 @@ class ReplayingEngine(LayerwiseEngine):
         if self._perturbed:
             self._refuse_unless_in_closure("forward")
             return self._forward_again(*inputs, **kwargs)
+        run = super().forward
+        if self._window_is_recorded and torch.is_grad_enabled():
+            return self._window.add_forward(self.module, run, inputs, kwargs, self._note_backward)
         with self._window.not_recording():
-            if not (self._window_is_recorded and torch.is_grad_enabled()):
-                return super().forward(*inputs, **kwargs)
-            record = Forward.capture(self.module, inputs, kwargs)
-            output = super().forward(*inputs, **kwargs)
-        self._window.add_forward(record, self.module, output, self._note_direct_backward)
-        return output
+            return run(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """As DeepSpeed's; in a window that ends in a SAM step it is remembered how ``loss`` was formed."""
@@ -66,26 +62,31 @@ class ReplayingEngine(LayerwiseEngine):
         if self._window_is_recorded:
             self._window.add_backward(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas))
             self._window.add_loss(loss, self._share(scale_wrt_gas))
-        return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        with self._window.not_recording():
+            return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
     def _backward_now(self, scale_wrt_gas: bool = True, direct: bool = False) -> Backward:
         return Backward(self.is_gradient_accumulation_boundary(), scale_wrt_gas, direct, no_sync=self.inside_no_sync(),
                         coalesced=self.inside_coalesce())
 
-    def _note_direct_backward(self, loss: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None,
-                              create_graph: bool = False, inputs: Any = None) -> None:
-        """The user called ``loss.backward()``, on what came out of a forward of a SAM step's window."""
-        self._window.add_backward(loss, self._backward_now(direct=True))
-        self._window.add_loss(loss, self._share(direct=True))
-        self._noted_direct_backward = True
-        if gradient is not None or create_graph or inputs is not None:
-            self._window.unmatched = UnknownLoss("Tensor.backward() was called with gradient, create_graph or inputs")
+    def _note_backward(self, loss: Tensor, by_engine: bool, problem: str | None) -> None:
+        """A backward that this engine did not begin is about to run over its output: ``loss.backward()``, or another
+        engine's ``backward``, which has divided the loss by its own accumulation steps."""
+        if by_engine and self.gradient_loss_scale() != 1:
+            problem = "the loss went through the backward of another engine, which has a loss scale of its own"
+        self._window.add_backward(loss, self._backward_now(scale_wrt_gas=not by_engine, direct=not by_engine), problem)
+        self._window.add_loss(loss, self._share(scale_wrt_gas=not by_engine, direct=True))
 
     def direct_backward_begins(self) -> None:
-        if not self._noted_direct_backward and self._window_is_recorded and not self._perturbed:
-            self._window.unmatched = UnknownLoss("a backward was run by neither engine.backward(loss) nor "
-                                                 "loss.backward() (torch.autograd.backward, say)")
-        self._noted_direct_backward = False
+        if self._window_is_recorded and not self._perturbed:
+            self._window.unknown_backward_begins()
+
+    def zero_grad(self) -> None:
+        """As DeepSpeed's, also of what a wrapper has taken out of ``p.grad``: the window begins anew."""
+        super().zero_grad()
+        if self.zero_optimization():
+            self.optimizer.zero_grad()
+        self._window.forget()
 
     def step(self, lr_kwargs: dict[str, Any] | None = None, closure: Closure | None = None) -> None:
         """As DeepSpeed's; at the boundary of a SAM step the window is evaluated a second time, at w + eps.
@@ -101,10 +102,10 @@ class ReplayingEngine(LayerwiseEngine):
                 before the call, unless another rank alone failed: then a checkpoint must be loaded.
         """
         self._perturbed.refuse("engine.step()")
-        self._window.stop_recording()
         self._closure = closure
         try:
-            super().step(lr_kwargs)
+            with self._window.not_recording():
+                super().step(lr_kwargs)
         except BaseException:
             self.leave_failed_step()
             raise
@@ -127,32 +128,32 @@ class ReplayingEngine(LayerwiseEngine):
                 if self._closure is not None:
                     self._call_closure(self._closure)
                 else:
-                    self._replay_window(self._window.micro_batches)
+                    self._replay_window()
                 self.finish_unmanaged_window()
         finally:
             self._replaying = False
 
-    def _replay_window(self, micro_batches: list[MicroBatch]) -> None:
-        coalesced = any(micro_batch.backward.coalesced for micro_batch in micro_batches)
+    def _replay_window(self) -> None:
+        def backward(loss: Tensor, how: Backward, retain_graph: bool) -> None:
+            with self.no_sync() if how.no_sync else nullcontext():
+                self._backward_again(loss, retain_graph, how.scale_wrt_gas, how.direct)
+
+        coalesced = any(how.coalesced for how in self._window.backwards)
         with self.coalesce_grad_reduction() if coalesced else nullcontext():
-            for micro_batch in micro_batches:
-                args, kwargs = micro_batch.forward.inputs()
-                loss = loss_again(micro_batch, self._forward_again(*args, **kwargs), self.loss_fn)
-                backward = micro_batch.backward
-                with self.no_sync() if backward.no_sync else nullcontext():
-                    self._backward_again(loss, scale_wrt_gas=backward.scale_wrt_gas, direct=backward.direct)
+            self._window.evaluate_again(self._forward_again, backward, self.loss_fn)
 
     def _call_closure(self, closure: Closure) -> None:
         closure()
-        if self._replayed_backwards != self._window.backwards:
+        n = len(self._window.backwards)
+        if self._replayed_backwards != n:
             raise LookSAMReplayError(
                 f"engine.step(closure=...): the closure called engine.backward() {self._replayed_backwards} times, the "
-                f"window had {self._window.backwards}. It must evaluate the whole accumulation window.")
+                f"window had {n}. It must evaluate the whole accumulation window.")
 
     def _forward_again(self, *inputs: Any, **kwargs: Any) -> Any:
-        recorded = self._window.micro_batches
+        recorded = self._window.forwards
         if self._replayed_forwards < len(recorded):
-            forward = recorded[self._replayed_forwards].forward
+            forward = recorded[self._replayed_forwards]
             forward.mode.apply(self.module)
             forward.random.restore()
         self._replayed_forwards += 1
@@ -164,15 +165,15 @@ class ReplayingEngine(LayerwiseEngine):
 
     def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,
                         direct: bool = False) -> Tensor:
-        recorded = self._window.micro_batches
+        recorded = self._window.backwards
         if self._replayed_backwards < len(recorded):
-            self.set_boundary_of_next_backward(recorded[self._replayed_backwards].backward.is_boundary)
+            self.set_boundary_of_next_backward(recorded[self._replayed_backwards].is_boundary)
         self._replayed_backwards += 1
         self._replayed.add_loss(loss, self._share(scale_wrt_gas, direct))
         self._evaluating_again = True
         try:
             if direct:
-                return self.backward_directly(loss)
+                return self.backward_directly(loss, retain_graph)
             return super().backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         finally:
             self._evaluating_again = False

@@ -77,10 +77,10 @@ class HostEngine(DeepSpeedEngine):
     def direct_backward_begins(self) -> None:
         """Called when a backward reaches the output of a forward without ``engine.backward``."""
 
-    def backward_directly(self, loss: torch.Tensor) -> torch.Tensor:
+    def backward_directly(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
         """``loss.backward()``, as a user who has scaled the loss where fp16 asks for it."""
         self._manual_backward_expected = True
-        loss.backward()
+        loss.backward(retain_graph=retain_graph)
         return loss
 
     def finish_unmanaged_window(self) -> None:

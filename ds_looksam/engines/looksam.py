@@ -31,7 +31,6 @@ from ..ranks.agree import raised_everywhere
 from ..ranks.check import check_ranks
 from ..ranks.reduce import ranks_in, sum_over_ranks
 from ..replay.snapshot import ModelSnapshot
-from ..replay.window import Window
 from ..shards import ScaleOf
 from ..step import monitor
 from ..step.schedule import RhoFactors
@@ -143,7 +142,7 @@ class LookSAMEngine(ResumableEngine):
                 self._shards.restore_weights()
         self._shards.end_window()
         self._perturbed.end()
-        self._window = Window()
+        self._window.forget()
         if self.monitors():
             self.write_to_monitors(monitor.events(status, self.global_samples, measured=status.step_kind == "sam"))
 

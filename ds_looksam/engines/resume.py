@@ -14,7 +14,6 @@ from ..checkpoint import checkpoint
 from ..config.params import LookSAMConfig
 from ..errors import LookSAMCheckpointError
 from ..ranks.agree import from_rank_0
-from ..replay.window import Window
 from ..step.status import LookSAMStatus
 from .cpu_adam import relive_steps
 from .evaluation import ReplayingEngine
@@ -134,7 +133,7 @@ class ResumableEngine(ReplayingEngine):
         changes = checkpoint.restore_groups(self.optimizer.param_groups, self._configured_groups, manifest)
         if manifest is not None:
             changes = checkpoint.changed_settings(manifest, self._settings) + changes
-        self._window = Window()
+        self._window.forget()
         self._perturbed.end()
         state = "goes on" if saved is not None else "starts anew, there is nothing of its own to load,"
         step = "a SAM step" if self._status.next_is_sam else "a base step" if self._v is None else "a reuse step"
