@@ -60,6 +60,7 @@ class ReplayingEngine(LayerwiseEngine):
             self._refuse_unless_in_closure("backward")
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         if self._window_is_recorded:
+            self._forget_what_was_zeroed()
             self._window.add_backward(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas))
             self._window.add_loss(loss, self._share(scale_wrt_gas))
         with self._window.not_recording():
@@ -74,8 +75,14 @@ class ReplayingEngine(LayerwiseEngine):
         engine's ``backward``, which has divided the loss by its own accumulation steps."""
         if by_engine and self.gradient_loss_scale() != 1:
             problem = "the loss went through the backward of another engine, which has a loss scale of its own"
+        self._forget_what_was_zeroed()
         self._window.add_backward(loss, self._backward_now(scale_wrt_gas=not by_engine, direct=not by_engine), problem)
         self._window.add_loss(loss, self._share(scale_wrt_gas=not by_engine, direct=True))
+
+    def _forget_what_was_zeroed(self) -> None:
+        """Where the gradients are the parameters' own, ``module.zero_grad()`` throws them away too."""
+        if isinstance(self.optimizer, torch.optim.Optimizer) and all(p.grad is None for p in self._shards.parameters()):
+            self._window.forget_backwards()
 
     def direct_backward_begins(self) -> None:
         if self._window_is_recorded and not self._perturbed:

@@ -30,6 +30,7 @@ from ..errors import LookSAMReplayError
 from ..ranks.agree import raised_everywhere
 from ..ranks.check import check_ranks
 from ..ranks.reduce import ranks_in, sum_over_ranks
+from ..replay.guard import guard_optimizer
 from ..replay.snapshot import ModelSnapshot
 from ..shards import ScaleOf
 from ..step import monitor
@@ -76,6 +77,7 @@ class LookSAMEngine(ResumableEngine):
 
         super().__init__(*args, config_class=config_class, **kwargs)
         self.open_shards()
+        guard_optimizer(self.optimizer, lambda: self._running_engine_step, self._window.forget)
         self._shards.passes = choose_passes(self._shards.device, settings.compile)
         self._shards.reserve_v(V_DTYPES[settings.v_dtype])
         if self.zero_nvme_offload_optimizer():

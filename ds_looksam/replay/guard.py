@@ -1,7 +1,11 @@
-"""Shuts the doors through which perturbed weights could leave, for as long as they are perturbed."""
+"""Shuts doors: those through which perturbed weights could leave, for as long as they are perturbed, and the one past
+LookSAM."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -40,6 +44,32 @@ class PerturbedWeights:
         """Raise LookSAMReplayError if the weights are perturbed."""
         if self:
             raise LookSAMReplayError(f"{what} {_WHEN}")
+
+
+def guard_optimizer(optimizer: Any, in_step: Callable[[], bool], forget: Callable[[], None]) -> None:
+    """Watch what the user calls on ``engine.optimizer``, a torch optimizer or DeepSpeed's wrapper around one.
+
+    Args:
+        in_step: whether ``engine.step()`` is running; outside, ``optimizer.step()`` raises: it would be the base alone.
+        forget: called when the gradients are thrown away, by ``optimizer.zero_grad()`` outside of a step.
+    """
+    base_step, zero_grad = optimizer.step, optimizer.zero_grad
+
+    @functools.wraps(base_step)  # LR schedulers look for a mark on it
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not in_step():
+            raise LookSAMReplayError(
+                "optimizer.step() was called: it would be the base optimizer alone, without LookSAM and without "
+                "DeepSpeed's accumulation. Call engine.step() instead; optimizer.zero_grad() after it is not needed.")
+        return base_step(*args, **kwargs)
+
+    @functools.wraps(zero_grad)
+    def forgetting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not in_step():
+            forget()
+        return zero_grad(*args, **kwargs)
+
+    optimizer.step, optimizer.zero_grad = MethodType(step, optimizer), MethodType(forgetting, optimizer)
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:

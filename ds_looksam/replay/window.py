@@ -133,6 +133,10 @@ class Window:
             tape.discard()
         self._tape: LossTape | None = None
         self._newest: Forward | None = None  # the others are kept by what was made of them
+        self.forget_backwards()
+
+    def forget_backwards(self) -> None:
+        """Their gradients were thrown away; forwards may still be trained."""
         self._backwards: list[RecordedBackward] = []
         self._problem: str | None = None
         self.loss: Tensor | None = None  # of the micro-batches so far, see add_loss
