@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from images import Images, open_images  # noqa: E402
 from vits import build_vit  # noqa: E402
 
 from ds_looksam.arithmetic.eager import add_perturbation, perturbation_scale, squared_norm  # noqa: E402
+from tests.inside import stored_v  # noqa: E402
 
 RHOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,14 +52,15 @@ def perturbation_table(models: list[str], batch: int) -> None:
     for name in models:
         w, g = weights_and_gradient(name, batch)
         g_squared = squared_norm([g], CPU)
-        for dtype_name, dtype in DTYPES.items():
+        for (dtype_name, dtype), (how, rounding) in product(DTYPES.items(), {"": None, ", stochastic": 0}.items()):
             out, cells = torch.empty(w.numel(), dtype=dtype), []
             for rho in RHOS:
                 scale = perturbation_scale(rho, g_squared)
-                moved, dot, eps = add_perturbation(w, g, partial(_same, scale), out).tolist()
+                moved, dot, eps = add_perturbation(w, g, partial(_same, scale), out, rounding).tolist()
                 changed = (out != w.to(dtype)).float().mean().item()
                 cells.append(f"{(moved / eps)**0.5:.2f}, {dot / (moved * eps)**0.5:.2f}, {changed:.0%}")
-            print(f"| ViT-{name} | {w.numel() / 1e6:.1f} M | {dtype_name} | " + " | ".join(cells) + " |", flush=True)
+            row = [f"ViT-{name}", f"{w.numel() / 1e6:.1f} M", dtype_name + how, *cells]
+            print("| " + " | ".join(row) + " |", flush=True)
 
 
 def train(v_dtype: str, seed: int, data_dir: Path, updates: int) -> dict[str, float]:
@@ -82,7 +85,7 @@ def train(v_dtype: str, seed: int, data_dir: Path, updates: int) -> dict[str, fl
         loss = engine(pixel_values=images, labels=labels).loss
         engine.backward(loss)
         engine.step()
-    stored = sum(part.numel() * part.element_size() for part in engine._v)
+    stored = sum(part.numel() * part.element_size() for part in stored_v(engine) or ())
     ratio, cosine = engine.looksam.perturbation_ratio.item(), engine.looksam.perturbation_cosine.item()
     engine.eval()
     losses, hits = 0.0, 0

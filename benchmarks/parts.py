@@ -24,6 +24,7 @@ from unittest.mock import patch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import step_time
+from tests import inside
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
@@ -75,9 +76,11 @@ class Parts:
 
     def put_around_engine(self, engine: Any) -> None:
         """What LookSAM's step calls on the engine and its shards."""
-        shards = engine._shards
-        self.put_around(engine, "_scales", "_layer_scales", "_evaluate_again", "_forward_again", "_backward_again",
-                        "_take_model_step", "_keep", "_sum_norms")
+        shards = inside.shards(engine)
+        self.put_around(engine, "_take_model_step")
+        self.put_around(inside.update(engine), "_scales", "_layer_scales", "_sum_norms")
+        self.put_around(inside.replay(engine), "evaluate", "_forward_again", "_backward_again")
+        self.put_around(inside.state(engine), "keep")
         self.put_around(shards, "take_gradient", "give_gradient", "perturb_weights", "unperturb_local", "end_window",
                         "layer_squares", "tell_squared_norm", "keep_gradient")
         shards.passes = replace(shards.passes, **{

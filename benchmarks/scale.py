@@ -45,6 +45,7 @@ from benchmarks import scale_formulas
 from benchmarks.scale_models import MODELING, MODELS, Batch
 from tests.collectives import Collective
 from tests.costs import tensor_bytes
+from tests.inside import shards as shards_of
 
 WORLDS = (1, 8, 64, 512, 4096)
 STAGES = (0, 1, 2, 3)
@@ -164,13 +165,14 @@ def _train(engine: Any, batch: Batch, ranks: Any, probe: Probe, count_lines: boo
 
 def _measure_map(engine: Any, measured: Measured) -> None:
     """Of what layer-wise runs and checkpoints build once."""
-    measured.segments = sum(map(len, engine._shards.layout()))
-    engine._layer_map = None
+    shards = shards_of(engine)
+    measured.segments = sum(map(len, shards.layout()))
+    del shards.layers  # built anew when it is next asked for
     start = time.process_time()
-    engine.layers()
+    assert shards.layers.count
     measured.map_seconds = time.process_time() - start
-    engine._layer_map = None
-    measured.map_lines = lines_of_package(engine.layers)
+    del shards.layers
+    measured.map_lines = lines_of_package(lambda: shards.layers)
 
 
 def lines_of_package(function: Callable[[], Any]) -> int:

@@ -17,8 +17,6 @@ import pydantic
 
 import ds_looksam
 from ds_looksam.config.params import RhoSchedule
-from ds_looksam.engines.evaluation import ReplayingEngine
-from ds_looksam.engines.resume import ResumableEngine
 
 TARGET = Path(__file__).parent / "api.md"
 INTRODUCTION = """# API reference
@@ -45,10 +43,7 @@ def entry(name: str, thing: Any) -> Iterator[str]:
     yield markdown(inspect.getdoc(thing) or "")
     if not inspect.isclass(thing):
         return
-    members = dict(vars(thing))
-    if thing is ds_looksam.LookSAMEngine:
-        members = {**vars(ReplayingEngine), **vars(ResumableEngine), **members}
-    for member, value in members.items():
+    for member, value in vars(thing).items():
         inner = value.fget if isinstance(value, property) else value
         if member.startswith("_") or not inspect.isfunction(inner) or not inner.__doc__:
             continue

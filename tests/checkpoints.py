@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .inside import stored_v
 from .training import Case, Result, engine_for, master_weights, train_window, visible_weights
 
 
@@ -120,5 +121,5 @@ def _everything(engine: Any) -> dict[str, torch.Tensor]:
     state["steps"] = torch.tensor([engine.global_steps, engine.skipped_steps])
     if hasattr(engine, "looksam"):
         state["updates"] = torch.tensor([engine.looksam.updates, engine.looksam.evaluations])
-        state |= {f"g_v {i}": v.clone() for i, v in enumerate(engine._v or [])}
+        state |= {f"g_v {i}": v.clone() for i, v in enumerate(stored_v(engine) or [])}
     return state

@@ -25,6 +25,7 @@ import torch
 import ds_looksam.checkpoint.files as files
 from launch import distributed
 
+from .inside import is_evaluating_again
 from .training import Case, engine_for, master_weights, train_window
 
 UPDATES, SAVE_EVERY, STRIKE = 8, 2, 4
@@ -66,7 +67,7 @@ class Fault:
     def in_forward(self, module: Any, args: Any, output: Any) -> Any:
         if not self.strikes:
             return None
-        in_replay = self.engine._replaying
+        in_replay = is_evaluating_again(self.engine)
         if self.kind == ("kill-replay" if in_replay else "kill-first"):
             die()
         if self.kind == "kill-writer" and not in_replay:

@@ -1,7 +1,8 @@
 """LookSAM written down naively: the whole model is one float64 vector on one process.
 
 Shares nothing with the package, and knows nothing of ranks: a window is the list of every rank's micro-batches. Each
-line below is a line of Algorithm 1 (Liu et al. 2022, arXiv 2203.02714), or of the definition of alpha "auto".
+line below is a line of Algorithm 1 (Liu et al. 2022, arXiv 2203.02714), or of the definitions of alpha "auto" and of
+ascent groups, parts of the window with a perturbation of their own.
 """
 
 from __future__ import annotations
@@ -167,6 +168,8 @@ class Oracle:
     clipping: float = 0.0
     layer_scale: str | None = None
     rho_factor: Callable[[int], float] = lambda t: 1.0
+    groups_of: Callable[[Any], Sequence[Any]] | None = None
+    """(window) -> its ascent groups, windows themselves; weighted by their lengths. None: the window is one."""
     off: int = 0
     t: int = 0
     v: Tensor | None = None
@@ -186,13 +189,16 @@ class Oracle:
     """The largest alpha ‖g‖ / ‖g_v‖ of a reuse step: how much longer than it was computed g_v was added."""
 
     def update(self, window: Any) -> None:
-        g = self.evaluate(self.w if self.stale_w is None else self.stale_w, window)
+        groups = [window] if self.groups_of is None else self.groups_of(window)
+        g_of = self.evaluate([self.w if self.stale_w is None else self.stale_w] * len(groups), groups)
         self.stale_w = None
+        g = average(g_of, groups)
         norm = g.norm()
         if self.t < self.off:
             u = g
         elif (self.t - self.off) % self.k == 0:
-            u = self.sam(g, norm, window)
+            g_s = average(self.evaluate([self.w + self.eps(g_j) for g_j in g_of], groups), groups)
+            u = self.sam(g, norm, g_s)
         else:
             u = self.reuse(g, norm)
         u = u / self.divisor
@@ -207,12 +213,14 @@ class Oracle:
         self.t += 1
         self.history.append(self.w)
 
-    def sam(self, g: Tensor, norm: Tensor, window: Any) -> Tensor:
+    def eps(self, g: Tensor) -> Tensor:
+        """The perturbation of the ascent group with this gradient."""
         rho = self.base.of_group(lambda group: group.rho) * self.rho_factor(self.t)
-        eps = rho * g / norm if norm > 0 else torch.zeros_like(g)
-        if self.layer_scale is not None and norm > 0:
-            eps = rho * self.layerwise_direction(g)
-        g_s = self.evaluate(self.w + eps, window)
+        if g.norm() == 0:
+            return torch.zeros_like(g)
+        return rho * g / g.norm() if self.layer_scale is None else rho * self.layerwise_direction(g)
+
+    def sam(self, g: Tensor, norm: Tensor, g_s: Tensor) -> Tensor:
         g_h = (g @ g_s) / norm**2 * g if norm > 0 else torch.zeros_like(g)
         g_v = g_s - g_h
         if g_v.norm() < 1e-12 * g_s.norm():
@@ -240,9 +248,18 @@ class Oracle:
         self.amplification = max(self.amplification, float(alpha.max() * norm / self.v.norm()))
         return g + alpha * (norm / self.v.norm()) * self.v
 
-    def evaluate(self, w: Tensor, window: Any) -> Tensor:
+    def evaluate(self, at: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]:
+        """Each group's gradient at its own weights; together one evaluation, as they are one window."""
         self.evaluations += 1
-        return self.gradient(w, window)
+        return [self.gradient(w, group) for w, group in zip(at, groups, strict=True)]
+
+
+def average(gradients: Sequence[Tensor], groups: Sequence[Any]) -> Tensor:
+    """The gradient of the window from those of its groups, which count by their lengths."""
+    if len(groups) == 1:
+        return gradients[0]
+    total = sum(len(group) for group in groups)
+    return torch.stack([len(group) / total * g for g, group in zip(gradients, groups, strict=True)]).sum(dim=0)
 
 
 class ModuleGradient:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_looksam.arithmetic import eager as algebra
-from ds_looksam.arithmetic.eager import EAGER, Passes
+from ds_looksam.arithmetic import layout
+from ds_looksam.arithmetic.eager import EAGER, Passes, perturbation_scale
+from ds_looksam.arithmetic.layerwise import perturbation_scales
+from ds_looksam.arithmetic.layout import LayerMap, Segment
+from ds_looksam.arithmetic.rounding import round_, rounding_keys, rounding_seed
 
 CPU = torch.device("cpu")
+SEED = 5
 # fp32 dot products of one chunk at a time, of independent normals: each is some 1e-7 of sqrt(‖x‖² ‖y‖²) off.
 REL = 1e-6
 NUMEL = [0, 1, 200, 8192, 20_000]
@@ -81,16 +89,20 @@ def check_projection(passes: Passes, numel: int, device: torch.device = CPU) -> 
 
 
 def check_perturbation(passes: Passes, numel: int, master: torch.dtype, model: torch.dtype, in_place: bool,
-                       per_element: bool, device: torch.device = CPU, one_off: float = 0.0) -> None:
+                       per_element: bool, device: torch.device = CPU, one_off: float = 0.0,
+                       rounding: int | None = None) -> None:
     """``one_off``: the share of elements that may be rounded to the other side, by a GPU that fuses w + scale g."""
     (w, _), (g, _) = shards(numel, 2, device)
     w = w.to(master)
+    g = g if rounding is None else g.to(master)
     scale = (torch.rand(numel) * 1e-2 if per_element else torch.tensor(1e-2)).to(device)
-    clean, eps = whole([w.to(model)]), whole([g * scale])
+    clean, eps = whole([w.to(model)]), whole([g.float() * scale])
     expected = whole([(w.float() + g * scale).to(model)])
+    if rounding is not None:  # at once, whatever the passes work on in pieces
+        expected = at_random(w.to(model).float() + g.float() * scale, model, rounding).double().cpu()
     out = w if in_place else torch.empty(numel, dtype=model, device=device)
 
-    sums = passes.add_perturbation(w, g, lambda lo, hi: scale[lo:hi] if per_element else scale, out)
+    sums = passes.add_perturbation(w, g, lambda lo, hi: scale[lo:hi] if per_element else scale, out, rounding)
 
     # fp32 may round the product before the sum or not; in low precision the cast decides, bit by bit.
     off = (whole([out]) - expected).abs()
@@ -103,6 +115,10 @@ def check_perturbation(passes: Passes, numel: int, master: torch.dtype, model: t
     moved = whole([out]) - clean
     assert (moved - eps).norm() >= 1e-3 * eps.norm(), "rounding was meant to show"
     close(sums, torch.stack([moved @ moved, moved @ eps, eps @ eps]), moved @ moved + eps @ eps)
+
+
+def at_random(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    return round_(x.clone(), rounding_keys(seed, 0), dtype, (torch.empty_like(x), torch.empty_like(x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,6 +143,106 @@ def test_projection_keeps_a_small_difference(numel: int) -> None:
 ])
 def test_perturbation(numel: int, master: torch.dtype, model: torch.dtype, in_place: bool, per_element: bool) -> None:
     check_perturbation(EAGER, numel, master, model, in_place, per_element)
+
+
+@pytest.mark.parametrize("master, model", [
+    (torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16),
+])
+def test_stochastic_rounding_is_the_same_in_any_pieces(numel: int, master: torch.dtype, model: torch.dtype) -> None:
+    check_perturbation(EAGER, numel, master, model, master == model, per_element=True, rounding=SEED)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_right_on_average(dtype: torch.dtype) -> None:
+    """Between two numbers, at the ends of an exponent's range, below the smallest exponent, of both signs."""
+    tiny, step = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
+    x = torch.tensor([0.3, 1.0, 1 + 0.1 * step, 1 - 0.1 * step, 2 - 0.7 * step, 0.02, tiny * (1 + 0.5 * step), 37.7,
+                      tiny * (1 - 0.2 * step), tiny * 0.37, tiny * step * 0.3, tiny * step * 1.3])
+    x = torch.cat([x, -x])
+    seeds = 2000
+    drawn = torch.stack([at_random(x, dtype, rounding_seed(SEED, seed)) for seed in range(seeds)])
+    assert torch.equal(drawn.to(dtype).float(), drawn)
+    gap = step * torch.maximum(2.0 ** x.abs().double().log2().floor(), torch.tensor(tiny).double())
+    assert ((drawn.double() - x.double()).abs() < gap).all(), "neighbours"
+    share = (x.abs().double() / gap) % 1  # of the way from one to the other
+    standard_error = gap * (share * (1 - share) / seeds).sqrt()
+    assert ((drawn.double().mean(0) - x.double()).abs() <= 4 * standard_error).all()
+    assert ((drawn != x).any(0) == (share > 0)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_leaves_what_is_beyond(dtype: torch.dtype) -> None:
+    largest, nans = torch.finfo(dtype).max, torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    x = torch.tensor([torch.inf, -torch.inf, largest, -largest])
+    if dtype == torch.float16:
+        x = torch.cat([x, torch.tensor([65519.0, -65519.0, 65520.0, 1e9])])
+    for seed in range(100):
+        assert torch.equal(at_random(x, dtype, seed).to(dtype), x.to(dtype))
+        assert at_random(nans.view(torch.float32), dtype, seed).isnan().all()
+
+
+def test_a_seed_decides() -> None:
+    x = torch.linspace(-1, 1, 10_001)
+    first, again, other = (at_random(x, torch.bfloat16, seed) for seed in (SEED, SEED, SEED + 1))
+    assert torch.equal(first, again)
+    # Independent ones agree in x^2 + (1 - x)^2 of the cases, with x even over [0, 1]: in 2/3 of them, +-0.005.
+    assert abs((first == other).float().mean() - 2 / 3) < 0.02
+    named = [(), (0, ), (1, ), (0, 0), (0, 1), (1, 0), (-1, ), (2**40, 7)]
+    assert len({rounding_seed(*numbers) for numbers in named}) == len(named)
+
+
+@pytest.mark.parametrize("drift", [0.0, 1e-5, 1e-3])
+def test_perturbed_by_eps_on_average(drift: float) -> None:
+    """Weights that were bf16 once, and an optimizer that has moved its fp32 master down the gradient since then.
+
+    Nearest rounding does not move them at all, or by as much as the drift says, whatever eps is.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start, g = (0.02 * torch.randn(20_000, generator=generator)).bfloat16(), torch.randn(20_000, generator=generator)
+    w, scale, out = start.float() - drift * g.sign(), torch.tensor(1e-5), torch.empty_like(start)
+
+    def along(rounding: int | None) -> float:
+        _, moved_dot_eps, eps_squared = EAGER.add_perturbation(w, g, lambda lo, hi: scale, out, rounding)
+        return float(moved_dot_eps / eps_squared)
+
+    drawn = torch.tensor([along(rounding_seed(SEED, seed)) for seed in range(50)])
+    assert abs(drawn.mean() - 1) <= 4 * drawn.std() / 50**0.5 <= 0.02
+    if drift < 1e-3:  # larger than a rounding step of most: it dithers, as in training at a large learning rate
+        assert abs(along(None) - 1) > 0.2
+
+
+@pytest.mark.parametrize("rule", [None, "norm", "relative", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_perturbed_alone(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rule: Any) -> None:
+    """A rank with the whole model in low precision, its weights and gradients flat, perturbs it by its own gradient."""
+    monkeypatch.setattr(algebra, "chunk_size", lambda device: 64)
+    monkeypatch.setattr(layout, "chunk_size", lambda device: 64)
+    sizes, padding = [130, 7, 64, 1], 8
+    parameters = [nn.Parameter(torch.empty(size)) for size in sizes]
+    starts = list(accumulate(sizes, initial=0))
+    segments = [Segment(p, start, 0, p.numel(), p.numel()) for p, start in zip(parameters, starts[:-1], strict=True)]
+    layers = LayerMap([segments], [sum(sizes) + padding], [parameters], CPU)
+    generator = torch.Generator().manual_seed(0)
+    w, g = (torch.randn(sum(sizes), generator=generator).to(dtype) for _ in range(2))
+    w, g = (nn.functional.pad(x, (0, padding)) for x in (w, g))
+    of_layer = [(w[a:b].double(), g[a:b].double()) for a, b in pairwise(starts)]
+    g_squared, w_squared = layers.squares([g]), layers.squares([w])
+    close(g_squared, torch.stack([b @ b for _, b in of_layer]), 400)
+    close(w_squared, torch.stack([a @ a for a, _ in of_layer]), 400)
+    close(EAGER.squared_norm([g], CPU), g_squared.sum(), 400)
+    if rule is None:
+        scales = perturbation_scale(0.05, EAGER.squared_norm([g], CPU)).expand(5)
+    else:
+        rho = torch.full((4, ), 0.05, dtype=torch.float64)
+        scales = perturbation_scales(w_squared, g_squared, torch.ones(4, dtype=torch.bool), rho, rule, loss_scale=8.0)
+    eps = g.float() * torch.cat([scale.expand(n) for scale, n in zip(scales, [*sizes, padding], strict=True)])
+    expected, clean = at_random(w.float() + eps, dtype, SEED).to(dtype), w.clone()
+
+    moved = EAGER.add_perturbation(w, g, lambda lo, hi: layers.expand(scales, 0, lo, hi), w, SEED)
+
+    assert torch.equal(w, expected)
+    change, eps = w.double() - clean.double(), eps.double()
+    close(moved, torch.stack([change @ change, change @ eps, eps @ eps]), change @ change + eps @ eps)
 
 
 def test_a_rank_that_owns_nothing() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from .checkpoints import Stretch, run_stretch
+from .inside import is_evaluating_again
 from .ranks import run_on_ranks
 from .training import Case, engine_for, master_weights, train_window, visible_weights
 
@@ -246,7 +247,7 @@ def interrupted(case: Case, folder: str) -> tuple[list[str], dict[str, torch.Ten
         told = []
 
         def hook(*_: Any) -> None:
-            if engine._replaying:
+            if is_evaluating_again(engine):
                 raise KeyboardInterrupt
 
         handle = engine.module.register_forward_hook(hook)

@@ -13,6 +13,8 @@ from deepspeed.checkpoint import ds_to_universal
 from ds_looksam.universal import convert
 
 from .checkpoints import Stretch, run_stretch
+from .inside import checkpointer
+from .inside import shards as shards_of
 from .ranks import run_on_ranks
 from .training import Case, distance, run_oracle
 
@@ -90,18 +92,16 @@ def g_v_of(case: Case, folder: str, tag: str) -> list[tuple[str, int, int, torch
     """On a rank: the parts of g_v that it would load."""
     import math
 
-    from ds_looksam.checkpoint import checkpoint
-    from ds_looksam.checkpoint.reading import Trained
+    from ds_looksam.checkpoint.reading import NamedLayout
 
     from .training import engine_for
 
     with engine_for(case) as engine:
-        saved = checkpoint.load(Path(folder) / tag, module=engine.module, shards=engine._shards,
-                                settings=engine._settings, device=engine.device, universal=False)
+        saved = checkpointer(engine).read(Path(folder) / tag, universal=False)
         assert saved is not None and saved.v is not None
-        trained = Trained.of(engine.module, engine._shards)
-        return [(part.name, math.prod(trained.shapes[part.name]), part.lo, flat[at:at + part.hi - part.lo].clone())
-                for flat, segments in zip(saved.v, trained.layout, strict=True) for at, part in segments]
+        here = NamedLayout.of(engine.module, shards_of(engine))
+        return [(part.name, math.prod(here.shapes[part.name]), part.lo, flat[at:at + part.hi - part.lo].clone())
+                for flat, segments in zip(saved.v, here.layout, strict=True) for at, part in segments]
 
 
 def _move(move: Move, tmp_path: Path) -> None:

@@ -15,12 +15,11 @@ import torch
 from packaging.version import Version
 
 from ds_looksam import LookSAMConfigError
-from ds_looksam import passes as passes_module
-from ds_looksam.arithmetic import compiled
+from ds_looksam.arithmetic import choose, compiled
 from ds_looksam.arithmetic.choose import COMPILES_ON_CPU, choose_passes
 from ds_looksam.arithmetic.eager import EAGER, Passes
 
-from .test_algebra import CPU, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
+from .test_algebra import CPU, SEED, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
 from .test_low_precision import TIGHT
 from .test_oracle_grid import TOLERANCE
 from .test_v_dtype import BF16_V, ROUNDED
@@ -57,6 +56,13 @@ def test_perturbation_is_measured_as_it_was_rounded(passes: Passes, per_element:
     """A compiler that takes x.to(bfloat16).float() for x says that the weights moved by eps."""
     master = torch.bfloat16 if in_place else torch.float32
     check_perturbation(passes, 200, master, torch.bfloat16, in_place, per_element)
+
+
+@pytest.mark.parametrize("model, in_place", [(torch.bfloat16, True), (torch.float16, False)])
+def test_stochastic_rounding(passes: Passes, model: torch.dtype, in_place: bool) -> None:
+    """Bit by bit as the eager arithmetic rounds."""
+    master = model if in_place else torch.float32
+    check_perturbation(passes, 200, master, model, in_place, per_element=False, rounding=SEED)
 
 
 BF16 = Case(stage=2, world=2, precision="bf16", loss_scale=128.0, base="SGD", params=COMPILED,
@@ -99,7 +105,7 @@ def test_no_compiler(tmp_path: Path) -> None:
 def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_passes(CPU, None) is choose_passes(CPU, False) is EAGER
     assert choose_passes(CPU, True) is compiled.COMPILED
-    monkeypatch.setattr(passes_module, "COMPILES_ON_CPU", Version("99"))
+    monkeypatch.setattr(choose, "COMPILES_ON_CPU", Version("99"))
     with pytest.raises(LookSAMConfigError, match=r"optimizer\.params\.compile: .* takes torch 99"):
         choose_passes(CPU, True)
 
@@ -119,8 +125,8 @@ def test_a_gpu_without_triton_on_any_rank(monkeypatch: pytest.MonkeyPatch, caplo
         asked.append(yes)
         return everywhere
 
-    monkeypatch.setattr(passes_module, "_fused_passes", fused)
-    monkeypatch.setattr(passes_module, "on_all_ranks", on_all_ranks)
-    monkeypatch.setattr(passes_module.torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(choose, "_fused_passes", fused)
+    monkeypatch.setattr(choose, "on_all_ranks", on_all_ranks)
+    monkeypatch.setattr(choose.torch, "ones", lambda *_, **__: None)
     assert (choose_passes(torch.device("cuda"), None) is EAGER) == (not everywhere)
     assert asked == [here]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .inside import shards as shards_of
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "large-batch").glob("*.json"))
 IMAGES, EPOCHS, WARM_UP = 1_281_167, 300, 30
@@ -62,7 +64,7 @@ def _train_on_fake_ranks(rank: int, world: int) -> None:
                                           dist_init_required=False)
         assert engine.dp_world_size == world and engine.train_batch_size() == config["train_batch_size"]
         assert type(engine.optimizer).__name__ == "BF16_Optimizer"
-        for flat, of_group in zip(engine._shards.layout(), sizes, strict=True):
+        for flat, of_group in zip(shards_of(engine).layout(), sizes, strict=True):
             expected, _ = partition_zero12(of_group, world, rank, alignment=2)
             assert [(s.start, s.param_offset, s.numel, s.param_numel) for s in flat] == [
                 (s.start, s.param_offset, s.numel, s.param_numel) for s in expected]

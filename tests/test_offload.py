@@ -17,6 +17,8 @@ from ds_looksam import LookSAMCheckpointError
 from ds_looksam.shards.zero3_offload import file_backed
 
 from .covering import covering
+from .inside import shards as shards_of
+from .inside import stored_v
 from .ranks import run_on_ranks
 from .training import Case, check_against_oracle, engine_for, master_weights, train, train_window
 
@@ -61,7 +63,7 @@ def test_torch_optimizer_on_the_cpu() -> None:
 def shares_memory(case: Case) -> list[bool]:
     """On a rank, for each gradient that LookSAM took and did not have to keep: whether it is DeepSpeed's own memory."""
     with engine_for(case) as engine:
-        shards, masters = engine._shards, (engine.optimizer.fp32_partitioned_groups_flat if case.stage == 3 else
+        shards, masters = shards_of(engine), (engine.optimizer.fp32_partitioned_groups_flat if case.stage == 3 else
                                            engine.optimizer.single_partition_of_fp32_groups)
         take, shared = shards.take_gradient, []
 
@@ -89,7 +91,7 @@ def test_no_copy_of_the_gradient_in_host_memory(stage: int, precision: str) -> N
 def perturb_elsewhere(case: Case) -> tuple[list[float], list[float]]:
     """On a rank: what perturb_weights measures, and what it does where the model's partitions lie on another device."""
     with engine_for(case) as engine:
-        shards, wrapper = engine._shards, engine.optimizer
+        shards, wrapper = shards_of(engine), engine.optimizer
         gradient = [torch.ones_like(w) for w in shards.master_weights()]
         sums = []
         for device in ("cpu", "meta"):
@@ -132,7 +134,7 @@ def where_v_lives(case: Case) -> list[tuple[str | None, int]]:
     with engine_for(case) as engine:
         for update in range(2):
             train_window(engine, case, update)
-        return [(v.untyped_storage().filename, v.untyped_storage().nbytes()) for v in engine._v]
+        return [(v.untyped_storage().filename, v.untyped_storage().nbytes()) for v in stored_v(engine)]
 
 
 @pytest.mark.grid

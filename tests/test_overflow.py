@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from .inside import stored_v
 from .ranks import run_on_ranks
 from .test_low_precision import LOOSE, TIGHT, in_fp32
 from .training import (
@@ -74,7 +75,7 @@ def train_with_faults(case: Case, faults: list[Fault], scales: dict[int, float])
                 _loss_scaler(engine).cur_scale = scales[window]
             forwards = 0
             train_window(engine, case, window)
-            v = engine._v and [part.clone() for part in engine._v]
+            v = stored_v(engine) and [part.clone() for part in stored_v(engine)]
             records.append(Record(engine.was_step_applied(), engine.looksam.step_kind, forwards, _loss_scale(engine),
                                   engine.looksam.next_is_sam, master_weights(engine), visible_weights(engine), v))
         assert engine.skipped_steps == sum(not record.applied for record in records)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from .inside import shards as shards_of
 from .ranks import run_on_ranks
 from .test_oracle_grid import TOLERANCE
 from .training import Case, check_against_oracle, engine_for
@@ -42,7 +43,7 @@ def ownership(case: Case) -> dict[str, list[tuple[int, int]]]:
     with engine_for(case) as engine:
         names = {id(p): name for name, p in engine.module.named_parameters()}
         pieces: dict[str, list[tuple[int, int]]] = {}
-        for segments in engine._shards.layout():
+        for segments in shards_of(engine).layout():
             for s in segments:
                 assert s.numel > 0
                 pieces.setdefault(names[id(s.parameter)], []).append((s.param_offset, s.param_offset + s.numel))

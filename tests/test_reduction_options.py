@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from .inside import shards as shards_of
 from .ranks import run_on_ranks
 from .test_low_precision import loose
 from .test_oracle_grid import TOLERANCE
@@ -97,7 +98,7 @@ def layout_is_right(case: Case) -> tuple[int, int]:
     with engine_for(case) as engine:
         masters = master_weights(engine)
         expected = {id(p): masters[name] for name, p in engine.module.named_parameters() if name in masters}
-        shards = engine._shards
+        shards = shards_of(engine)
         elements = 0
         for flat, segments in zip(shards.master_weights(), shards.layout(), strict=True):
             starts = [segment.start for segment in segments]

@@ -14,6 +14,7 @@ from ds_looksam.config.params import LookSAMConfig, RhoSchedule, parse_params
 from ds_looksam.errors import LookSAMConfigError
 from ds_looksam.step.schedule import RhoFactors
 
+from .inside import shards as shards_of
 from .ranks import run_on_ranks
 from .training import Case, check_against_oracle, distance, engine_for, master_weights, run_oracle, train_window
 
@@ -44,7 +45,7 @@ def _perturbations(case: Case, folder: str | None = None,
         radii, lrs = [], []
         if folder is not None and stop is None:
             engine.load_checkpoint(folder)
-        perturb = engine._shards.perturb_weights
+        perturb = shards_of(engine).perturb_weights
 
         def measure(gradient: Any, scale_of: Any) -> Any:
             parts = [scale_of(i, 0, g.numel()) * g for i, g in enumerate(gradient) if g.numel()]
@@ -54,7 +55,7 @@ def _perturbations(case: Case, folder: str | None = None,
             lrs.append(engine.optimizer.param_groups[0]["lr"])
             return perturb(gradient, scale_of)
 
-        engine._shards.perturb_weights = measure
+        shards_of(engine).perturb_weights = measure
         for update in range(engine.looksam.updates, case.updates if stop is None else stop):
             train_window(engine, case, update)
         if stop is not None:

@@ -18,6 +18,7 @@ from benchmarks.scale import Measured, Row, Step, lines_of_package
 from benchmarks.scale_formulas import Formulas
 
 from .collectives import Collective
+from .inside import shards as shards_of
 from .models import CLASSES, FEATURES
 from .ranks import run_on_ranks
 from .training import Case, engine_for
@@ -94,7 +95,7 @@ def lines_to_map(depth: int) -> tuple[int, int]:
     torch.manual_seed(0)
     layers = [nn.Linear(FEATURES, 5), *(nn.Linear(5, 5) for _ in range(depth)), nn.Linear(5, CLASSES)]
     with engine_for(Case(stage=3, world=1), module=nn.Sequential(*layers)) as engine:
-        return sum(map(len, engine._shards.layout())), lines_of_package(engine.layers)
+        return sum(map(len, shards_of(engine).layout())), lines_of_package(lambda: shards_of(engine).layers)
 
 
 def test_the_map_of_segments_is_linear_in_tensors():

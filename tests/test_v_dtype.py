@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from .inside import shards as shards_of
+from .inside import stored_v
 from .ranks import run_on_ranks
 from .training import DTYPES, Case, check_against_oracle, engine_for, train_window
 
@@ -52,8 +54,8 @@ def stored_bytes(case: Case) -> tuple[int, int]:
         for update in range(case.k + 1):
             train_window(engine, case, update)
         count = [sum(part.numel() * part.element_size() for part in shard)
-                 for shard in (engine._v, engine._shards.master_weights())]
-        assert all(part.untyped_storage().nbytes() == part.numel() * part.element_size() for part in engine._v)
+                 for shard in (stored_v(engine), shards_of(engine).master_weights())]
+        assert all(part.untyped_storage().nbytes() == part.numel() * part.element_size() for part in stored_v(engine))
         return count[0], count[1]
 
 

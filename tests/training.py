@@ -35,6 +35,7 @@ class Case:
     alpha: float | str = "auto"
     base: str = "AdamW"
     layer_scale: str | None = None
+    ascent: str = "global"
     two_groups: bool = False
     precision: str = "fp32"
     loss_scale: float = 1.0
@@ -66,6 +67,8 @@ class Case:
         own = {"k": self.k, "rho": self.rho, "alpha": self.alpha, "base_optimizer": self.base, **self.params}
         if layerwise:
             own["layer_scale"] = self.layer_scale
+        if self.ascent != "global":
+            own["ascent"] = self.ascent
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.accumulation,
@@ -121,7 +124,18 @@ class Case:
         return [self._micro_batch(update, rank, i) for i in range(self.accumulation)]
 
     def window(self, update: int) -> list[tuple[Tensor, Tensor]]:
+        """One rank's micro-batches after the other's."""
         return [mb for rank in range(self.world) for mb in self.micro_batches(update, rank)]
+
+    def ascent_groups(self, window: list[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:
+        """What of :meth:`window` shares a perturbation."""
+        step = self.accumulation
+        return {
+            "global": [window],
+            "rank": [window[i:i + step] for i in range(0, len(window), step)],
+            "micro_batch": [[micro_batch] for micro_batch in window],
+            "global_micro_batch": [window[i::step] for i in range(step)],
+        }[self.ascent]
 
     def _micro_batch(self, update: int, rank: int, i: int) -> tuple[Tensor, Tensor]:
         # Numbered over the whole window, so that world x accumulation sees the same samples however it is split.
@@ -277,6 +291,7 @@ def start_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.
     reference = oracle.build(module, groups, base=case.base, k=case.k, clipping=case.clipping, dtype=dtype,
                              layer_scale=case.layer_scale, autocast=autocast,
                              loss_scale=case.loss_scale if case.precision == "fp16" and case.stage > 0 else 1.0)
+    reference.groups_of = case.ascent_groups
     reference.v_dtype = v_dtype
     reference.orthogonalises_first = case.stage > 0
     if case.stage == 0 and case.precision != "fp32":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import eager as algebra
 from .eager import Passes, Shard
+from .rounding import round_, rounding_keys
 
 CHUNK = 1 << 20
 """Elements per call. A call takes some 20 microseconds; a layer-wise perturbation writes a factor for each."""
@@ -41,7 +42,8 @@ def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
     return g
 
 
-def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor) -> Tensor:
+def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
+                     rounding: int | None = None) -> Tensor:
     """As :func:`algebra.add_perturbation`, and that itself where ``out`` is fp32: one operation has nothing to fuse."""
     if out.dtype == torch.float32:
         return algebra.add_perturbation(weights, gradient, scale_of, out)
@@ -49,7 +51,8 @@ def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int,
     in_place = weights.data_ptr() == out.data_ptr()  # one argument then: a compiler takes two for two memories
     for lo, hi in _ranges(weights):
         clean_and_out = (weights[lo:hi], ) if in_place else (weights[lo:hi], out[lo:hi])
-        total += _compile(_perturb_)(gradient[lo:hi], scale_of(lo, hi), *clean_and_out)
+        keys = None if rounding is None else rounding_keys(rounding, lo)
+        total += _compile(_perturb_)(gradient[lo:hi], scale_of(lo, hi), keys, *clean_and_out)
     return total
 
 
@@ -118,10 +121,16 @@ def _add_reused_(g: Tensor, v: Tensor, factor: Tensor) -> None:
     g.add_(v.float() * factor)
 
 
-def _perturb_(g: Tensor, scale: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+def _perturb_(g: Tensor, scale: Tensor, keys: tuple[int, int] | None, weights: Tensor,
+              out: Tensor | None = None) -> Tensor:
     out = weights if out is None else out
-    w, eps = weights.float(), g * scale
-    clean, perturbed = w.to(out.dtype), (w + eps).to(out.dtype)
+    w, eps = weights.float(), g.float() * scale
+    clean = w.to(out.dtype)
+    if keys is None:
+        perturbed = (w + eps).to(out.dtype)
+    else:
+        memory = torch.empty_like(w), torch.empty_like(w)
+        perturbed = round_(clean.float() + eps, keys, out.dtype, memory).to(out.dtype)
     moved = perturbed.float() - clean.float()
     out.copy_(perturbed)
     return torch.stack([_dot(moved, moved), _dot(moved, eps), _dot(eps, eps)])

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .rounding import round_, rounding_keys
 
 Shard = list[Tensor]
 
@@ -145,19 +148,26 @@ def perturbation_scale(rho: float, g_squared: Tensor) -> Tensor:
     return torch.where(torch.isfinite(scale), scale, torch.zeros_like(scale))
 
 
-def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor) -> Tensor:
+def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
+                     rounding: int | None = None) -> Tensor:
     """out = weights + eps with eps = scale * gradient, formed in fp32 and cast once into out's dtype.
 
     Args:
-        weights: the master's clean weights, [numel_local]; ``out`` may be the same tensor.
-        gradient: fp32 [numel_local].
+        weights: the clean weights, [numel_local]: the master's, or where there is none the model's own. ``out`` may be
+            the same tensor.
+        gradient: [numel_local]; read in fp32.
         scale_of: (lo, hi) -> factor of gradient[lo:hi], fp32, 0-dim or [hi - lo].
         out: where the model's weights lie, in its dtype.
+        rounding: None rounds to nearest. A seed rounds stochastically (rounding.py), another one for every update, rank
+            and tensor (:func:`.rounding.rounding_seed`). Then out = cast(weights) + eps on average: eps is added to
+            what the model computed the gradient with. To the master it would come with the rounding of the master,
+            which is no noise where a run starts from low-precision weights: it is what the updates since have added
+            up to, and that points against the gradient. Nothing to round where ``out`` is fp32.
 
     Returns:
-        float64 [3]: ‖Δw‖², <Δw, eps> and ‖eps‖² with Δw = cast(weights + eps) - cast(weights), this rank's part. A
-        low-precision weight moves only where eps takes it past a rounding boundary, and then by a whole step. Zeros
-        where ``out`` is fp32: the weights move by eps then, and the sums would take longer than moving them.
+        float64 [3]: ‖Δw‖², <Δw, eps> and ‖eps‖² with Δw = out - cast(weights), this rank's part. A low-precision weight
+        moves only where eps, or chance, takes it past a rounding boundary, and then by a whole step. Zeros where
+        ``out`` is fp32: the weights move by eps then, and the sums would take longer than moving them.
     """
     if out.dtype == torch.float32:
         lo = 0
@@ -167,16 +177,27 @@ def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int,
         return torch.zeros(3, dtype=torch.float64, device=weights.device)
     columns: tuple[list[Tensor], ...] = ([], [], [])
     lo = 0
-    for w_c, g_c, out_c, eps, clean, moved, memory in in_chunks(weights, gradient, out, temporaries=4):
+    for w_c, g_c, out_c, eps, clean, moved, memory, *more in in_chunks(weights, gradient, out,
+                                                                       temporaries=4 if rounding is None else 5):
         w = as_fp32(w_c, memory)
-        torch.mul(g_c, scale_of(lo, lo + g_c.numel()), out=eps)
-        torch.add(w, eps, out=moved)
+        torch.mul(as_fp32(g_c, eps), scale_of(lo, lo + g_c.numel()), out=eps)
+        if rounding is None:
+            torch.add(w, eps, out=moved)
         clean.copy_(out_c.copy_(w))  # as the model had it
+        if rounding is not None:
+            round_(torch.add(clean, eps, out=moved), rounding_keys(rounding, lo), out.dtype, (memory, more[0]))
         moved.copy_(out_c.copy_(moved)).sub_(clean)
         for column, (a, b) in zip(columns, ((moved, moved), (moved, eps), (eps, eps)), strict=True):
             column.append(torch.dot(a, b))
         lo += g_c.numel()
     return torch.stack([add_up(parts, weights.device) for parts in columns])
+
+
+class AddPerturbation(Protocol):
+    """:func:`add_perturbation`, whose last argument may be left out."""
+
+    def __call__(self, weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
+                 rounding: int | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -186,7 +207,7 @@ class Passes:
     squared_norm: Callable[[Shard, torch.device], Tensor]
     reuse_sums: Callable[[Shard, Shard, torch.device], Tensor]
     add_reused_: Callable[[Shard, Shard, list[Tensor | None]], Shard]
-    add_perturbation: Callable[[Tensor, Tensor, Callable[[int, int], Tensor], Tensor], Tensor]
+    add_perturbation: AddPerturbation
     replay_sums: Callable[[Shard, Shard, Shard | None, torch.device], Tensor]
     project_out_: Callable[[Shard, Shard, Tensor], Shard]
 

@@ -112,31 +112,31 @@ class LayerMap:
         Args:
             out: float64 [L + 1].
             ranges: for each of ``x`` which flat tensor, from which element to which.
-            x: fp32 [hi - lo] each.
+            x: [hi - lo] each, in any dtype; added up in fp32. On a GPU with a temporary of all their sizes.
         """
         there = [(self._pieces(r), part) for r, part in zip(ranges, x, strict=True) if part.numel() > 0]
         if not there:
             return
         # Without "unsafe" segment_reduce checks the lengths, and waits for the device to do so.
         if self.device.type == "cpu":  # a foreach norm runs on one thread, and adds up one element after the other
-            views = [view for pieces, part in there for view in part.split(pieces.cuts)]
+            views = (view.float() for pieces, part in there for view in part.split(pieces.cuts))
             squares = torch.stack([torch.dot(view, view) for view in views])
         else:
             whole = there[0][1] if len(there) == 1 else torch.cat([part for _, part in there])
             cuts = torch.cat([pieces.cuts_on_device for pieces, _ in there])
-            squares = torch.segment_reduce(whole.square(), "sum", lengths=cuts, unsafe=True)
+            squares = torch.segment_reduce(whole.float().square(), "sum", lengths=cuts, unsafe=True)
         # Added up piece by piece first: index_add_ takes what goes to one layer in any order on a GPU.
         parts = torch.cat([pieces.parts for pieces, _ in there])
         sums = torch.segment_reduce(squares.double(), "sum", lengths=parts, unsafe=True)
         out.index_add_(0, torch.cat([pieces.layers_on_device for pieces, _ in there]), sums)
 
     def squares(self, shard: Shard) -> Tensor:
-        """The squared norms of this rank's part of every layer: float64 [L]."""
+        """The squared norms of this rank's part of every layer: float64 [L]. Of flat tensors in any dtype."""
         out = self.zeros(1)[:, 0]
         for i, flat in enumerate(shard):
-            as_it_is = flat.dtype == torch.float32 and flat.device.type == "cpu"  # no temporary of its size
-            for lo, hi in [(0, flat.numel())] if as_it_is else chunks(flat.numel(), chunk_size(flat.device)):
-                self.add_squares_(out, [(i, lo, hi)], [flat[lo:hi].float()])
+            # Chunks bound the temporary of its size; on a CPU add_squares_ has none.
+            for lo, hi in chunks(flat.numel(), max(flat.numel(), 1) if flat.is_cpu else chunk_size(flat.device)):
+                self.add_squares_(out, [(i, lo, hi)], [flat[lo:hi]])
         return out[:-1]
 
     def expand(self, values: Tensor, i: int, lo: int, hi: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import eager as algebra
 from .eager import Passes, Shard, chunk_size, chunks
+from .rounding import rounding_keys
 
 BLOCK = 8192
 """Elements of one program: 32 for each of its threads."""
@@ -42,14 +43,17 @@ def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
     return g
 
 
-def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor) -> Tensor:
+def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
+                     rounding: int | None = None) -> Tensor:
     """As :func:`algebra.add_perturbation`, and that itself where ``out`` is fp32: one operation has nothing to fuse."""
     if out.dtype == torch.float32:
         return algebra.add_perturbation(weights, gradient, scale_of, out)
     total = torch.zeros(3, dtype=torch.float64, device=weights.device)
     for lo, hi in chunks(weights.numel(), chunk_size(weights.device)):
         scale = scale_of(lo, hi)
-        total += _sums(_perturb, 3, weights[lo:hi], gradient[lo:hi], scale, out[lo:hi], PER_ELEMENT=scale.dim() > 0)
+        key, other_key = (0, 0) if rounding is None else rounding_keys(rounding, lo)
+        total += _sums(_perturb, 3, weights[lo:hi], gradient[lo:hi], scale, out[lo:hi], PER_ELEMENT=scale.dim() > 0,
+                       STOCHASTIC=rounding is not None, key=key, other_key=other_key)
     return total
 
 
@@ -71,14 +75,14 @@ def project_out_(g: Shard, g_s: Shard, along: Tensor) -> Shard:
 FUSED = Passes(squared_norm, reuse_sums, add_reused_, add_perturbation, replay_sums, project_out_)
 
 
-def _launch(kernel: Any, first: Tensor, *others: Tensor, **constants: bool) -> None:
+def _launch(kernel: Any, first: Tensor, *others: Tensor, **constants: int) -> None:
     """``kernel`` over all elements of ``first``, which is what its number of elements is taken from."""
     if first.numel() > 0:
         kernel[(triton.cdiv(first.numel(), BLOCK), )](first, *others, first.numel(), BLOCK=BLOCK, num_warps=WARPS,
                                                       **constants)
 
 
-def _sums(kernel: Any, columns: int, first: Tensor, *others: Tensor, **constants: bool) -> Tensor:
+def _sums(kernel: Any, columns: int, first: Tensor, *others: Tensor, **constants: int) -> Tensor:
     """The same for a kernel that leaves ``columns`` sums of its block: float64 [columns], of all blocks."""
     blocks = torch.empty(triton.cdiv(first.numel(), BLOCK), columns, dtype=torch.float32, device=first.device)
     _launch(kernel, first, *others, blocks, **constants)
@@ -130,15 +134,39 @@ def _add_reused(g_ptr, v_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _perturb(w_ptr, g_ptr, scale_ptr, out_ptr, sums_ptr, numel, PER_ELEMENT: tl.constexpr, BLOCK: tl.constexpr):
+def _round(x, offsets, key, other_key, dtype: tl.constexpr):
+    """As :func:`rounding.round_`, operation by operation."""
+    CUT: tl.constexpr = 13 if dtype == tl.float16 else 16
+    bits = (offsets + key).to(tl.uint32)
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15) ^ other_key.to(tl.uint32)) * 0x846CA68B
+    bits = bits >> (32 - CUT)
+    if dtype == tl.float16:
+        shift = tl.where(tl.abs(x) < 6.103515625e-05, 6.103515625e-05, 0.0)
+        shift = tl.where(x < 0, -shift, shift)
+        largest = 65504.0
+    else:
+        shift = 0.0
+        largest = 3.3895313892515355e38
+    cut = ((x + shift).to(tl.uint32, bitcast=True) + bits) >> CUT << CUT
+    return tl.where(tl.abs(x) <= largest, cut.to(tl.float32, bitcast=True) - shift, x)
+
+
+@triton.jit(do_not_specialize=["key", "other_key"])
+def _perturb(w_ptr, g_ptr, scale_ptr, out_ptr, sums_ptr, numel, key, other_key, PER_ELEMENT: tl.constexpr,
+             STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
     offsets, mask = _block(numel, BLOCK)
     w, g = _load(w_ptr, offsets, mask), _load(g_ptr, offsets, mask)
     if PER_ELEMENT:
         eps = g * _load(scale_ptr, offsets, mask)
     else:
         eps = g * tl.load(scale_ptr)
-    perturbed = (w + eps).to(out_ptr.dtype.element_ty)
-    moved = perturbed.to(tl.float32) - w.to(out_ptr.dtype.element_ty).to(tl.float32)
+    clean = w.to(out_ptr.dtype.element_ty).to(tl.float32)
+    if STOCHASTIC:
+        perturbed = _round(clean + eps, offsets, key, other_key, out_ptr.dtype.element_ty).to(out_ptr.dtype.element_ty)
+    else:
+        perturbed = (w + eps).to(out_ptr.dtype.element_ty)
+    moved = perturbed.to(tl.float32) - clean
     row = sums_ptr + 3 * tl.program_id(0)
     tl.store(row, tl.sum(moved * moved))
     tl.store(row + 1, tl.sum(moved * eps))

@@ -21,7 +21,7 @@ from .files import Manifest, Range, RankFile
 
 
 @dataclass
-class Trained:
+class NamedLayout:
     """Which parameters LookSAM trains, by name, and where this rank's elements of them lie in its flat tensors."""
 
     shapes: dict[str, list[int]]
@@ -29,7 +29,7 @@ class Trained:
     """For each flat tensor: (start, range of a parameter that lies there)."""
 
     @classmethod
-    def of(cls, module: torch.nn.Module, shards: GradientShards) -> Trained:
+    def of(cls, module: torch.nn.Module, shards: GradientShards) -> NamedLayout:
         names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
         unnamed = [p for p in shards.parameters() if id(p) not in names]
         if unnamed:
@@ -41,7 +41,7 @@ class Trained:
         return cls({names[id(p)]: list(full_shape(p)) for p in shards.parameters()}, layout)
 
 
-def read_own_part(folder: Path, manifest: Manifest, trained: Trained, shards: GradientShards, device: torch.device,
+def read_own_part(folder: Path, manifest: Manifest, here: NamedLayout, shards: GradientShards, device: torch.device,
                   where: str) -> Shard:
     """This rank's elements of g_v, out of the files that ``manifest`` speaks of. Collective.
 
@@ -50,13 +50,13 @@ def read_own_part(folder: Path, manifest: Manifest, trained: Trained, shards: Gr
     """
     group = shards.process_group
     rank = 0 if group is None else dist.get_rank(group=group)
-    wanted = {part for segments in trained.layout for _, part in segments}
+    wanted = {part for segments in here.layout for _, part in segments}
     own = together(lambda: RankFile(folder, rank, manifest.save_id) if rank < manifest.files else None, device, where)
     if on_all_ranks(own is not None and _covers(own.ranges, wanted), device):
         stored = {part: rank for part in own.ranges} if own is not None else {}
     else:
         stored = _index_of_all_files(folder, manifest, device, where)
-    return together(lambda: _read(folder, manifest, stored, trained, shards.new_shard()), device, where)
+    return together(lambda: _read(folder, manifest, stored, here, shards.new_shard()), device, where)
 
 
 def _covers(ranges: list[Range], wanted: set[Range]) -> bool:
@@ -87,10 +87,10 @@ def _index_of_all_files(folder: Path, manifest: Manifest, device: torch.device, 
     return {Range.from_key(key, folder): i for part in gathered for key, i in part}
 
 
-def _read(folder: Path, manifest: Manifest, stored: dict[Range, int], trained: Trained, v: Shard) -> Shard:
+def _read(folder: Path, manifest: Manifest, stored: dict[Range, int], here: NamedLayout, v: Shard) -> Shard:
     """Fill this rank's flat tensors from the files' blocks; what is no parameter's element stays as it is."""
     by_name, files = _by_name(stored), dict[int, RankFile]()
-    for flat, segments in zip(v, trained.layout, strict=True):
+    for flat, segments in zip(v, here.layout, strict=True):
         for start, part in segments:
             missing = part.hi - part.lo
             for lo, hi, i in by_name.get(part.name, []):

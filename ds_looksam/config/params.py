@@ -92,6 +92,8 @@ class LookSAMConfig(BaseModel):
         layer_scale: what divides the layer-wise direction, and so what ``rho`` means: ``"norm"``, ``"relative"`` or
             ``"gradient"``, see :func:`ds_looksam.arithmetic.layout.perturbation_scales`.
         rho_schedule: what rho is multiplied by over the course of the run, see :class:`RhoSchedule`.
+        rounding: how w + eps is rounded where the model computes in bf16 or fp16: ``"stochastic"``, so that the weights
+            move by eps on average however small it is, or ``"nearest"``.
         v_dtype: how the stored g_v is kept between SAM steps: ``"fp32"``, or ``"bf16"``, which halves it
             (docs/low-precision.md has the measured effect).
         compile: fuse LookSAM's own arithmetic on the shards, by Triton on a GPU and by ``torch.compile`` on a CPU,
@@ -112,6 +114,8 @@ class LookSAMConfig(BaseModel):
     layerwise: StrictBool = False
     layer_scale: LayerScale = "norm"
     rho_schedule: RhoSchedule = RhoSchedule()
+    ascent: Literal["global", "rank", "micro_batch", "global_micro_batch"] = "global"
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
     v_dtype: Literal["fp32", "bf16"] = "fp32"
     compile: StrictBool | None = None
 

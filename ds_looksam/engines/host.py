@@ -1,24 +1,35 @@
-"""DeepSpeedEngine's private surface, under names that say what it is. LookSAMEngine builds on this and touches none."""
+"""DeepSpeedEngine's private surface, under names that say what it is. LookSAMEngine builds on this and touches none.
+
+By itself a :class:`HostEngine` is the engine of ``"type": "ZeroLamb"`` and ``"ZeroLars"``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+from ..config.params import explain_unknown_key, parse_base_params
+from ..config.support import refuse_layerwise_optimizer, refuse_model
+from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
+from ..shards import GradientShards, open_shards
+from . import deepspeed_fixes
+
 
 class HostEngine(DeepSpeedEngine):
-    """A DeepSpeedEngine whose update can be surrounded, and whose forward and backward can be run again.
+    """A DeepSpeedEngine whose update can be surrounded, whose forward and backward can be run again, and whose base
+    optimizer may have trust ratios (LAMB, LARS).
 
-    Subclasses override :meth:`before_first_communication`, :meth:`own_optimizer_class`,
-    :meth:`prepare_base_optimizer` and :meth:`update_at_boundary`.
+    Subclasses override :meth:`read_configuration`, :meth:`before_first_communication`, :meth:`explain`,
+    :meth:`base_optimizer_is_built` and :meth:`update_at_boundary`.
     """
 
     # DeepSpeed's own, for the type checker.
@@ -27,25 +38,95 @@ class HostEngine(DeepSpeedEngine):
     _running_engine_step: bool
     warn_unscaled_loss: bool
     inside_no_sync_ctxt: bool
+    enable_backward_allreduce: bool
     _running_engine_backward: bool
     _manual_backward_expected: bool
     device: torch.device
 
-    def own_optimizer_class(self) -> type[torch.optim.Optimizer] | None:
-        """The class of the base optimizer where it is not one that DeepSpeed builds, or None."""
-        return None
+    def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
+        self.read_configuration(config_class, kwargs["model"], kwargs.get("optimizer"))
+        super().__init__(*args, config_class=config_class, **kwargs)
+        # The room for the wrapper that DeepSpeed has put around the base optimizer.
+        self._shards = open_shards(self, self._whole_groups)
+        if isinstance(self.basic_optimizer, LayerwiseOptimizer):
+            self.basic_optimizer.bind(self._shards)
 
-    def prepare_base_optimizer(self, build: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """Build the base optimizer with DeepSpeed's own code, before any wrapper takes its parameters."""
-        return build()
+    @property
+    def gradient_shards(self) -> GradientShards:
+        """This rank's part of gradient and weights."""
+        return self._shards
+
+    def refuse_steps_of_optimizer(self, error: Exception) -> None:
+        """``engine.optimizer.step()`` raises ``error`` from now on, where it is not called by ``engine.step()``."""
+        step = type(self.optimizer).step
+
+        def guarded(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._running_engine_step:
+                raise error
+            return step(optimizer, *args, **kwargs)
+
+        self.optimizer.step = MethodType(guarded, self.optimizer)  # torch's LR schedulers want a method
+
+    def watch_zero_grad_of_optimizer(self) -> None:
+        """``engine.optimizer.zero_grad()`` is told of from now on, as ``engine.zero_grad()`` is."""
+        zero_grad = type(self.optimizer).zero_grad
+
+        def watched(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            zero_grad(optimizer, *args, **kwargs)
+            if not self._running_engine_step:
+                self.gradients_zeroed(by_optimizer=True)
+
+        self.optimizer.zero_grad = MethodType(watched, self.optimizer)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        if not self._running_engine_step:
+            self.gradients_zeroed(by_optimizer=False)
+
+    def gradients_zeroed(self, by_optimizer: bool) -> None:
+        """Called when the user has called ``engine.zero_grad()`` or ``engine.optimizer.zero_grad()``."""
+
+    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
+        """Whether zero_grad() has thrown away all that backwards had left since the last update. They mend ``p.grad``,
+        and DeepSpeed 0.19.8 has the gradient elsewhere: in stage 2 until the boundary's backward, which writes over
+        the last one (``is_complete``: that has run), in stage 3 until a counter is 0 that the optimizer's resets."""
+        if self.zero_offload_optimizer() is not None and self.zero_optimization_stage() < 3:
+            return False
+        in_wrapper = self.zero_optimization_stage() == 3 or isinstance(self.optimizer, BF16_Optimizer)
+        return by_optimizer if in_wrapper else is_complete or self.zero_optimization_stage() < 2
+
+    def gradients_are_gone(self) -> bool:
+        """Whether no parameter has a gradient, where that is the only place for one (``module.zero_grad()``)."""
+        return self.zero_optimization_stage() < 2 and self.zero_offload_optimizer() is None and not isinstance(
+            self.optimizer, BF16_Optimizer) and all(p.grad is None for p in self.module.parameters() if p.requires_grad)
+
+    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
+        """Check DeepSpeed's parsed configuration, and make it that of the base optimizer. Called before anything else.
+
+        Raises:
+            LookSAMConfigError: it is wrong, or not supported.
+        """
+        config.optimizer_params = parse_base_params(config.optimizer_params)
+        refuse_layerwise_optimizer(config, client_optimizer)
 
     def before_first_communication(self, device: torch.device) -> None:
         """Called when this rank has its device and DeepSpeed has sent nothing yet."""
 
-    def update_at_boundary(self, apply_update: Callable[[], None]) -> None:
+    def explain(self, error: TypeError) -> Exception:
+        """What the user is told where the base optimizer does not know one of its parameters."""
+        return explain_unknown_key(error, self.optimizer_params() or {}, self.optimizer_name(), looksam=False)
+
+    def base_optimizer_is_built(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before any wrapper takes the base optimizer's parameters."""
+
+    def update_at_boundary(self, apply_update: Callable[[], bool]) -> None:
         """Called once per accumulation window, with the averaged gradient in place. ``apply_update`` is
-        DeepSpeed's clipping, optimizer step, publication of the weights and LR schedule."""
-        apply_update()
+        DeepSpeed's clipping, optimizer step, publication of the weights and LR schedule; False if it skipped them."""
+        self._shards.keep_gradient()
+        try:
+            apply_update()
+        finally:
+            self._shards.end_window()
 
     @contextmanager
     def running_again(self) -> Iterator[None]:
@@ -65,6 +146,33 @@ class HostEngine(DeepSpeedEngine):
     def set_boundary_of_next_backward(self, is_boundary: bool) -> None:
         """Override the engine's accumulation counter for one backward of a replay."""
         self._is_gradient_accumulation_boundary = is_boundary
+
+    @contextmanager
+    def as_a_window_of_its_own(self) -> Iterator[None]:
+        """A backward inside is an accumulation boundary: afterwards its gradient is reduced, as before a step."""
+        boundary = self._is_gradient_accumulation_boundary
+        if self.managed_gradient_accumulation():
+            self._is_gradient_accumulation_boundary = True
+        try:
+            yield
+            self.finish_unmanaged_window()
+        finally:
+            self._is_gradient_accumulation_boundary = boundary
+
+    @contextmanager
+    def nothing_left_to_reduce(self) -> Iterator[None]:
+        """step() inside does not reduce what ``managed_gradient_accumulation: false`` leaves to it: every backward was
+        a window of its own."""
+        if self.managed_gradient_accumulation():
+            yield
+            return
+        reduces, self.enable_backward_allreduce = self.enable_backward_allreduce, False
+        self.optimizer.finalize_gradient_accumulation_boundary = lambda: None
+        try:
+            yield
+        finally:
+            self.enable_backward_allreduce = reduces
+            del self.optimizer.finalize_gradient_accumulation_boundary
 
     def inside_no_sync(self) -> bool:
         """Whether the caller is inside ``engine.no_sync()``."""
@@ -124,9 +232,23 @@ class HostEngine(DeepSpeedEngine):
         """step() raised: put back the flags that its normal end resets, so that it can be called again."""
         self._running_engine_step = False
 
+    def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
+                        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
+                        load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[Any, Any]:
+        """As DeepSpeed's, with its faults in loading repaired."""
+        if load_module_only and self.zero_optimization_partition_weights():
+            load_optimizer_states = False  # or DeepSpeed's ZeRO-3 loads nothing at all, and says nothing
+        with (deepspeed_fixes.whole_pickles(self.checkpoint_engine),
+              deepspeed_fixes.keeping_trust_ratios(self.basic_optimizer)):
+            path, client_state = super().load_checkpoint(load_dir, tag, load_module_strict, load_optimizer_states,
+                                                         load_lr_scheduler_states, load_module_only, custom_load_fn)
+        if path is not None and load_optimizer_states and not load_module_only:
+            deepspeed_fixes.take_cpu_adam_steps_again(self.basic_optimizer)
+        return path, client_state
+
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: Any) -> None:
         super()._configure_optimizer(client_optimizer, model_parameters)
-        keep_adagrad(self.optimizer, self.basic_optimizer)
+        deepspeed_fixes.keep_adagrad(self.optimizer, self.basic_optimizer)
 
     def _backward_prologue(self) -> None:
         if not self._running_engine_backward:
@@ -137,24 +259,35 @@ class HostEngine(DeepSpeedEngine):
         super()._set_distributed_vars(args)
         self.before_first_communication(self.device)
 
+    def _own_optimizer_class(self) -> type[torch.optim.Optimizer] | None:
+        """The class of the base optimizer where it is not one that DeepSpeed builds, or None."""
+        return LAYERWISE_OPTIMIZERS.get(self.optimizer_name() or "")
+
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
-        return self.own_optimizer_class() is not None or super()._is_supported_optimizer(optimizer_name)
+        return self._own_optimizer_class() is not None or super()._is_supported_optimizer(optimizer_name)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
-        def build() -> torch.optim.Optimizer:
-            own = self.own_optimizer_class()
+        refuse_model(self)
+        own = self._own_optimizer_class()
+        try:
             if own is not None:
-                return own(model_parameters, **(self.optimizer_params() or {}))
-            optimizer = super(HostEngine, self)._configure_basic_optimizer(model_parameters)
-            keep_group_keys(model_parameters, optimizer)
-            return optimizer
-
-        return self.prepare_base_optimizer(build)
+                optimizer = own(model_parameters, **(self.optimizer_params() or {}))
+            else:
+                optimizer = super()._configure_basic_optimizer(model_parameters)
+                deepspeed_fixes.keep_group_keys(model_parameters, optimizer)
+        except TypeError as error:
+            raise self.explain(error) from error
+        # Whole parameters, the same lists on every rank; the wrapper will put flat shards in their place.
+        self._whole_groups = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
+        if isinstance(optimizer, LayerwiseOptimizer):
+            optimizer.wait_for_wrapper()
+        self.base_optimizer_is_built(optimizer)
+        return optimizer
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
         """DeepSpeed asks for "zero_allow_untested_optimizer" with any class that is not in its list. Ours is made for
         ZeRO; it is in the list while the engine that binds it to its shards is being built, and no longer."""
-        own = self.own_optimizer_class()
+        own = self._own_optimizer_class()
         if own is None:
             return super()._do_optimizer_sanity_check(basic_optimizer)
         ZERO_SUPPORTED_OPTIMIZERS.append(own)
@@ -164,40 +297,10 @@ class HostEngine(DeepSpeedEngine):
             ZERO_SUPPORTED_OPTIMIZERS.remove(own)
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
-        self.update_at_boundary(lambda: super(HostEngine, self)._take_model_step(lr_kwargs))
+        def apply_update() -> bool:
+            super(HostEngine, self)._take_model_step(lr_kwargs)
+            return self.was_step_applied()
 
-
-def tag_for_muon(config_class: Any, model: torch.nn.Module) -> None:
-    """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize has looked for it in vain."""
-    deepspeed.set_optimizer_flags(config_class, model)
-
-
-def keep_group_keys(given: list[Any], optimizer: torch.optim.Optimizer) -> None:
-    """Bring back what DeepSpeed drops of a user's param groups when it makes two of each, for Muon and for its Adam."""
-    for built in optimizer.param_groups:
-        if "use_muon" in built:
-            first = built["params"][0]
-            for group in given:
-                if isinstance(group, dict) and any(p is first for p in group["params"]):
-                    for key, value in group.items():
-                        built.setdefault(key, value)
-
-
-def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:
-    """Undo what DeepSpeed's ZeRO wrappers do to ``torch.optim.Adagrad``.
-
-    They put a new one, made from its defaults, in its place, because it makes its state at construction, for parameters
-    that are no longer those it steps. Every param group but one is lost with it, and what the groups brought.
-    """
-    if not isinstance(adagrad, torch.optim.Adagrad) or getattr(wrapper, "optimizer", adagrad) is adagrad:
-        return
-    in_stage_3 = hasattr(wrapper, "fp32_partitioned_groups_flat")
-    flats = wrapper.fp32_partitioned_groups_flat if in_stage_3 else wrapper.single_partition_of_fp32_groups
-    start = adagrad.defaults["initial_accumulator_value"]
-    adagrad.state.clear()
-    for flat in flats:
-        adagrad.state[flat] = {"step": torch.zeros(()), "sum": torch.full_like(flat.detach(), start)}
-    wrapper.optimizer = adagrad
-    if not in_stage_3:  # for the groups that were lost, what DeepSpeed knows of each parameter is missing too
-        wrapper._link_all_hp_params()
-        wrapper._param_slice_mappings = wrapper._create_param_mapping()
+        if isinstance(self.basic_optimizer, LayerwiseOptimizer):
+            self.basic_optimizer.begin_update()
+        self.update_at_boundary(apply_update)

@@ -2,7 +2,7 @@
 
 ``deepspeed.initialize`` constructs ``DeepSpeedEngine``. Registration gives that class a ``__new__`` that looks at the
 parsed configuration: one whose optimizer type is LookSAM's gets a :class:`LookSAMEngine` (a subclass, so ``isinstance``
-checks hold), one with LAMB or LARS a :class:`ZeroOptimizerEngine`, every other one exactly the object it would have
+checks hold), one with LAMB or LARS a :class:`HostEngine`, every other one exactly the object it would have
 got. It works for whatever way ``initialize`` was imported.
 
 After :func:`unregister` the ``__new__`` does what ``object``'s does: once a class has had a ``__new__`` of its own,
@@ -19,12 +19,12 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from ..config.params import OPTIMIZER_TYPES
 from ..errors import LookSAMConfigError
 from ..optimizers import LAYERWISE_OPTIMIZERS
+from .host import HostEngine
 from .looksam import LookSAMEngine
-from .zero_optimizer import ZeroOptimizerEngine
 
 ENGINES: dict[str | None, type[DeepSpeedEngine]] = {
     **dict.fromkeys(OPTIMIZER_TYPES, LookSAMEngine),
-    **dict.fromkeys(LAYERWISE_OPTIMIZERS, ZeroOptimizerEngine)
+    **dict.fromkeys(LAYERWISE_OPTIMIZERS, HostEngine)
 }
 """By JSON ``optimizer.type``."""
 

@@ -73,17 +73,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         """
         self._waiting_for_wrapper = True
 
-    def bind(self, layers: LayerMap, shards: GradientShards) -> None:
-        """The parameters now are what the wrapper made of them.
-
-        Args:
-            layers: of the shards.
-            shards: their room. Where it has no process group, every rank holds whole parameters.
-        """
+    def bind(self, shards: GradientShards) -> None:
+        """The parameters now are what the wrapper made of them. ``shards``: its room. Where that has no process group,
+        every rank holds whole parameters."""
         self._waiting_for_wrapper = False
         self._own = {id(p) for group in self.param_groups for p in group["params"]}
         if shards.process_group is not None:
-            self._layers, self._shards = layers, shards
+            self._layers, self._shards = shards.layers, shards
 
     def begin_update(self) -> None:
         """Forget a half-gathered update: one that was interrupted by an exception."""

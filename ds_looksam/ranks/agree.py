@@ -1,4 +1,4 @@
-"""What the ranks agree on when something fails on one of them, so that all go on or all raise, and none waits for ever.
+"""What the ranks agree on when something fails on one of them, so that all go on or all raise, and none waits forever.
 
 While nothing is under way, by an all-reduce (:func:`together`). In the middle of a second evaluation, where the other
 ranks may be waiting in a collective that the failed one will never join, by the process group's key-value store
@@ -89,8 +89,8 @@ class Apart:
 
 
 def raised_everywhere(error: Exception, group: Any, place: str) -> Apart | None:
-    """Whether every rank of ``group`` has raised at the same place. Not collective, and does not wait for more than
-    :data:`GRACE` seconds.
+    """Whether every rank of ``group`` (None: all) has raised at the same place. Not collective, and does not wait for
+    more than :data:`GRACE` seconds.
 
     Args:
         error: what this rank raised.
@@ -99,6 +99,9 @@ def raised_everywhere(error: Exception, group: Any, place: str) -> Apart | None:
     Returns:
         None if so, on every rank alike: they may go on with a collective.
     """
+    if not dist.is_initialized():
+        return None
+    group = group or dist.get_world_group()
     world_size, failure = dist.get_world_size(group=group), next(_failures)
     if world_size == 1:
         return None

@@ -28,6 +28,19 @@ def sum_over_ranks(partial_sums: torch.Tensor, process_group: Any | None) -> tor
     return on_accelerator.to(partial_sums.device)
 
 
+def sum_over_all_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Add up float64 [n] over every rank of the job, shards or not. Collective."""
+    return sum_over_ranks(values, dist.get_world_group()) if dist.is_initialized() else values
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def ranks_in(process_group: Any | None) -> int:
     """How many ranks :func:`sum_over_ranks` adds up over."""
     return 1 if process_group is None else dist.get_world_size(group=process_group)

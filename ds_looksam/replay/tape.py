@@ -96,7 +96,7 @@ class LossTape(TorchFunctionMode):
         self._newest: weakref.ref[Step] | None = None
         self._numbers = itertools.count(1)
         self._ended = False
-        self.in_backward = False  # one that it has told of, or torch.autograd.grad
+        self.in_backward = self.in_grad = False  # one that it has told of; torch.autograd.grad
         _push_at_bottom(self)
 
     @contextmanager
@@ -209,7 +209,7 @@ class LossTape(TorchFunctionMode):
         versions = [version_of(t) for t in tensors]
         random = TorchRandomState.capture()
         if function is torch.autograd.grad:
-            with self._seen_backward():
+            with self._noting("in_grad"):
                 result = function(*args, **kwargs)
         else:
             result = function(*args, **kwargs)
@@ -243,16 +243,16 @@ class LossTape(TorchFunctionMode):
             problem = problem or ("loss.backward() went through the output of another DeepSpeed engine, which divides "
                                   "the gradient there by its accumulation steps: call engine.backward(loss)")
         self._on_backward(ours[0], by_engine, problem)
-        with self._seen_backward():
+        with self._noting("in_backward"):
             return function(*args, **kwargs)
 
     @contextmanager
-    def _seen_backward(self) -> Iterator[None]:
-        self.in_backward, before = True, self.in_backward
+    def _noting(self, name: str) -> Iterator[None]:
+        setattr(self, name, True)
         try:
             yield
         finally:
-            self.in_backward = before
+            setattr(self, name, False)
 
     def _depends_on_model(self, tensor: Tensor) -> bool:
         known = self._known.get(tensor)

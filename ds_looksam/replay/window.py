@@ -216,11 +216,15 @@ class Window:
         part = loss.detach().to(torch.float64, copy=True).sum() * share
         self.loss = part if self.loss is None else self.loss + part
 
-    def unknown_backward_begins(self) -> None:
-        """A backward reached an output of the model that ``engine.backward`` did not begin: was it told of?"""
-        if not in_functorch() and (self._tape is None or not self._tape.in_backward):
+    def unknown_backward_begins(self) -> bool:
+        """A gradient has reached an output of the model without ``engine.backward``. False if it goes to no parameter.
+        """
+        if in_functorch() or (self._tape is not None and self._tape.in_grad):
+            return False
+        if self._tape is None or not self._tape.in_backward:
             self._problem = ("a backward was run by neither engine.backward(loss) nor loss.backward(), or over a "
                              "forward of an earlier window")
+        return True
 
     def not_recording(self) -> AbstractContextManager[None]:
         """What is called inside is not part of how the user forms the loss."""

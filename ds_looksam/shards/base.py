@@ -1,7 +1,7 @@
 """What LookSAM asks of a DeepSpeed optimizer wrapper: hand out the gradient, move the weights, start over.
 
-One subclass per wrapper; they and ``host.py`` are the only places that touch DeepSpeed's private attributes. The way of
-a gradient: wrapper -> take_gradient -> algebra -> give_gradient -> the wrapper's own step.
+One subclass per wrapper. The way of a gradient: wrapper -> take_gradient -> arithmetic -> give_gradient -> the
+wrapper's own step.
 
 A picture of the flat tensors for two ranks (one param group, three tensors a b c, padding .)::
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ from torch.distributed import Work
 
 from ..arithmetic.eager import EAGER, Passes, Shard, squared_norm
 from ..arithmetic.layout import LayerMap, Segment
+from ..arithmetic.rounding import rounding_seed
+from .own import OwnModel, ScaleOf
 
-ScaleOf = Callable[[int, int, int], Tensor]
-"""(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
 Publish = Callable[[int], Work | None]
-"""(flat tensor's index) -> the sending of what was formed for it, to be waited for; None where there is nobody else."""
+"""(flat tensor's index) -> the all-gather that has been started for it, to be waited for; None on a single rank."""
 
 
 def part_norms(parts: Shard) -> list[Tensor]:
@@ -62,18 +63,29 @@ class GradientShards(ABC):
         device: where the shards, and the sums over them, live.
         group_of: for each flat tensor, the index of its param group.
         passes: the arithmetic on them.
+        whole_groups: the parameters of each param group of the optimizer, the same lists on every rank.
     """
 
     process_group: Any | None
     device: torch.device
     group_of: list[int]
     passes: Passes = EAGER
+    whole_groups: list[list[torch.nn.Parameter]]
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
     @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:
         """The model's parameters that the base optimizer trains."""
+
+    def follow_changes(self, v: Shard | None) -> Shard | None:
+        """Called before each update. Where parameters were frozen, unfrozen or added since: v, laid out anew, with 0
+        for what is new. Only stage 0 in fp32 can: DeepSpeed's wrappers keep the partitions they began with.
+
+        Returns:
+            ``v`` itself where nothing changed.
+        """
+        return v
 
     @abstractmethod
     def layout(self) -> list[list[Segment]]:
@@ -82,6 +94,11 @@ class GradientShards(ABC):
         Over all ranks of ``process_group`` (or on each rank, where that is None) every element of every trained
         parameter appears exactly once. Linear in this rank's tensors.
         """
+
+    @cached_property
+    def layers(self) -> LayerMap:
+        """Which layer each element of the flat tensors belongs to. Built on first use, not collective."""
+        return LayerMap(self.layout(), self.flat_sizes(), self.whole_groups, self.device)
 
     @abstractmethod
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
@@ -98,6 +115,11 @@ class GradientShards(ABC):
     @abstractmethod
     def give_gradient(self, gradient: Shard) -> None:
         """Make ``gradient`` (sizes as taken) the one that the wrapper clips and hands to the base optimizer."""
+
+    @abstractmethod
+    def gradient_tensors(self) -> list[Tensor]:
+        """The wrapper's own tensors that hold the averaged gradient, for as long as they do: to see whether somebody
+        writes to them."""
 
     def end_window(self) -> None:  # noqa: B027 - most wrappers have nothing to forget
         """The update is over, applied or skipped: nothing of this window's gradient may show in the next one.
@@ -131,9 +153,9 @@ class GradientShards(ABC):
         """The clean master weights of this rank's part, fp32 (bf16 under ``bf16_master_weights_and_grads``). While they
         are perturbed in place, the saved copies."""
 
-    def layer_squares(self, layers: LayerMap) -> Tensor:
+    def layer_squares(self) -> Tensor:
         """‖w_l‖² of this rank's part of every layer's master weights, float64 [L]. Not collective."""
-        return layers.squares(self.master_weights())
+        return self.layers.squares(self.master_weights())
 
     def flat_sizes(self) -> list[int]:
         """Elements of each flat tensor, padding included. Copies no weights, as master_weights() does on stage 0 and
@@ -145,36 +167,45 @@ class GradientShards(ABC):
         return [torch.zeros(numel, dtype=torch.float32, device=self.device) for numel in self.flat_sizes()]
 
     @abstractmethod
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
         """Make every rank's model compute with w + eps, eps = scale * gradient formed in fp32. Collective on ZeRO.
 
+        Args:
+            rounding: how a low-precision model's weights are rounded, see ``add_perturbation``: to nearest, or at
+                random from this seed, which is to be another one on every rank of ``process_group``.
+
         Returns:
-            What the move came to in the model's dtype: the sums of :func:`algebra.add_perturbation`, float64 [3] on
+            What the move came to in the model's dtype: the sums of ``add_perturbation``, float64 [3] on
             ``device``, this rank's part.
         """
 
-    def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, out: Tensor,
-                      start: int = 0) -> Tensor:
-        """:func:`algebra.add_perturbation` for the flat tensor of this index, or a piece of it from ``start`` on."""
+    def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, rounding: int | None,
+                      out: Tensor, start: int = 0) -> Tensor:
+        """``add_perturbation`` for the flat tensor of this index, or a piece of it from ``start`` on."""
         def scale(lo: int, hi: int) -> Tensor:
             return scale_of(index, start + lo, start + hi)
 
+        seed = None if rounding is None else rounding_seed(rounding, index, start)
         with torch.no_grad():
-            return self.passes.add_perturbation(weights, gradient, scale, out).to(self.device)
+            return self.passes.add_perturbation(weights, gradient, scale, out, seed).to(self.device)
 
-    def _perturb_flats(self, weights: Shard, gradient: Shard, scale_of: ScaleOf, out: Shard,
+    def _perturb_flats(self, weights: Shard, gradient: Shard, scale_of: ScaleOf, rounding: int | None, out: Shard,
                        publish: Publish | None = None) -> Tensor:
         """The same for every flat tensor; what it returns is summed. Each is published while the next one is formed."""
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
         under_way: list[Work | None] = []
         for i, (w, g, o) in enumerate(zip(weights, gradient, out, strict=True)):
-            moved += self._perturb_flat(w, g, i, scale_of, o)
+            moved += self._perturb_flat(w, g, i, scale_of, rounding, o)
             if publish is not None:
                 under_way.append(publish(i))
         for work in under_way:
             if work is not None:
                 work.wait()
         return moved
+
+    def own_model(self) -> OwnModel:
+        """This rank's whole model, where it has one: stages 0 to 2."""
+        raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
     def unperturb_local(self) -> None:

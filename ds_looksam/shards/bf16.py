@@ -29,6 +29,7 @@ from torch.distributed import Work
 from ..arithmetic.eager import Shard
 from ..arithmetic.layout import Segment
 from .base import GradientShards, ScaleOf
+from .own import OwnModel
 from .zero12 import start_gather
 
 
@@ -85,10 +86,13 @@ class BF16Shards(GradientShards):
             # Not finite in one part is not finite everywhere, so that all ranks skip: clamp keeps NaN.
             slot.copy_(torch.where(torch.isfinite(squared_norm), torch.clamp(rest, min=0).sqrt(), squared_norm))
 
+    def gradient_tensors(self) -> list[Tensor]:
+        return list(self._zero.fp32_groups_gradients_flat)
+
     def master_weights(self) -> Shard:
         return [w.detach() for w in self._zero.fp32_groups_flat_partition]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
         zero = self._zero
         own = [partitions[self._rank].data for partitions in zero.bf16_partitioned_groups]
 
@@ -96,7 +100,12 @@ class BF16Shards(GradientShards):
             # Detached: the flat buffer hangs on the graph of the parameters it was flattened from.
             return start_gather(zero.bf16_groups_flat[i].detach(), own[i], zero.real_dp_process_group[i])
 
-        return self._perturb_flats(self.master_weights(), gradient, scale_of, own, publish)
+        return self._perturb_flats(self.master_weights(), gradient, scale_of, rounding, own, publish)
+
+    def own_model(self) -> OwnModel:
+        zero = self._zero
+        return OwnModel(lambda: [flat.detach() for flat in zero.bf16_groups_flat], zero.bf16_groups, self.whole_groups,
+                        lambda: self.passes)
 
     def unperturb_local(self) -> None:
         """Nothing to do: the step reads the master weights only, and those were never perturbed."""

@@ -66,10 +66,10 @@ class FP16Shards(WholeShards):
             return [flat.detach() for flat in self._wrapper.fp32_groups_flat]
         return [self._flatten(group) for group in self._wrapper.fp32_groups]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
         # Copies, not casts of the master, bring the weights back: until the first step the two differ (see above).
         self._clean = self._copy_weights()
         perturbed = [torch.empty_like(flat) for flat in self._clean]
-        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, perturbed)
+        moved = self._perturb_flats(self.master_weights(), gradient, scale_of, rounding, perturbed)
         self._write_weights(perturbed)
         return moved

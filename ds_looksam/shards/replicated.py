@@ -7,6 +7,7 @@ sends nothing. Parameters of one group are handled as one flat tensor; ``p.grad`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..arithmetic.eager import Shard
 from ..arithmetic.layout import LayerMap, Segment
 from .base import GradientShards, ScaleOf, views_of
+from .own import OwnModel
 
 
 class WholeShards(GradientShards):
@@ -39,6 +41,12 @@ class WholeShards(GradientShards):
         for params, flat in zip(self._groups, gradient, strict=True):
             for p, view in zip(params, views_of(flat, params), strict=True):
                 p.grad = view
+
+    def own_model(self) -> OwnModel:
+        return OwnWholeModel(self)
+
+    def gradient_tensors(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
 
     def unperturb_local(self) -> None:
         self.restore_weights()
@@ -69,13 +77,60 @@ class WholeShards(GradientShards):
         return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
+class OwnWholeModel(OwnModel):
+    """On stage 0 the shards are the whole model, in a tensor for each parameter."""
+
+    def __init__(self, shards: WholeShards) -> None:
+        super().__init__(lambda: [], [], shards.whole_groups, lambda: shards.passes)
+        self._shards = shards
+
+    @cached_property
+    def layout(self) -> list[list[Segment]]:
+        return self._shards.layout()
+
+    @cached_property
+    def layers(self) -> LayerMap:
+        return self._shards.layers
+
+    def layer_squares(self) -> Tensor:
+        return self._shards.layer_squares()
+
+    def perturb(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
+        return self._shards.perturb_weights(gradient, scale_of, rounding)
+
+    def restore(self) -> None:
+        self._shards.restore_weights()
+
+    def _new_gradient(self) -> Shard:
+        return self._shards.new_shard()
+
+
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.process_group: Any | None = None
         self.device = device
-        self._groups = [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
-                        for group in optimizer.param_groups]
+        self._optimizer = optimizer
+        self._groups = self._trained()
         self.group_of = list(range(len(self._groups)))
+
+    def _trained(self) -> list[list[torch.nn.Parameter]]:
+        return [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
+                for group in self._optimizer.param_groups]
+
+    def follow_changes(self, v: Shard | None) -> Shard | None:
+        before, now = self._groups, self._trained()
+        if list(map(len, before)) == list(map(len, now)) and all(
+                p is q for old, new in zip(before, now, strict=True) for p, q in zip(old, new, strict=True)):
+            return v
+        kept = {} if v is None else {id(p): part for params, flat in zip(before, v, strict=True)
+                                     for p, part in zip(params, views_of(flat, params), strict=True)}
+        self._groups, self.group_of = now, list(range(len(now)))
+        self.whole_groups = [list(group["params"]) for group in self._optimizer.param_groups]
+        self.__dict__.pop("layers", None)
+        if v is None:
+            return None
+        dtype = v[0].dtype
+        return [self._flatten([kept.get(id(p), torch.zeros_like(p, dtype=dtype)) for p in params]) for params in now]
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = [self._flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
@@ -86,13 +141,14 @@ class ReplicatedShards(WholeShards):
     def master_weights(self) -> Shard:
         return self._clean if self._clean is not None else self._copy_weights()
 
-    def layer_squares(self, layers: LayerMap) -> Tensor:
-        out = layers.zeros(1)[:, 0]
+    def layer_squares(self) -> Tensor:
+        out = self.layers.zeros(1)[:, 0]
         for i, params in enumerate(self._groups):  # where they lie: master_weights() would copy all of them
-            layers.add_squares_(out, [(i, *ends) for ends in _ends(params)], [p.detach().reshape(-1) for p in params])
+            self.layers.add_squares_(out, [(i, *ends) for ends in _ends(params)],
+                                     [p.detach().reshape(-1) for p in params])
         return out[:-1]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
         # The weights exist once, so a clean copy must outlive the replay: subtracting eps again would not give back the
         # same bits. w + eps is formed in place, parameter by parameter, as a factor belongs to a layer or to all of
         # them: fresh memory for it would take a CPU longer than the arithmetic.

@@ -26,6 +26,7 @@ from torch.distributed import Work
 from ..arithmetic.eager import Shard
 from ..arithmetic.layout import Segment
 from .base import GradientShards, ScaleOf, views_of
+from .own import OwnModel
 
 
 class Zero12Shards(GradientShards):
@@ -68,12 +69,20 @@ class Zero12Shards(GradientShards):
                 fragments = fragments_like(fragments, flat)
             self._zero.averaged_gradients[i] = GradPartitionBufferGroup(fragments, flat)
 
+    def gradient_tensors(self) -> list[Tensor]:
+        return [fragment for i in self.group_of for fragment in self._zero.averaged_gradients.get(i) or ()]
+
     def master_weights(self) -> Shard:
         return [w.detach() for w in self._zero.single_partition_of_fp32_groups]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
         own = [self._own_model_partition(i) for i in self.group_of]
-        return self._perturb_flats(self.master_weights(), gradient, scale_of, own, self._publish)
+        return self._perturb_flats(self.master_weights(), gradient, scale_of, rounding, own, self._publish)
+
+    def own_model(self) -> OwnModel:
+        zero = self._zero
+        return OwnModel(lambda: [flat.detach() for flat in zero.bit16_groups_flat], zero.bit16_groups,
+                        self.whole_groups, lambda: self.passes)
 
     def unperturb_local(self) -> None:
         """Nothing to do: the step reads the master weights only, and those were never perturbed."""

@@ -46,15 +46,18 @@ class Zero12OffloadShards(Zero12Shards):
         zero.norm_for_param_grads = dict(zip(ids, norms, strict=True))
         zero.local_overflow = bool(parts) and not torch.isfinite(torch.stack(norms)).all().item()
 
+    def gradient_tensors(self) -> list[torch.Tensor]:
+        return self._gradient_buffers()
+
     def keep_gradient(self) -> None:
         self._complete_gradient()
 
     def end_window(self) -> None:
         self._clear_partial_sums()
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
         on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups
-        return self._perturb_flats(self.master_weights(), gradient, scale_of, on_host, self._publish)
+        return self._perturb_flats(self.master_weights(), gradient, scale_of, rounding, on_host, self._publish)
 
     def _publish(self, i: int) -> Work | None:
         on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups[i]
@@ -94,5 +97,10 @@ class Zero12OffloadShards(Zero12Shards):
             for p in params:
                 param_id = zero.get_param_id(p)
                 if param_id not in zero.norm_for_param_grads:
+                    # DeepSpeed's own check comes too late: by then every parameter has a norm.
+                    assert zero.ignore_unused_parameters, (
+                        "zero_optimization.ignore_unused_parameters is false, and a parameter of shape "
+                        f"{tuple(p.shape)} has no gradient in this window: set it to true, or let every parameter take "
+                        "part in the loss")
                     _, _, start, numel = zero.grad_position[param_id]
                     buffer.narrow(0, start, numel).zero_()

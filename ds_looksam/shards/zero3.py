@@ -72,6 +72,9 @@ class Zero3Shards(GradientShards):
             sizes = [p.partition_numel() for p in self._zero.fp16_groups[i]]
             self._zero.averaged_gradients[i] = list(flat.split(sizes)) if self._zero.use_muon else [flat]
 
+    def gradient_tensors(self) -> list[torch.Tensor]:
+        return [self._zero.grad_partitions_flat_buffer]
+
     def end_window(self) -> None:
         self._zero.grad_partitions_flat_buffer.zero_()
 
@@ -79,12 +82,12 @@ class Zero3Shards(GradientShards):
         masters = self._zero.fp32_partitioned_groups_flat
         return [self._clean.get(i, master.detach()) for i, master in enumerate(masters)]
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
         masters = [master.detach() for master in self._zero.fp32_partitioned_groups_flat]
         # torch autocast: model and master are one tensor, so a clean copy must outlive the replay.
         self._clean = {i: masters[i].clone() for i in range(len(masters)) if self._model_flat_is_master[i]}
         model = [flat.data for flat in self._zero.fp16_partitioned_groups_flat]
-        moved = self._perturb_flats(masters, gradient, scale_of, model)
+        moved = self._perturb_flats(masters, gradient, scale_of, rounding, model)
         self._republish()
         return moved
 

@@ -49,6 +49,10 @@ class Zero3OffloadShards(Zero3Shards):
         for i, (flat, segments) in enumerate(zip(gradient, self._segments, strict=True)):
             self._hand_over(i, flat, segments)
 
+    def gradient_tensors(self) -> list[Tensor]:
+        masters = self._zero.fp32_partitioned_groups_flat
+        return [master.grad for master in masters if master is not None and master.grad is not None]
+
     def keep_gradient(self) -> None:
         """Hand over what DeepSpeed has not. A sub-group on NVMe is handed over whole."""
         for i, segments in enumerate(self._segments):
@@ -73,12 +77,12 @@ class Zero3OffloadShards(Zero3Shards):
                 masters.append(master.clone() if self._zero._swappable_optimizer_subgroup(i) else master)
         return masters
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf) -> torch.Tensor:
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
         for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
             with self._master(i) as master:
                 if model.device == self.device:
-                    moved += self._perturb_flat(master, gradient[i], i, scale_of, out=model.data)
+                    moved += self._perturb_flat(master, gradient[i], i, scale_of, rounding, out=model.data)
                     continue
                 # Without offload_param the model's partitions lie on the accelerator: w + eps is rounded here and sent,
                 # in pieces, by way of a small buffer.
@@ -86,7 +90,8 @@ class Zero3OffloadShards(Zero3Shards):
                 buffer = get_accelerator().pin_memory(buffer)
                 for lo, hi in chunks(model.numel(), STAGED):
                     piece = buffer[:hi - lo]
-                    moved += self._perturb_flat(master[lo:hi], gradient[i][lo:hi], i, scale_of, out=piece, start=lo)
+                    moved += self._perturb_flat(master[lo:hi], gradient[i][lo:hi], i, scale_of, rounding,
+                                                out=piece, start=lo)
                     model.data[lo:hi].copy_(piece)
         self._republish()
         return moved

@@ -19,6 +19,10 @@ STEP_KINDS: dict[StepKind, int] = {"skipped": -1, "base": 0, "reuse": 1, "sam": 
 """The numbers that stand for step kinds in a monitor, which takes nothing else."""
 
 
+ASCENTS = {"global": 0, "rank": 1, "micro_batch": 2, "global_micro_batch": 3}
+"""The numbers that stand for who shares one perturbation."""
+
+
 def events(status: LookSAMStatus, samples: int, measured: bool) -> list[Event]:
     """What to write after an update.
 
@@ -36,6 +40,7 @@ def _host_values(status: LookSAMStatus) -> Iterator[tuple[str, float]]:
     yield "updates", status.updates
     yield "evaluations", status.evaluations
     yield "step_kind", STEP_KINDS[status.step_kind]
+    yield "ascent", ASCENTS[status.ascent]
     yield from _of_groups("rho", status.rho)
     yield from _of_groups("alpha", status.alpha)
 

@@ -47,6 +47,8 @@ class RhoFactors:
         if schedule.type == "constant":
             return 1.0
         if schedule.type == "lr":
+            while group >= len(self.reference_lrs):  # a group that was added: its learning rate when it was first seen
+                self.reference_lrs.append(float(lr) if schedule.lr is None else schedule.lr)
             return float(lr) / self.reference_lrs[group]
         assert schedule.updates is not None
         progress = min((updates - schedule.off_updates) / schedule.updates, 1.0)

@@ -33,13 +33,16 @@ class LookSAMStatus:
         gradient_cosine: cosine of g and g_s of the last SAM step.
         perturbation_ratio: ‖Δw‖ / ‖eps‖ of the last SAM step, where Δw is by how much the weights that the model
             computes with really moved, after rounding to its dtype. ‖eps‖ is rho where all param groups share one.
+            Over all groups where ``ascent`` makes several.
         perturbation_cosine: cosine of Δw and eps of the last SAM step. Both are 1 in fp32; docs/low-precision.md says
             what to make of them in bf16 and fp16.
+        ascent: who shares one perturbation, the JSON key.
         first_sam_update: the update, counted from 0, of the first SAM step; the ones before are the base optimizer's.
         orthogonal_cosine: cosine of the last SAM step's g_v and the one stored before it, which the reuse steps in
             between added. None until the second SAM step.
         sharpness: loss at w + eps minus loss at w of the last SAM step's window, averaged over micro-batches and
-            ranks. On ZeRO stage 0 over this rank's micro-batches: LookSAM sends nothing there that it could join.
+            ranks. On ZeRO stage 0 over this rank's micro-batches: LookSAM sends nothing there that it could join (but
+            for ``ascent`` "rank" and "micro_batch").
         beta: strength of the reuse under alpha "auto", None until the second SAM step has measured it.
     """
 
@@ -59,6 +62,7 @@ class LookSAMStatus:
     sharpness: Tensor | None = None
     beta: Tensor | None = None
     first_sam_update: int = 0
+    ascent: str = "global"
 
     @property
     def is_off(self) -> bool:

@@ -1,0 +1,217 @@
+"""Saves and loads LookSAM's state beside DeepSpeed's: by parameter name, at any world size and stage.
+
+Saving: every rank writes its part of g_v and rank 0 what they have in common (``files.py``), DeepSpeed saves its own,
+and once all of that is there ``latest`` is made to name it. Loading: everything of LookSAM's is found (``finding.py``),
+read (``reading.py``) and checked before DeepSpeed's ``load_checkpoint`` changes anything. In both, ranks agree on how
+it went by one small all-reduce per phase, so that all of them go on or all of them raise.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.utils import log_dist
+
+from ..arithmetic.eager import Shard
+from ..config.params import LookSAMConfig
+from ..errors import LookSAMCheckpointError
+from ..ranks.agree import from_rank_0, together
+from ..replay.replay import Replay
+from ..shards import GradientShards
+from ..step.state import LookSAMState
+from .files import MANIFEST, Manifest, write_atomically, write_rank_file
+from .finding import MARK, check_belongs, find, resolve_tag
+from .groups import changed_settings, plain_group, restore_base_groups, restore_groups
+from .reading import NamedLayout, read_own_part
+
+
+@dataclass(frozen=True)
+class Saved:
+    """LookSAM's state out of a checkpoint, checked and on this rank, but not yet in force."""
+
+    manifest: Manifest
+    v: Shard | None
+
+
+class Checkpointer:
+    """What is pending, saving and loading.
+
+    Args:
+        module: gives the parameters their names.
+        param_groups: the optimizer's, as they stand at the moment.
+        configured_groups: LookSAM's keys of each param group, as the configuration gave them.
+        device: where collectives take their tensors.
+        writes_common_files: whether this rank writes what all ranks have in common: true on rank 0, or on one rank per
+            node where nodes have their own storage.
+        nvme: the optimizer's state is on NVMe, where DeepSpeed 0.19.8 does not resume.
+    """
+
+    def __init__(self, module: torch.nn.Module, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards,
+                 replay: Replay, param_groups: Callable[[], list[dict[str, Any]]],
+                 configured_groups: list[dict[str, Any]], device: torch.device, writes_common_files: bool,
+                 nvme: bool) -> None:
+        self._module, self._settings, self._state, self._shards = module, settings, state, shards
+        self._replay, self._param_groups, self._configured_groups = replay, param_groups, configured_groups
+        self._device, self._writes_common_files, self._nvme = device, writes_common_files, nvme
+        self._to_be_named: Path | None = None  # the checkpoint that DeepSpeed's decoupled writer is still writing
+
+    # Saving -----------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, client_state: dict[str, Any], name_it_latest: bool, engine: CheckpointEngine,
+             save: Callable[[dict[str, Any]], Any]) -> Any:
+        """Write LookSAM's files into ``folder`` and then DeepSpeed's, by ``save(client_state)``. Collective.
+
+        Raises:
+            LookSAMReplayError: the weights are perturbed.
+            LookSAMCheckpointError: on every rank, if one of them could not write, or the optimizer's state is on NVMe.
+        """
+        mark = self._write(folder)
+        with _deferred_write_errors(engine) as errors:
+            result = save({**client_state, **mark})
+
+        def raise_error() -> None:
+            if errors:
+                raise errors[0]
+
+        together(raise_error, self._device, f"checkpoint {folder} could not be written")
+        self._to_be_named = folder if name_it_latest else None
+        if not engine.is_decoupled():
+            self.writer_is_done()
+        return result
+
+    def refuse(self, what: str) -> None:
+        """Raise where ``engine.{what}()`` cannot be right: at perturbed weights, or with NVMe."""
+        if what.startswith("save") or self._replay.is_evaluating:
+            self._replay.refuse(f"engine.{what}()")
+        if self._nvme:
+            raise LookSAMCheckpointError(
+                f"engine.{what}(): with zero_optimization.offload_optimizer.device \"nvme\" DeepSpeed 0.19.8 cannot go "
+                "on from a checkpoint of such a run (it restores neither the optimizer's step count nor the model's "
+                "weights). Use \"cpu\" to save and resume, or save weights alone: engine.save_16bit_model(...).")
+
+    def writer_is_done(self) -> None:
+        """Every rank's part of the last checkpoint is there: ``latest`` may name it. Collective."""
+        folder, self._to_be_named = self._to_be_named, None
+        if folder is None:
+            return
+        latest = folder.parent / "latest"
+
+        def write_latest() -> None:
+            if self._writes_common_files:
+                write_atomically(latest, lambda temporary: temporary.write_text(folder.name))
+
+        together(write_latest, self._device, f"{latest} could not be written")
+
+    def _write(self, folder: Path) -> dict[str, Any]:
+        """LookSAM's files, flushed to the disk. Returns what DeepSpeed's file has to say about them. Collective."""
+        save_id = from_rank_0(lambda: secrets.token_hex(8), self._device)
+        v, group = self._state.v, self._shards.process_group
+        files = 0 if v is None else 1 if group is None else dist.get_world_size(group=group)
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            here = NamedLayout.of(self._module, self._shards)
+            if v is not None and (group is not None or self._writes_common_files):
+                parts = [(part, flat[start:start + part.hi - part.lo])
+                         for flat, segments in zip(v, here.layout, strict=True) for start, part in segments]
+                write_rank_file(folder, 0 if group is None else dist.get_rank(group=group), save_id, parts)
+            if self._writes_common_files:
+                groups = [plain_group(g) for g in self._param_groups()]
+                Manifest(save_id, files, self._settings.model_dump(), self._configured_groups, groups,
+                         self._state.to_json(), here.shapes).write(folder)
+
+        together(write, self._device, f"LookSAM's part of checkpoint {folder} could not be written")
+        return {MARK: {"save_id": save_id}}
+
+    # Loading ----------------------------------------------------------------------------------------------------------
+
+    def load(self, load_dir: str, tag: Any, universal: bool, goes_on: bool,
+             load: Callable[[str | None], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Read and check LookSAM's files, then have DeepSpeed load its own, by ``load(tag)``, and go on. Collective.
+
+        Args:
+            universal: the checkpoint was made by DeepSpeed's ds_to_universal. LookSAM's files are then looked for in
+                it, and in the folders beside it, where the checkpoint lies that was converted.
+            goes_on: LookSAM's state is wanted; otherwise the counters start at 0.
+        """
+        tag = from_rank_0(lambda: resolve_tag(load_dir, tag, universal), self._device)
+        saved = self.read(Path(load_dir) / tag, universal) if goes_on and tag is not None else None
+        if self._replay.is_perturbed:  # a step was cut off; what it left behind would come back over the loaded weights
+            self._shards.abort_evaluation()
+            self._shards.unperturb_local()
+        path, client_state = load(tag)
+        if path is not None:
+            client_state.pop(MARK, None)
+            if saved is not None and universal:
+                restore_base_groups(self._param_groups(), saved.manifest)
+            self._go_on_with(saved, path)
+        return path, client_state
+
+    def read(self, folder: Path, universal: bool) -> Saved | None:
+        """Find, read and check LookSAM's part of a checkpoint, ``load_dir/tag``. Changes nothing. Collective.
+
+        Returns:
+            None if the checkpoint is not from a LookSAM run.
+
+        Raises:
+            LookSAMCheckpointError: on every rank, naming file and parameter: something is missing, damaged or foreign,
+                or does not belong to this model or base optimizer.
+        """
+        found = from_rank_0(lambda: find(folder, self._settings, universal), self._device)
+        if found is None:
+            return None
+        at, manifest = found
+
+        def check() -> NamedLayout:
+            here = NamedLayout.of(self._module, self._shards)
+            check_belongs(at / MANIFEST, manifest, self._settings, here)
+            return here
+
+        where = f"LookSAM's part of checkpoint {at} cannot be loaded"
+        here = together(check, self._device, where)
+        if manifest.files == 0:
+            return Saved(manifest, None)
+        return Saved(manifest, read_own_part(at, manifest, here, self._shards, self._device, where))
+
+    def _go_on_with(self, saved: Saved | None, path: str) -> None:
+        manifest, status = None if saved is None else saved.manifest, self._state.status
+        self._state.restore({} if manifest is None else manifest.status, None if saved is None else saved.v)
+        changes = restore_groups(self._param_groups(), self._configured_groups, manifest)
+        if manifest is not None:
+            changes = changed_settings(manifest, self._settings) + changes
+        self._replay.forget()
+        state = "goes on" if saved is not None else "starts anew, there is nothing of its own to load,"
+        step = "a SAM step" if status.next_is_sam else "a base step" if self._state.v is None else "a reuse step"
+        log_dist(f"LookSAM {state} at update {status.updates} with {step}; weights from {path}", ranks=[0])
+        if changes:
+            log_dist("LookSAM: the configuration wins over the checkpoint: " + "; ".join(changes), ranks=[0])
+
+
+@contextmanager
+def _deferred_write_errors(checkpoint_engine: CheckpointEngine) -> Iterator[list[Exception]]:
+    """What DeepSpeed's own writes raise inside is kept in the list.
+
+    A rank that raised at once would leave the others in the barrier at the end of DeepSpeed's save_checkpoint.
+    """
+    errors: list[Exception] = []
+    save = checkpoint_engine.save
+
+    def keep_error(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return save(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
+
+    checkpoint_engine.save = keep_error
+    try:
+        yield errors
+    finally:
+        del checkpoint_engine.save

@@ -1,0 +1,312 @@
+"""The user's loop, recorded where its window ends in a SAM step, and the second evaluation of that window.
+
+Where a :class:`Replay` stands, and what may be done there:
+
+    IDLE         the user's loop; weights are clean
+    PERTURBED    the model computes with w + eps: nobody may run it, save it or read its state_dict
+    EVALUATING   the window is run again: by us, or by the user's closure, which alone may call the engine here
+    INSIDE       in one forward or backward of that: hooks may not call the engine either
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum, auto
+from typing import Any, Protocol
+
+import torch
+from deepspeed.utils import logger
+from torch import Tensor, nn
+
+from ..errors import LookSAMReplayError
+from ..ranks.agree import raised_everywhere
+from ..shards import GradientShards
+from .guard import refuse_state_dicts
+from .side_effects import without_side_effects
+from .snapshot import ModelSnapshot
+from .tape import in_functorch
+from .window import Backward, LossFn, Window
+
+Closure = Callable[[], Any]
+
+_WHEN = ("was called while the weights are perturbed: from inside the second evaluation of a SAM step (a forward hook, "
+         "say), or after it was interrupted. Call it after step(); load a checkpoint after an interruption.")
+
+
+class Engine(Protocol):
+    """What the replay asks of the engine, which is :class:`ds_looksam.engines.host.HostEngine`."""
+
+    def gradient_accumulation_steps(self) -> int: ...
+    def gradient_loss_scale(self) -> float: ...
+    def is_gradient_accumulation_boundary(self) -> bool: ...
+    def gradients_are_gone(self) -> bool: ...
+    def inside_no_sync(self) -> bool: ...
+    def inside_coalesce(self) -> bool: ...
+    def no_sync(self) -> AbstractContextManager[None]: ...
+    def coalesce_grad_reduction(self) -> AbstractContextManager[None]: ...
+    def running_again(self) -> AbstractContextManager[None]: ...
+    def set_boundary_of_next_backward(self, is_boundary: bool) -> None: ...
+    def backward_directly(self, loss: Tensor, retain_graph: bool = False) -> Tensor: ...
+    def finish_unmanaged_window(self) -> None: ...
+
+
+class Where(Enum):
+    IDLE = auto()
+    PERTURBED = auto()
+    EVALUATING = auto()
+    INSIDE = auto()
+
+
+class Replay:
+    """See the module's docstring.
+
+    Args:
+        engine: see :class:`Engine`.
+        forward, backward: DeepSpeed's own.
+        is_recorded: whether the window now running may have to be evaluated again. The same throughout a window.
+
+    Attributes:
+        loss_fn, gradient_edit: the user's, see :class:`ds_looksam.LookSAMEngine`.
+        window: what was recorded since the last update.
+        gradient_is_complete: the boundary's backward has run since.
+    """
+
+    def __init__(self, engine: Engine, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
+                 is_recorded: Callable[[], bool]) -> None:
+        self.loss_fn: LossFn | None = None
+        self.gradient_edit: Callable[[], None] | None = None
+        self.window = Window()
+        self.gradient_is_complete = False
+        self._engine, self._module = engine, module
+        self._forward, self._backward, self._is_recorded = forward, backward, is_recorded
+        self._where = Where.IDLE
+        self._guards: list[Any] = []
+        self._closure: Closure | None = None
+        self._forwards = self._backwards = 0  # of the second evaluation, so far
+        self._replayed = Window()  # of the second evaluation; only its loss
+
+    # The user's loop ------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The engine's forward: inputs and RNG state are remembered where the window may be evaluated again."""
+        if self._where is not Where.IDLE:
+            self._refuse_unless_in_closure("forward")
+            return self._forward_again(*inputs, **kwargs)
+        if self._is_recorded() and torch.is_grad_enabled():
+            return self.window.add_forward(self._module, self._forward, inputs, kwargs, self._note_backward)
+        with self.window.not_recording():
+            return self._forward(*inputs, **kwargs)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """The engine's backward: how ``loss`` was formed is remembered where the window may be evaluated again."""
+        if self._where is not Where.IDLE:
+            self._refuse_unless_in_closure("backward")
+            return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        if self._is_recorded():
+            self._record(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas), self._share(scale_wrt_gas))
+        self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
+        with self.window.not_recording():
+            return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    def _backward_now(self, scale_wrt_gas: bool = True, direct: bool = False) -> Backward:
+        engine = self._engine
+        return Backward(engine.is_gradient_accumulation_boundary(), scale_wrt_gas, direct,
+                        no_sync=engine.inside_no_sync(), coalesced=engine.inside_coalesce())
+
+    def _note_backward(self, loss: Tensor, by_engine: bool, problem: str | None) -> None:
+        """A backward that this engine did not begin is about to run over its output: ``loss.backward()``, or another
+        engine's ``backward``, which has divided the loss by its own accumulation steps."""
+        if by_engine and self._engine.gradient_loss_scale() != 1:
+            problem = "the loss went through the backward of another engine, which has a loss scale of its own"
+        self._record(loss, self._backward_now(scale_wrt_gas=not by_engine, direct=not by_engine),
+                     self._share(scale_wrt_gas=not by_engine, direct=True), problem)
+        self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
+
+    def _record(self, loss: Tensor, how: Backward, share: float, problem: str | None = None) -> None:
+        if self.window.backwards and self._engine.gradients_are_gone():
+            self.window.forget_backwards()
+        self.window.add_backward(loss, how, problem)
+        self.window.add_loss(loss, share)
+
+    def direct_backward_begins(self) -> bool:
+        """A gradient has reached the output of a forward without ``engine.backward``. False if none will reach
+        parameters: ``torch.autograd.grad`` or ``torch.func`` runs."""
+        if self._where is Where.IDLE and self._is_recorded():
+            return self.window.unknown_backward_begins()
+        return not in_functorch()
+
+    @contextmanager
+    def stepping(self, closure: Closure | None) -> Iterator[None]:
+        """The user called ``engine.step(closure=...)``."""
+        self.refuse("engine.step()")
+        self._closure = closure
+        try:
+            with self.window.not_recording():
+                yield
+        finally:
+            self._closure = None
+
+    def forget(self) -> None:
+        """The window's update is over, its weights are published: nothing of it is kept."""
+        self._unmark()
+        self.window.forget()
+        self.gradient_is_complete = False
+
+    def _unmark(self) -> None:
+        for guard in self._guards:
+            guard.remove()
+        self._guards = []
+        self._where = Where.IDLE
+
+    # The second evaluation ------------------------------------------------------------------------------------------
+
+    @property
+    def is_perturbed(self) -> bool:
+        return self._where is not Where.IDLE
+
+    @property
+    def is_evaluating(self) -> bool:
+        return self._where in (Where.EVALUATING, Where.INSIDE)
+
+    def refuse(self, what: str) -> None:
+        """Raise LookSAMReplayError if the weights are perturbed."""
+        if self.is_perturbed:
+            raise LookSAMReplayError(f"{what} {_WHEN}")
+
+    def check(self) -> None:
+        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet."""
+        if self._closure is None:
+            self.window.check(self.loss_fn)
+
+    @contextmanager
+    def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> Iterator[None]:
+        """While the weights are perturbed for a second evaluation. On leaving it RNG, buffers and flags are as before.
+
+        The weights are clean again only when the update publishes them; until :meth:`forget` they stay marked.
+
+        Args:
+            put_back: gives the first gradient back to the wrapper, where the evaluation fails. If it did so on every
+                rank, all is then as it was before step(). Otherwise what this rank can put back alone is, and the
+                weights stay marked as perturbed: a load or the job's end is left.
+
+        Raises:
+            LookSAMReplayError: this rank's error is only what came of another rank's.
+        """
+        snapshot = ModelSnapshot.take(self._module, optimized=shards.parameters())
+        try:
+            self._where = Where.PERTURBED
+            self._guards = self._guards or refuse_state_dicts(self._module, lambda m: self.refuse(
+                f"{type(m).__name__}.state_dict()"))
+            yield
+        except Exception as error:
+            # Any other BaseException ends the process: restoring is collective, and the other ranks may not be told.
+            self._leave(error, shards, put_back)
+            raise
+        finally:
+            snapshot.restore()
+
+    def _leave(self, error: Exception, shards: GradientShards, put_back: Callable[[], None]) -> None:
+        apart = raised_everywhere(error, shards.process_group,
+                                  f"forward {self._forwards}, backward {self._backwards}")
+        if apart is None:
+            shards.abort_evaluation()
+            shards.restore_weights()
+            put_back()
+            self._unmark()  # the window stays: step(closure=...) may be called again
+            return
+        shards.unperturb_local()
+        put_back()
+        told = ("In the second evaluation of a SAM step " + (apart.first or "the other ranks were lost") +
+                ". The ranks are not at one place any more, so the weights cannot be put back on all of them and "
+                "nothing can be saved; go on from a checkpoint.")
+        if apart.comes_after:
+            raise LookSAMReplayError(told) from error
+        logger.error(f"LookSAM: {told}")
+
+    def evaluate(self) -> None:
+        """Forward and backward of every micro-batch of the window, with its own RNG state and training flags.
+        Collective."""
+        self._forwards = self._backwards = 0
+        self._replayed = Window()
+        self._where = Where.EVALUATING
+        try:
+            with self._engine.running_again(), torch.enable_grad(), without_side_effects(self._module):
+                if self._closure is not None:
+                    self._call_closure(self._closure)
+                else:
+                    self._run_again()
+                self._engine.finish_unmanaged_window()
+        finally:
+            self._where = Where.PERTURBED
+
+    def edit_gradients(self) -> None:
+        """Let the user change the gradient that the wrapper has just averaged."""
+        if self.gradient_edit is not None:
+            self.gradient_edit()
+
+    def loss_rise(self, device: torch.device) -> Tensor:
+        """The window's loss at w + eps minus its loss at w on this rank, float64 [1] on ``device``."""
+        before, after = self.window.loss, self._replayed.loss
+        rise = torch.tensor(torch.nan) if before is None or after is None else after - before
+        return rise.to(device, torch.float64).reshape(1)
+
+    def _run_again(self) -> None:
+        engine = self._engine
+
+        def backward(loss: Tensor, how: Backward, retain_graph: bool) -> None:
+            with engine.no_sync() if how.no_sync else nullcontext():
+                self._backward_again(loss, retain_graph, how.scale_wrt_gas, how.direct)
+
+        coalesced = any(how.coalesced for how in self.window.backwards)
+        with engine.coalesce_grad_reduction() if coalesced else nullcontext():
+            self.window.evaluate_again(self._forward_again, backward, self.loss_fn)
+
+    def _call_closure(self, closure: Closure) -> None:
+        closure()
+        expected = len(self.window.backwards)
+        if self._backwards != expected:
+            raise LookSAMReplayError(
+                f"engine.step(closure=...): the closure called engine.backward() {self._backwards} times, the window "
+                f"had {expected}. It must evaluate the whole accumulation window.")
+
+    def _forward_again(self, *inputs: Any, **kwargs: Any) -> Any:
+        recorded = self.window.forwards
+        if self._forwards < len(recorded):
+            recorded[self._forwards].mode.apply(self._module)
+            recorded[self._forwards].random.restore()
+        self._forwards += 1
+        with self._inside():
+            return self._forward(*inputs, **kwargs)
+
+    def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,
+                        direct: bool = False) -> Tensor:
+        recorded = self.window.backwards
+        if self._backwards < len(recorded):
+            self._engine.set_boundary_of_next_backward(recorded[self._backwards].is_boundary)
+        self._backwards += 1
+        self._replayed.add_loss(loss, self._share(scale_wrt_gas, direct))
+        with self._inside():
+            if direct:
+                return self._engine.backward_directly(loss, retain_graph)
+            return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        self._where = Where.INSIDE
+        try:
+            yield
+        finally:
+            self._where = Where.EVALUATING
+
+    def _refuse_unless_in_closure(self, what: str) -> None:
+        """Only the user's closure runs the engine at perturbed weights: not a hook, not an evaluation without grad."""
+        by_closure = self._where is Where.EVALUATING and self._closure is not None
+        if not (by_closure and torch.is_grad_enabled()):
+            self.refuse(f"engine.{what}()")
+
+    def _share(self, scale_wrt_gas: bool = True, direct: bool = False) -> float:
+        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so. A loss
+        whose backward was called directly carries the loss scale."""
+        share = 1 / self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1.0
+        return share / self._engine.gradient_loss_scale() if direct else share

@@ -1,0 +1,321 @@
+"""Algorithm 1, one turn. Knows no DeepSpeed: it works on shards, with whatever evaluates the window again.
+
+Source: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022
+(arXiv 2203.02714), Algorithm 1; alpha "auto" (beta) is not in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import eager as arithmetic
+from ..arithmetic.eager import Shard
+from ..arithmetic.rounding import rounding_seed
+from ..config.params import GroupSettings, LookSAMConfig, parse_group, set_group_defaults
+from ..errors import LookSAMReplayError
+from ..ranks.reduce import ranks_in, sum_over_all_ranks, sum_over_ranks, this_rank, world_size
+from ..shards import GradientShards
+from .ascent import OWN, PER_MICRO_BATCH, Ascent, GlobalAscent, OwnAscent, own_norms, sum_norms
+from .schedule import RhoFactors
+from .state import Fresh, LookSAMState
+from .status import StepKind
+
+
+class SecondEvaluation(Protocol):
+    """What evaluates the window again: :class:`ds_looksam.replay.replay.Replay`, or a closure in a test."""
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are perturbed at the moment."""
+
+    def edit_gradients(self) -> None:
+        """Let the user change the gradient that the wrapper has just averaged."""
+
+    def check(self) -> None:
+        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet."""
+
+    def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> AbstractContextManager[None]:
+        """While the weights are perturbed. Whatever happens inside leaves nothing of it behind. ``put_back``: gives the
+        first gradient back to the wrapper where the evaluation fails."""
+
+    def evaluate(self) -> None:
+        """Forward and backward of the whole window, at the weights as they are. Collective."""
+
+    def loss_rise(self, device: torch.device) -> Tensor:
+        """The window's loss at w + eps minus its loss at w on this rank, float64 [1] on ``device``."""
+
+    def forget(self) -> None:
+        """The window's update is over: nothing of it is kept."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Both gradients of a group of examples, or of the groups of a window so far, in their weight in the window's.
+
+    Attributes:
+        g, g_s: at w and at w + eps, averaged over ranks, on this rank's shards; g_s is None where g is not finite.
+        g_squared, v_squared: of the whole model, for this group.
+        moved: the sums of ``add_perturbation``, float64 [3], this rank's part.
+        loss_rise: float64 [1], this rank's.
+        groups: how many they are.
+    """
+
+    g: Shard
+    g_s: Shard | None
+    g_squared: Tensor
+    v_squared: Tensor
+    moved: Tensor
+    loss_rise: Tensor
+    groups: int = 1
+
+    def plus(self, other: Gradients) -> Gradients:
+        """The sum, in this one's memory; the norms are the other's."""
+        torch._foreach_add_(self.g, other.g)
+        g_s = None if other.g_s is None else self.g_s
+        if g_s is not None and other.g_s is not None:
+            torch._foreach_add_(g_s, other.g_s)
+        return Gradients(self.g, g_s, other.g_squared, other.v_squared, self.moved + other.moved,
+                         self.loss_rise + other.loss_rise, self.groups + 1)
+
+
+Marks = list[tuple[int, int]]
+"""Of tensors: where their memory is, and how often it was written to."""
+
+
+class Update:
+    """Turns the averaged gradient of a window into the one that the base optimizer gets.
+
+    Args:
+        param_groups: the optimizer's, as they stand at the moment; users change rho, alpha and lr in them.
+        loss_scale: what the gradients in the wrapper are multiplied by at the moment.
+
+    Attributes:
+        is_per_micro_batch: each micro-batch of a SAM step's window is to be evaluated again by itself, see
+            :meth:`micro_batch_is_done`.
+    """
+
+    def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: SecondEvaluation,
+                 rho_factors: RhoFactors, param_groups: Callable[[], list[dict[str, Any]]],
+                 loss_scale: Callable[[], float]) -> None:
+        self._settings, self._state, self._shards, self._replay = settings, state, shards, replay
+        self._rho_factors = rho_factors
+        self._param_groups, self._loss_scale = param_groups, loss_scale
+        self._rounds_at_random = settings.rounding == "stochastic"
+        self.is_per_micro_batch = settings.ascent in PER_MICRO_BATCH
+        kind = OwnAscent if settings.ascent in OWN else GlobalAscent
+        self._ascent: Ascent = kind(shards, settings.layer_scale)
+        self._so_far: Gradients | None = None
+        self._gradient_marks: Marks | None = None
+
+    def __call__(self, apply_update: Callable[[], bool]) -> None:
+        """One update. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step.
+
+        Args:
+            apply_update: clips, steps the base optimizer and publishes the weights; False if it skipped them.
+        """
+        status = self._state.status
+        self._state.follow_changes()
+        groups = self._groups_in_force()
+        if not (status.next_is_sam and self.is_per_micro_batch):
+            self._refuse_edited_gradient()
+            self._replay.edit_gradients()
+
+        fresh: Fresh | None = None
+        kind: StepKind
+        if status.next_is_sam:
+            if not self.is_per_micro_batch:
+                self._replay.check()
+            fresh = self._sam_step(groups)
+            kind = "sam" if fresh is not None else "base"
+        else:
+            kind = self._reuse_step([group.alpha for group in groups])
+        status.evaluations += 1
+        status.rho, status.alpha = [group.rho for group in groups], [group.alpha for group in groups]
+
+        if apply_update():
+            status.updates += 1
+            status.step_kind = kind
+            if fresh is not None:
+                self._state.keep(fresh)
+        else:
+            status.step_kind = "skipped"
+            if fresh is not None and not self.is_per_micro_batch:
+                self._shards.restore_weights()
+        self._shards.end_window()
+        self._replay.forget()
+
+    def _groups_in_force(self) -> list[GroupSettings]:
+        """Each param group's settings for this update, with the schedule's factor in rho."""
+        settings = []
+        for i, group in enumerate(self._param_groups()):
+            if "rho" not in group:  # added since
+                set_group_defaults(group, self._settings)
+            own = parse_group(group, i)
+            factor = self._rho_factors.of(i, self._state.status.updates, group["lr"])
+            settings.append(own._replace(rho=own.rho * factor))
+        return settings
+
+    # Gradients that the user changes ----------------------------------------------------------------------------------
+
+    def gradient_is_there(self, is_seen: bool) -> None:
+        """The backward of the window's last micro-batch has ended. ``is_seen``: no later code of DeepSpeed writes to
+        the gradient before the update."""
+        self._gradient_marks = self._marks() if is_seen and self._state.status.next_is_sam else None
+
+    def _refuse_edited_gradient(self) -> None:
+        marks, self._gradient_marks = self._gradient_marks, None
+        if marks is not None and marks != self._marks():
+            raise LookSAMReplayError(
+                "the gradient was changed between engine.backward() and engine.step(). A SAM step has two gradients, "
+                "and what was done to the first would be lost. Set engine.edit_gradients to a function without arguments "
+                "that does it: it is called whenever a window's gradient has been averaged, at w and at w + eps")
+
+    def _marks(self) -> Marks:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._shards.gradient_tensors()]
+
+    # Reuse ----------------------------------------------------------------------------------------------------------
+
+    def _reuse_step(self, alphas: list[float | None]) -> StepKind:
+        """u = g + alpha (‖g‖ / ‖v‖) v, in the gradient's own memory."""
+        shards, state = self._shards, self._state
+        if state.v is None or state.status.is_off or all(self._adds_nothing(alpha) for alpha in alphas):
+            shards.keep_gradient()
+            return "base"
+        passes = shards.passes
+        g = shards.take_gradient(survives_evaluation=False)
+        per_flat: Tensor | None = None
+        if shards.wants_squared_norm:
+            per_flat = sum_over_ranks(passes.reuse_sums(g, state.v, shards.device), shards.process_group)
+            g_squared, _, v_squared = per_flat.sum(dim=0).unbind()
+        else:
+            g_squared, v_squared = sum_norms(shards, g, state.v_squared)
+        beta = state.status.beta if state.status.beta is not None else torch.zeros_like(g_squared)
+        strengths = [None if self._adds_nothing(alpha) else
+                     arithmetic.reuse_strength(alpha, beta, g_squared, v_squared) for alpha in alphas]
+        coefficients = [strengths[group] for group in shards.group_of]
+        passes.add_reused_(g, state.v, coefficients)
+        shards.give_gradient(g)
+        if per_flat is not None:
+            shards.tell_squared_norm(arithmetic.reused_squared_norm(per_flat, coefficients))
+        return "reuse"
+
+    def _adds_nothing(self, alpha: float | None) -> bool:
+        return alpha == 0 or (alpha is None and self._state.status.beta is None)
+
+    # SAM ------------------------------------------------------------------------------------------------------------
+
+    def _sam_step(self, groups: list[GroupSettings]) -> Fresh | None:
+        """Leave u = g_s with the wrapper. None if g is not finite: u = g then."""
+        shards, state = self._shards, self._state
+        if self.is_per_micro_batch:
+            if self._so_far is None:
+                raise LookSAMReplayError("LookSAM cannot take its SAM step: no backward was seen in this window")
+            found, self._so_far = self._so_far, None
+        else:
+            found = self._two_gradients(groups, self._loss_scale(), keep_clean=False)
+        if found.g_s is None:
+            self._give(found.g, found.g_squared)
+            return None
+        if not self.is_per_micro_batch:
+            shards.unperturb_local()
+        state.status.evaluations += 1
+
+        g, g_s = found.g, found.g_s
+        parts = [shards.passes.replay_sums(g, g_s, state.v, shards.device), found.moved, found.loss_rise]
+        if self.is_per_micro_batch:  # those that are known are of the last micro-batch alone
+            parts.append(own_norms(shards, g, state.v_squared, any(group.layerwise for group in groups)))
+        sums = sum_over_ranks(torch.cat(parts), shards.process_group)
+        replayed, moved, loss_rise, norms = sums.split([4, 3, 1, sums.numel() - 8])
+        g_squared, v_squared = norms.unbind() if self.is_per_micro_batch else (found.g_squared, found.v_squared)
+        ranks = ranks_in(shards.process_group)
+        if self._ascent.is_local and shards.process_group is None:
+            # The shards are the same on every rank, but not by how much its own model moved.
+            (moved, loss_rise), ranks = sum_over_all_ranks(torch.cat([moved, loss_rise])).split([3, 1]), world_size()
+        scalars = arithmetic.ReplayScalars.from_sums(g_squared, replayed, moved)
+        g_v = shards.passes.project_out_(g, g_s, scalars.along)
+        self._give(g_s, scalars.g_s_squared)
+        return Fresh(g_v, g_squared, v_squared, scalars, loss_rise.sum() / ranks, self._loss_scale())
+
+    def _two_gradients(self, groups: list[GroupSettings], loss_scale: float, keep_clean: bool) -> Gradients:
+        """Take the gradient that the wrapper has, and that of the same examples at w + eps. Collective.
+
+        Args:
+            loss_scale: what the group's gradient is multiplied by.
+            keep_clean: the weights are to be restored before the update.
+        """
+        shards, ascent = self._shards, self._ascent
+        g = shards.take_gradient(survives_evaluation=True)
+        g_squared, v_squared, scale_of = ascent.norms(g, self._state.v_squared, groups, loss_scale)
+        # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
+        if not torch.isfinite(g_squared).item():
+            nothing = torch.zeros(4, dtype=torch.float64, device=shards.device)
+            return Gradients(g, None, g_squared, v_squared, moved=nothing[:3], loss_rise=nothing[3:])
+        with self._replay.perturbed(shards, put_back=lambda: self._give(g, g_squared)):
+            moved = ascent.perturb(g, scale_of, self._rounding(), keep_clean)
+            self._replay.evaluate()
+            self._replay.edit_gradients()
+            g_s = shards.take_gradient(survives_evaluation=keep_clean)
+            loss_rise = self._replay.loss_rise(shards.device)
+        return Gradients(g, g_s, g_squared, v_squared, moved, loss_rise)
+
+    def _give(self, gradient: Shard, squared: Tensor) -> None:
+        self._shards.give_gradient(gradient)
+        self._shards.tell_squared_norm(squared)
+
+    def _rounding(self) -> int | None:
+        """The seed of this perturbation's rounding. Replicas round alike, ranks that have a part or a perturbation of
+        their own do not."""
+        if not self._rounds_at_random:
+            return None
+        apart = self._ascent.is_local or self._shards.process_group is not None
+        groups_before = 0 if self._so_far is None else self._so_far.groups
+        return rounding_seed(self._state.status.updates, groups_before, this_rank() if apart else 0)
+
+    # A SAM step whose perturbations belong to micro-batches ---------------------------------------------------------
+
+    def window_runs(self) -> None:
+        """A forward of the user's loop begins."""
+        if self._state.status.next_is_sam:
+            self._ascent.listen()
+
+    def micro_batch_is_done(self, share: float) -> None:
+        """The wrapper has the gradient of one micro-batch: evaluate that again, and add both gradients up. Collective.
+
+        Args:
+            share: the weight of the micro-batch's loss in the window's.
+
+        Raises:
+            LookSAMReplayError: it cannot be evaluated again. The window is given up: weights and RNG are as before the
+                backward, and its gradient is dropped.
+        """
+        so_far = self._so_far
+        try:
+            self._replay.check()
+            self._replay.edit_gradients()
+            if so_far is not None and so_far.g_s is None:  # an overflow: the update will be skipped
+                found = replace(so_far, g=self._shards.take_gradient(survives_evaluation=True))
+                self._ascent.stop_listening()
+            else:
+                found = self._two_gradients(self._groups_in_force(), self._loss_scale() * share, keep_clean=True)
+            if found.g_s is not None:
+                self._ascent.restore()
+        except Exception:
+            self.give_up_window()
+            raise
+        self._so_far = found if so_far is None else so_far.plus(found)
+        self._replay.forget()
+
+    def give_up_window(self) -> None:
+        """Forget what has been evaluated since the last update."""
+        self._so_far = self._gradient_marks = None
+        self._ascent.stop_listening()
+        if not self._replay.is_perturbed:  # or the ranks are apart, and only a checkpoint helps
+            if self.is_per_micro_batch:
+                self._shards.abort_evaluation()
+            self._replay.forget()
