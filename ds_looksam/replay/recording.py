@@ -76,6 +76,7 @@ class Values:
     def __init__(self) -> None:
         self.made: dict[Step, list[Tensor]] = {}
         self.outputs: dict[Step, Any] = {}
+        self.nodes: set[GraphId] = set()  # of the forwards' outputs
         self._apart: dict[Any, Tensor] = {}
 
     def of(self, leaf: Any) -> Any:

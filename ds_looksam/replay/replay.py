@@ -23,6 +23,7 @@ from ..errors import LookSAMReplayError
 from ..ranks.agree import raised_everywhere
 from ..shards import GradientShards
 from .guard import refuse_state_dicts
+from .module_state import Isolation
 from .side_effects import without_side_effects
 from .snapshot import ModelSnapshot
 from .tape import in_functorch
@@ -78,6 +79,7 @@ class Replay:
         self.gradient_edit: Callable[[], None] | None = None
         self.window = Window()
         self.gradient_is_complete = False
+        self._isolation = Isolation()
         self._engine, self._module = engine, module
         self._forward, self._backward, self._is_recorded = forward, backward, is_recorded
         self._where = Where.IDLE
@@ -94,7 +96,8 @@ class Replay:
             self._refuse_unless_in_closure("forward")
             return self._forward_again(*inputs, **kwargs)
         if self._is_recorded() and torch.is_grad_enabled():
-            return self.window.add_forward(self._module, self._forward, inputs, kwargs, self._note_backward)
+            return self.window.add_forward(self._module, self._forward, inputs, kwargs, self._note_backward,
+                                           self._isolation.before)
         with self.window.not_recording():
             return self._forward(*inputs, **kwargs)
 
@@ -181,7 +184,8 @@ class Replay:
 
     @contextmanager
     def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> Iterator[None]:
-        """While the weights are perturbed for a second evaluation. On leaving it RNG, buffers and flags are as before.
+        """While the weights are perturbed for a second evaluation. On leaving it the module and all generators are
+        as before.
 
         The weights are clean again only when the update publishes them; until :meth:`forget` they stay marked.
 
@@ -198,7 +202,8 @@ class Replay:
             self._where = Where.PERTURBED
             self._guards = self._guards or refuse_state_dicts(self._module, lambda m: self.refuse(
                 f"{type(m).__name__}.state_dict()"))
-            yield
+            with self._isolation.second_evaluation(self._module, self.window.before):
+                yield
         except Exception as error:
             # Any other BaseException ends the process: restoring is collective, and the other ranks may not be told.
             self._leave(error, shards, put_back)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import LookSAMReplayError
 from .inputs import Watched, rebuilt
+from .module_state import Before
 from .recording import (
     OUTPUT,
     Apart,
@@ -48,6 +49,7 @@ class Forward(Step):
     watched: Watched
     random: RandomState
     mode: ComputeMode
+    before: Before | None = None  # where no backward has come before it
     n_outputs: int = 0
     nodes: list[GraphId] = field(default_factory=list)
 
@@ -68,6 +70,7 @@ class Forward(Step):
             raise LookSAMReplayError(f"the model returned {self.n_outputs} tensors in the first evaluation and "
                                      f"{len(tensors)} in the second")
         values.outputs[self] = output
+        values.nodes |= {graph_id(t) for t in tensors} - {None}  # now: what is done in place gives tensors other nodes
         values.made[self] = [*(values.of(apart) for apart in self.apart), *tensors]
 
 
@@ -111,10 +114,7 @@ class RecordedBackward(Step):
             return loss
         assert self.loss is not None
         loss = values.of(self.loss)
-        steps = before(*self.needs)
-        nodes = [graph_id(t) for step in steps if isinstance(step, Forward)
-                 for t in values.made[step][len(step.apart):]]
-        if graph_of(loss, nodes, ()) != self.graph:
+        if graph_of(loss, values.nodes, ()) != self.graph:
             raise LookSAMReplayError("the second evaluation formed the loss by other operations than the first one: "
                                      "set engine.loss_fn, or call engine.step(closure=...)")
         return loss
@@ -152,12 +152,19 @@ class Window:
         steps = before(*self._backwards, *(f for backward in self._backwards for f in backward.forwards))
         return [step for step in steps if isinstance(step, Forward)]
 
+    @property
+    def before(self) -> Before | None:
+        """The module before the first of :attr:`forwards`."""
+        return next((forward.before for forward in self.forwards), None)
+
     # The first evaluation -------------------------------------------------------------------------------------------
 
     def add_forward(self, module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-                    on_backward: Callable[[Tensor, bool, str | None], None]) -> Any:
+                    on_backward: Callable[[Tensor, bool, str | None], None],
+                    before: Callable[[nn.Module], Before] | None = None) -> Any:
         """Run a forward and remember it, as long as a tensor depends on it. What is made of its output is recorded from
-        here on, and ``on_backward`` called for a backward that ``engine.backward`` did not begin (LossTape)."""
+        here on, and ``on_backward`` called for a backward that ``engine.backward`` did not begin (LossTape).
+        ``before`` remembers the module's state."""
         if in_functorch():  # its output is a value like any other, or refused where it gets into the loss
             with self.not_recording():
                 return run(*args, **kwargs)
@@ -180,7 +187,8 @@ class Window:
             watched = Watched((args, kwargs))
             kept_args, kept_kwargs = rebuilt((args, kwargs), keep)
             forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
-                              apart=apart, number=tape.number(), needs=needs)
+                              apart=apart, number=tape.number(), needs=needs,
+                              before=before(module) if before is not None and not self._backwards else None)
         with self.not_recording():
             output = run(*args, **kwargs)
         with torch._C.DisableTorchFunction():
