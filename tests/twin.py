@@ -35,26 +35,30 @@ class Twin:
             for p, part in zip(self.parameters, by.split([p.numel() for p in self.parameters]), strict=True):
                 p += part.view_as(p)
 
-    def update(self, losses: Callable[[nn.Module], list[Tensor]], put_back: Callable[[nn.Module, Any], None] | None = None
-               ) -> None:
-        """One update by the losses of a window's micro-batches, as a function of the model. ``put_back``: makes of the
-        model's state what it was when given None, returned then; see :meth:`ds_looksam` on state in the module."""
-        before = put_back(self.module, None) if put_back is not None else None
+    def update(self, losses: Callable[[nn.Module], list[Tensor]]) -> None:
+        """One update by the losses of a window's micro-batches, as a function of the model."""
+        before = self._traces()
         u = g = self._gradient(losses)
         if self.looksam and self.updates % K == 0:
-            after = put_back(self.module, None) if put_back is not None else None
-            if put_back is not None:
-                put_back(self.module, before)
+            after = self._traces()
+            self._retrace(before)
             self._move(RHO * g / g.norm())
             u = self._gradient(losses)
             self._move(-RHO * g / g.norm())
-            if put_back is not None:
-                put_back(self.module, after)
+            self._retrace(after)
             self.v = u - (u @ g) / (g @ g) * g
         elif self.looksam:
             u = g + ALPHA * g.norm() / self.v.norm() * self.v
         self._move(-LR * u)
         self.updates += 1
+
+    def _traces(self) -> Any:
+        """What the model's forward leaves behind in it, where its class tells."""
+        return copy.deepcopy(self.module.traces()) if hasattr(self.module, "traces") else None
+
+    def _retrace(self, traces: Any) -> None:
+        if hasattr(self.module, "retrace"):
+            self.module.retrace(copy.deepcopy(traces))
 
     def check(self, weights: dict[str, Tensor]) -> None:
         for name, p in self.module.named_parameters():

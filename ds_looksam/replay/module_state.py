@@ -27,9 +27,10 @@ from .snapshot import submodules
 Restore = Callable[[], None]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward", "trainer", "_trainer", "_fabric"}
-_OF_DEEPSPEED = ("ds_", "_ds", "_external_params", "_original_parameters", "applied_pre_backward", "pre_bwd", "post_bwd")
+_OF_DEEPSPEED = ("ds_", "_ds", "_external_params", "_original_parameters", "applied_pre_backward", "pre_bwd_fn",
+                 "post_bwd_fn")
 _NOT_ENTERED = {"torch", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"}
-_LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied; models keep attention maps there
+_LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
 _DEPTH = 4
 
 
@@ -143,8 +144,8 @@ class Isolation:
     """Keeps the second evaluation's traces out of a module, and learns which frozen parameters its forward changes.
 
     A forward may change them without a trace in their version counters (``p.data.mul_``), and copies of a large frozen
-    model would not fit. So they are copied at first if they are no more than what is trained; once a second evaluation
-    has come, only those are that were seen to change, by comparison or by their norms in fp64.
+    model would not fit. So they are copied at first if they are no more than twice what is trained; once a second
+    evaluation has come, only those are that were seen to change, by comparison or by their norms in fp64.
     """
 
     def __init__(self) -> None:
@@ -158,8 +159,8 @@ class Isolation:
         frozen = [p for p in parameters if not p.requires_grad and not hasattr(p, "ds_id")]
         copied = self._changing
         if copied is None:
-            is_small = sum(p.nbytes for p in frozen) <= sum(p.nbytes for p in parameters if p.requires_grad)
-            copied = set(frozen) if is_small else set()
+            limit = max(_LIMIT, 2 * sum(p.nbytes for p in parameters if p.requires_grad))
+            copied = set(frozen) if sum(p.nbytes for p in frozen) <= limit else set()
         watched = [p for p in frozen if p not in copied]
         return Before(ModuleState(module, [p for p in frozen if p in copied]), watched, _norms(watched))
 

@@ -237,6 +237,7 @@ class Replay:
         self._where = Where.EVALUATING
         try:
             with self._engine.running_again(), torch.enable_grad(), without_side_effects(self._module):
+                self._announce_next_backward()
                 if self._closure is not None:
                     self._call_closure(self._closure)
                 else:
@@ -286,15 +287,21 @@ class Replay:
 
     def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,
                         direct: bool = False) -> Tensor:
-        recorded = self.window.backwards
-        if self._backwards < len(recorded):
-            self._engine.set_boundary_of_next_backward(recorded[self._backwards].is_boundary)
         self._backwards += 1
         self._replayed.add_loss(loss, self._share(scale_wrt_gas, direct))
         with self._inside():
             if direct:
-                return self._engine.backward_directly(loss, retain_graph)
-            return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+                self._engine.backward_directly(loss, retain_graph)
+            else:
+                loss = self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        self._announce_next_backward()
+        return loss
+
+    def _announce_next_backward(self) -> None:
+        """Also to what runs before it: the hooks of a ``torch.autograd.grad`` in the loss reduce at the boundary."""
+        recorded = self.window.backwards
+        if self._backwards < len(recorded):
+            self._engine.set_boundary_of_next_backward(recorded[self._backwards].is_boundary)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
