@@ -143,8 +143,8 @@ def train_gan(stage: int, accumulation: int, forwards: int, ways: str, looksam: 
             (d.module if stage == 0 else d.optimizer).zero_grad()  # what the generator's step has left there
             twin_d.update(lambda m, window=window: [real_or_not(m, real, twin_g.module(z).detach(), 1)
                                                     for real, z, _ in window])
-            twin_g.update(lambda m, window=window, critic=frozen(twin_d.module): [fooled(critic, m(z))
-                                                                                  for _, _, z in window])
+            critic_then = frozen(twin_d.module)
+            twin_g.update(lambda m, window=window, d=critic_then: [fooled(d, m(z)) for _, _, z in window])
         twin_g.check(weights_of(g))
         twin_d.check(weights_of(d))
 
