@@ -1,4 +1,4 @@
-"""Packaging. Version and tested ranges are read from ds_looksam/ranks/versions.py, without importing DeepSpeed."""
+"""Packaging. Version and required ranges are read from ds_looksam/ranks/versions.py, without importing DeepSpeed."""
 
 import ast
 from pathlib import Path
@@ -33,10 +33,11 @@ setup(
     classifiers=[*(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
                  "Operating System :: POSIX :: Linux", "Typing :: Typed"],
     install_requires=[
-        *(f"{package}{wanted}" for package, wanted in versions["TESTED"].items()),
+        *(f"{package}{wanted}" for package, wanted in versions["REQUIRED"].items()),
         "hjson",
         "numpy",
         "packaging",
+        "psutil",
         "pydantic>=2",
         "rich>=13",
         "safetensors>=0.5",

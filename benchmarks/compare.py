@@ -260,7 +260,7 @@ def main() -> None:
     for number in range(args.rounds):
         for name in args.only[::-1] if number % 2 else args.only:
             results[name].append(in_own_process(name, sys.argv[1:]))
-    print("| | evaluations an update | images a second | of CPU time | peak memory, MB |\n|---|---|---|---|---|")
+    print("| | evaluations per update | images a second | of CPU time | peak memory, MB |\n|---|---|---|---|---|")
     for name, runs in results.items():
         middle = {key: median(run[key] for run in runs) for key in runs[0]}
         print(f"| {name} | {middle['evaluations']:.2f} | {middle['images a second']:.1f} | "

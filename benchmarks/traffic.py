@@ -1,6 +1,6 @@
 """Every collective of a training step, from torch.distributed itself, beside the formula. Prints Markdown.
 
-    python -m benchmarks.traffic                 # the table of the README: two ranks, bf16
+    python -m benchmarks.traffic                 # the table of docs/costs.md: two ranks, bf16
     python -m benchmarks.traffic --world 4 --precision fp32
     python -m benchmarks.traffic --every         # and every single collective
 

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+from deepspeed import DeepSpeedEngine
 
 import ds_looksam
 from ds_looksam.config.params import RhoSchedule
+from ds_looksam.engines.host import HostEngine
 
 TARGET = Path(__file__).parent / "api.md"
 INTRODUCTION = """# API reference
+
+*For whoever looks up a public name.*
 
 Built from the docstrings by `python docs/build_api.py`; a test compares the two. "Collective" means that every rank
 must make the call. All names are in `ds_looksam`. The JSON block `optimizer.params` is `LookSAMConfig`.
@@ -43,13 +47,22 @@ def entry(name: str, thing: Any) -> Iterator[str]:
     yield markdown(inspect.getdoc(thing) or "")
     if not inspect.isclass(thing):
         return
-    for member, value in vars(thing).items():
+    for member, value in members(thing).items():
         inner = value.fget if isinstance(value, property) else value
         if member.startswith("_") or not inspect.isfunction(inner) or not inner.__doc__:
             continue
         shown = member if isinstance(value, property) else member + signature(inner)
         yield f"### `{name}.{shown}`\n"
         yield markdown(inspect.getdoc(inner) or "")
+
+
+def members(thing: type) -> dict[str, Any]:
+    """A class's own; of the engine what its users call: properties, and methods that a DeepSpeedEngine has too."""
+    if not issubclass(thing, HostEngine):
+        return dict(vars(thing))
+    own = thing.__mro__[:thing.__mro__.index(HostEngine)]
+    return {name: value for part in reversed(own) for name, value in vars(part).items()
+            if isinstance(value, property) or hasattr(DeepSpeedEngine, name)}
 
 
 def signature(thing: Any) -> str:

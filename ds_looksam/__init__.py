@@ -8,6 +8,7 @@ from .ranks.versions import __version__, check_versions
 check_versions()
 
 from .config.params import LookSAMConfig  # noqa: E402
+from .engines.compile_lock import warn_of_stale_locks  # noqa: E402
 from .engines.looksam import LookSAMEngine  # noqa: E402
 from .engines.registration import initialize, is_registered, register, unregister  # noqa: E402
 from .errors import LookSAMCheckpointError, LookSAMConfigError, LookSAMError, LookSAMReplayError, LookSAMVersionError  # noqa: E402
@@ -17,6 +18,7 @@ from .ranks.check import check_ranks  # noqa: E402
 from .step.status import LookSAMStatus  # noqa: E402
 
 register()
+warn_of_stale_locks()
 
 __all__ = [
     "Lamb", "Lars", "LookSAMCheckpointError", "LookSAMConfig", "LookSAMConfigError", "LookSAMEngine", "LookSAMError",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import ds_looksam
 
@@ -58,6 +58,16 @@ def python_source() -> str:
     return "\n".join(path.read_text(errors="ignore") for path in sorted(folder.glob("*.py")))[:2_000_000]
 
 
+class LogLookSAM(TrainerCallback):
+    """LookSAM's measurements beside the Trainer's own, wherever ``report_to`` sends those."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        looksam, should_log = self.trainer.model_wrapped.looksam, control.should_log
+        if looksam.step_kind == "sam":
+            self.trainer.log({f"looksam_{name}": value for name, value in looksam.measurements().items()})
+            control.should_log = should_log  # what trainer.log takes for done
+
+
 def build_model() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=BYTES, n_positions=CONTEXT, n_embd=128, n_layer=4, n_head=4,
@@ -67,14 +77,17 @@ def build_model() -> GPT2LMHeadModel:
 def train(model: Any, text: str, steps: int, learning_rate: float, args: argparse.Namespace) -> dict[str, Any]:
     """Train with the Trainer; losses on held-out text in nats per byte, and LookSAM's own numbers."""
     training, held_out = split(text)
+    callback = LogLookSAM()
     trainer = Trainer(
-        model=model, train_dataset=training, eval_dataset=torch.utils.data.Subset(held_out, range(args.held_out)),
+        model=model, callbacks=[callback], train_dataset=training,
+        eval_dataset=torch.utils.data.Subset(held_out, range(args.held_out)),
         args=TrainingArguments(
             output_dir=args.output_dir, deepspeed=str(args.config), max_steps=steps, learning_rate=learning_rate,
             per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulation,
             weight_decay=0.1, warmup_steps=steps // 10, logging_steps=20, eval_strategy="steps",
             eval_steps=max(1, steps // 4), save_strategy="no", report_to=[], disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available()))
+    callback.trainer = trainer
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     engine = trainer.model_wrapped
@@ -82,7 +95,7 @@ def train(model: Any, text: str, steps: int, learning_rate: float, args: argpars
     looksam = engine.looksam.as_dict()
     trainer.save_model()
     trainer.accelerator.free_memory()
-    return {"held_out_losses": losses, "looksam": looksam}
+    return {"held_out_losses": losses, "looksam": looksam, "log": trainer.state.log_history}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -103,7 +103,7 @@ def _run(case: Case, stretch: Stretch, log: list[str]) -> Result:
                   for group in engine.optimizer.param_groups]
         values = {f.name: getattr(status, f.name) for f in fields(status)} if status else {}
         values = {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-        g_v = getattr(engine, "_v", None)
+        g_v = stored_v(engine) if stretch.looksam else None
         return Result(weights=master_weights(engine), model_weights=visible_weights(engine), history=[],
                       forwards=len(calls), evaluations=status.evaluations if status else 0,
                       updates=status.updates if status else engine.global_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -23,4 +24,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         case = getattr(item, "callspec", None) and item.callspec.params.get("case")
         return getattr(case, "world", 0)
 
+    gc.freeze()  # as in tests/ranks.py: collections need not look at all that was imported
     items.sort(key=world)  # stable: the order inside a world size stays that of the files

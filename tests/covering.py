@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import pytest
 
 Grid = dict[str, list[Any]]
 
@@ -23,21 +25,31 @@ def covering(grid: Grid, strength: int, candidates: int = 30, seed: int = 0) -> 
     """
     draw = random.Random(seed)
     keys = list(grid)
-    missing = {
-        (names, values)
-        for names in itertools.combinations(keys, strength) for values in itertools.product(*(grid[n] for n in names))
-    }
+    # A dict for its order: what is not covered yet.
+    missing = dict.fromkeys(sorted(
+        ((names, values) for names in itertools.combinations(keys, strength)
+         for values in itertools.product(*(grid[n] for n in names))), key=repr))
     rows = []
     while missing:
-        names, values = min(missing, key=repr)
+        names, values = next(iter(missing))
         best, best_covered = None, set()
         for _ in range(candidates):
             row = {key: draw.choice(grid[key]) for key in keys} | dict(zip(names, values, strict=True))
             row = {key: row[key] for key in keys}
-            covered = {(some, tuple(row[n] for n in some)) for some in itertools.combinations(keys, strength)} & missing
+            covered = {(some, tuple(row[n] for n in some)) for some in itertools.combinations(keys, strength)}
+            covered &= missing.keys()
             if len(covered) > len(best_covered):
                 best, best_covered = row, covered
         assert best is not None
         rows.append(best)
-        missing -= best_covered
+        for combination in best_covered:
+            del missing[combination]
     return rows
+
+
+def cases(grid: Grid, make: Callable[[dict[str, Any]], Any], strength: int = 2) -> list[Any]:
+    """pytest's parameters: ``make`` of each row of the whole grid. CI runs a covering subset of them, ``-m grid`` the
+    others."""
+    in_ci = {tuple(row.values()) for row in covering(grid, strength)}
+    return [pytest.param(make(row), id="-".join(map(str, row.values())),
+                         marks=[] if tuple(row.values()) in in_ci else pytest.mark.grid) for row in product(grid)]

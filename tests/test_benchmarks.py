@@ -1,4 +1,4 @@
-"""What the README says of costs is what the programs in benchmarks/ measure."""
+"""What docs/costs.md says is what the programs in benchmarks/ measure."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from benchmarks import traffic
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "costs.md"
 
 
 def table_after(mark: str) -> str:
-    """The README's table below the comment that names its program."""
-    lines = README.read_text().split(f"<!-- {mark} -->\n")[1].splitlines()
+    """The page's table below the comment that names its program."""
+    lines = PAGE.read_text().split(f"<!-- {mark} -->\n")[1].splitlines()
     return "\n".join(lines[:next(i for i, line in enumerate(lines) if not line.startswith("|"))])
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .collectives import Collective
 from .costs import Wide, measure_memory, nothing_stays_gathered, record_steps
-from .covering import covering, product
+from .covering import cases
 from .ranks import run_on_ranks
 from .training import Case, as_plain, engine_for, train, train_window
 
@@ -79,34 +79,17 @@ def _difference(more: list[Collective], less: list[Collective]) -> Counter[Colle
     return _count(more) - _count(less)
 
 
-@pytest.mark.parametrize("k, updates", [(1, 3), (2, 5), (5, 7)])
-def test_evaluations(k: int, updates: int) -> None:
-    case = Case(world=2, accumulation=3, k=k, updates=updates)
-    result = run_on_ranks(2, train, case)[0]
-    assert result.forwards == 3 * (updates + -(-updates // k))
-
-
 PLAIN_GRID = {"stage": STAGES, "world": [1, 2], "base": ["AdamW", "SGD"], "precision": ["fp32", "bf16"]}
 
 
-def _check_plain(settings: dict[str, Any]) -> None:
-    case = as_plain(Case(**settings, accumulation=2, clipping=0.05, two_groups=True, updates=7))
+@pytest.mark.parametrize("case", cases(PLAIN_GRID, lambda row: as_plain(
+    Case(**row, accumulation=2, clipping=0.05, two_groups=True, updates=7))))
+def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(case: Case) -> None:
     with_looksam, without = run_on_ranks(case.world, train, case), run_on_ranks(case.world, train, case, False)
     assert with_looksam[0].evaluations == 7 + 3
     for got, expected in zip(with_looksam, without, strict=True):
         for name, weight in expected.weights.items():
             assert torch.equal(got.weights[name], weight), name
-
-
-@pytest.mark.parametrize("settings", covering(PLAIN_GRID, strength=2), ids=lambda s: "-".join(map(str, s.values())))
-def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(settings: dict[str, Any]) -> None:
-    _check_plain(settings)
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("settings", list(product(PLAIN_GRID)), ids=lambda s: "-".join(map(str, s.values())))
-def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit_everywhere(settings: dict[str, Any]) -> None:
-    _check_plain(settings)
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------

@@ -176,15 +176,48 @@ def test_what_the_page_says_of_pytorch_optimizer():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    text = re.sub(r"```.*?```|<!--.*?-->", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http://", "https://", "#")):
-            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+        if not target.startswith(("http://", "https://")):
+            file, _, anchor = target.partition("#")
+            found = (page.parent / file) if file else page
+            assert found.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(found), f"{page.name}: {target}"
 
 
-def test_readme_lists_every_key_with_its_default_and_its_words():
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| key of `params` |"):].partition("\n\n")[0]
+def anchors(page: Path) -> set[str]:
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_files_that_the_pages_name_exist():
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh|json|md))`", text):
+            name = name.replace("NAME", "base")
+            assert (ROOT / name).exists() or (PACKAGE / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_first_screen_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda page: page.name)
+def test_every_page_says_whom_it_is_for_and_has_a_line_in_the_index(page):
+    assert re.match(r"# [^\n]+\n\n\*For whoever ", page.read_text())
+    assert page.name == "index.md" or f"\n| [{page.name}]({page.name}) |" in re.sub(
+        "<!--.*?-->", "", (ROOT / "docs" / "index.md").read_text(), flags=re.S)
+
+
+def test_the_page_on_the_trainer_shows_the_examples_callback():
+    [block] = [block for block in ALL if block.page == "integrations.md" and "class LogLookSAM" in block.text]
+    assert block.text in (ROOT / "examples" / "gpt2_lora.py").read_text()
+
+
+def test_the_page_of_keys_lists_each_with_its_default_and_its_words():
+    page = (ROOT / "docs" / "keys.md").read_text()
+    table = page[page.index("| key of `params` |"):].partition("\n\n")[0]
     rows = {key: (default, words)
             for key, default, words in re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.*) \|$", table, re.M)}
     assert rows.keys() == LookSAMConfig.model_fields.keys()
@@ -194,11 +227,6 @@ def test_readme_lists_every_key_with_its_default_and_its_words():
     for key in ("layer_scale", "v_dtype"):
         assert words[key] == set(get_args(LookSAMConfig.model_fields[key].annotation))
     assert words["rho_schedule"] == {*RhoSchedule.model_fields, *get_args(RhoSchedule.model_fields["type"].annotation)}
-
-
-def test_readme_links_every_page_of_docs():
-    readme = (ROOT / "README.md").read_text()
-    assert [page.name for page in PAGES if page.parent == ROOT / "docs" and f"docs/{page.name}" not in readme] == []
 
 
 ERRORS = ("LookSAMConfigError", "LookSAMReplayError", "LookSAMCheckpointError", "LookSAMVersionError", "UnknownLoss",
@@ -246,11 +274,20 @@ def test_troubleshooting_explains_every_message():
     assert [where for where, message in errors.items() if not any(words in message for words in quoted)] == []
 
 
-def test_troubleshooting_quotes_what_the_package_says():
+def test_troubleshooting_quotes_what_is_said():
+    import accelerate.utils.dataclasses
+    import deepspeed.runtime.engine
+
     _, words = errors_and_words()
-    headings = re.findall(r'^### "(.*)"$', TROUBLESHOOTING.read_text(), flags=re.M)
+    ours, theirs = TROUBLESHOOTING.read_text().split("## From DeepSpeed and Hugging Face\n")
+    headings = re.findall(r'^### "(.*)"$', ours, flags=re.M)
     assert len(headings) > 20
     assert [heading for heading in headings if heading not in words] == []
+    sources = "".join(Path(module.__file__).read_text() for module in (deepspeed.runtime.engine,
+                                                                       accelerate.utils.dataclasses)).replace("`", "")
+    headings = [h.replace("LookSAM", "{}") for h in re.findall(r'^### "(.*)"$', theirs, flags=re.M)]
+    assert len(headings) >= 3
+    assert [heading for heading in headings if heading not in sources] == []
 
 
 def test_the_api_reference_is_up_to_date():

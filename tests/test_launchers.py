@@ -162,8 +162,8 @@ def job(tmp_path, two_hosts) -> Iterator[Job]:
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
-    absent = [p for p in programs if not hosts.which(p)]
-    return pytest.mark.skipif(bool(absent), reason=f"{', '.join(absent)} not installed")
+    absent = ", ".join(p for p in programs if not hosts.which(p))
+    return pytest.mark.skipif(bool(absent), reason=f"needs {absent} (Debian: apt-get install {absent})")
 
 
 pytestmark = pytest.mark.timeout(2 * RUN_SECONDS)
@@ -363,7 +363,8 @@ def test_train_py_that_slurm_stopped_goes_on(job, slurm_cluster, data):  # noqa:
 # What goes wrong ---------------------------------------------------------------------------------------------------
 
 
-SCRIPTS = ["ssh.sh", *(pytest.param(script, marks=pytest.mark.hosts) for script in ("pdsh.sh", "torchrun.sh"))]
+PDSH = pytest.param("pdsh.sh", marks=[pytest.mark.hosts, needs("pdsh")])
+SCRIPTS = ["ssh.sh", PDSH, pytest.param("torchrun.sh", marks=pytest.mark.hosts)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -426,7 +427,7 @@ def test_a_script_that_is_told_to_stop_takes_everything_with_it(job):
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("script", ["ssh.sh", "pdsh.sh"])
+@pytest.mark.parametrize("script", ["ssh.sh", PDSH])
 def test_a_job_that_is_told_to_stop_saves_and_goes_on(job, script):
     program = ("--checkpoints", str(job.folder / "checkpoints"), "--wait-at", "4")
     launch = job.start(script, "--hostfile", "hosts", program=program)

@@ -50,6 +50,8 @@ def test_the_language_model_example(tmp_path: Path) -> None:
             assert result[half]["looksam"]["updates"] == updates
             assert result[half]["looksam"]["evaluations"] == evaluations
             assert result[half]["looksam"]["sharpness"] > 0
+            logged = [entry for entry in result[half]["log"] if "looksam_gradient_norm" in entry]
+            assert [entry["step"] for entry in logged] == [1 + 5 * i for i in range(evaluations - updates)]
         assert result["scratch"]["held_out_losses"][-1] < result["scratch"]["held_out_losses"][0]
         assert result["scratch_moved"]
         assert result["trained"] and all("lora_" in name for name in result["trained"])

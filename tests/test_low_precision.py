@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from .covering import covering, product
+from .covering import cases
 from .fuzz import rounding_tolerance
 from .training import (
     DTYPES,
@@ -60,13 +60,6 @@ def tight(case: Case) -> float:
     return ROUNDED_NORM if has_rounded_norm(case) else TIGHT[case.base]
 
 
-def _id(case: Case) -> str:
-    options = {**case.config.get("data_types", {}), **case.zero, **case.params}
-    named = [f"{key}={value}" for key, value in options.items()]
-    return "-".join([case.precision, f"stage{case.stage}", f"world{case.world}", f"accumulation{case.accumulation}",
-                     case.base, f"clip{case.clipping}", f"alpha{case.alpha}", case.model, *named])
-
-
 def in_fp32(case: Case) -> Case:
     """Gradients are accumulated and sent in fp32. At stage 1 in bf16 that makes the wrapper a BF16_Optimizer."""
     return replace(case, config={"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"})
@@ -84,45 +77,23 @@ TOGETHER = {"stage": [1, 2, 3], "world": [2, 4], "accumulation": [1, 2], **COMMO
 ROUNDED = {"stage": [0, 1, 2, 3], "world": [2, 4], "accumulation": [3], **COMMON}
 
 
-def check_rounded(case: Case) -> None:
-    _, error, _ = compare_with_oracle(case)
-    allowed = rounding_tolerance(case) + (ROUNDED_NORM if has_rounded_norm(case) else 0)
-    assert error <= allowed, f"relative error {error:.2e} > {allowed:.1e} for {case}"
-
-
-@pytest.mark.parametrize("case", [case_of(row) for row in covering(ALONE, strength=2)], ids=_id)
+@pytest.mark.parametrize("case", cases(ALONE, case_of))
 def test_one_rank_tight(case: Case) -> None:
     check_against_oracle(case, tight(case), dtype=DTYPES[case.precision])
 
 
-@pytest.mark.parametrize("case", [in_fp32(case_of(row)) for row in covering(TOGETHER, strength=2)], ids=_id)
+@pytest.mark.parametrize("case", cases(TOGETHER, lambda row: in_fp32(case_of(row))))
 def test_fp32_accumulation_tight(case: Case) -> None:
     reference = check_against_oracle(case, tight(case), dtype=DTYPES[case.precision])
     if case.clipping:
         assert reference.clipped > 0, "clipping was meant to bind"
 
 
-@pytest.mark.parametrize("case", [case_of(row) for row in covering(ROUNDED, strength=1)], ids=_id)
+@pytest.mark.parametrize("case", cases(ROUNDED, case_of, strength=1))
 def test_low_precision_accumulation(case: Case) -> None:
-    check_rounded(case)
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("case", [case_of(row) for row in product(ALONE)], ids=_id)
-def test_one_rank_tight_everywhere(case: Case) -> None:
-    check_against_oracle(case, tight(case), dtype=DTYPES[case.precision])
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("case", [in_fp32(case_of(row)) for row in product(TOGETHER)], ids=_id)
-def test_fp32_accumulation_tight_everywhere(case: Case) -> None:
-    check_against_oracle(case, tight(case), dtype=DTYPES[case.precision])
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("case", [case_of(row) for row in product(ROUNDED)], ids=_id)
-def test_low_precision_accumulation_everywhere(case: Case) -> None:
-    check_rounded(case)
+    _, error, _ = compare_with_oracle(case)
+    allowed = rounding_tolerance(case) + (ROUNDED_NORM if has_rounded_norm(case) else 0)
+    assert error <= allowed, f"relative error {error:.2e} > {allowed:.1e} for {case}"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -18,7 +18,7 @@ from ds_looksam.universal import convert
 
 from . import oracle
 from .collectives import Collective, Recorder
-from .covering import covering, product
+from .covering import cases
 from .models import make_model
 from .ranks import run_on_ranks
 from .training import Case, check_against_oracle, distance, engine_for, master_weights, named, train, train_window
@@ -92,10 +92,6 @@ GRID = {
 }
 
 
-def _id(case: Case) -> str:
-    return "-".join(str(getattr(case, key)) for key in GRID)
-
-
 def _check_alone(case: Case) -> None:
     expected = reference(case)
     results = run_on_ranks(case.world, train, case, False)
@@ -108,14 +104,8 @@ def _check_alone(case: Case) -> None:
             assert torch.equal(result.model_weights[name], weight), f"rank {rank}: the model's {name} is an old one"
 
 
-@pytest.mark.parametrize("case", [Case(**settings) for settings in covering(GRID, strength=2)], ids=_id)
+@pytest.mark.parametrize("case", cases(GRID, lambda row: Case(**row)))
 def test_alone_matches_oracle(case: Case) -> None:
-    _check_alone(case)
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("case", [Case(**settings) for settings in product(GRID)], ids=_id)
-def test_alone_matches_oracle_everywhere(case: Case) -> None:
     _check_alone(case)
 
 

@@ -1,16 +1,14 @@
 """LookSAM on ZeRO shards against the float64 oracle, over the grid of everything that changes the way of a gradient.
 
-CI runs a subset in which every triple of settings occurs; ``pytest -m grid`` runs the whole grid.
+CI runs a subset in which every triple of settings occurs, ``pytest -m grid`` the whole grid. What no wrapper sees of an
+update is combined in tests/test_update.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import pytest
 
-from .covering import covering, product
+from .covering import cases
 from .training import Case, check_against_oracle
 
 GRID = {
@@ -30,30 +28,9 @@ TOLERANCE = 1e-5
 another, and Adam divides by the root of a mean that starts at one square: 100 times the rounding unit."""
 
 
-def _id(case: Case) -> str:
-    return "-".join(str(getattr(case, key)) for key in GRID)
-
-
-def _check(case: Case) -> None:
+@pytest.mark.parametrize("case", cases(GRID, strength=3, make=lambda row: Case(
+    **row, two_groups=row["model"] in TWO_GROUPS)))
+def test_matches_oracle(case: Case) -> None:
     reference = check_against_oracle(case, TOLERANCE)
     if case.clipping:
         assert reference.clipped > 0, "clipping was meant to bind"
-
-
-def _cases(settings: Iterable[dict[str, Any]]) -> list[Case]:
-    return [Case(**s, two_groups=s["model"] in TWO_GROUPS) for s in settings]
-
-
-SUBSET = _cases(covering(GRID, strength=3))
-WHOLE = _cases(product(GRID))
-
-
-@pytest.mark.parametrize("case", SUBSET, ids=_id)
-def test_matches_oracle(case: Case) -> None:
-    _check(case)
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("case", WHOLE, ids=_id)
-def test_matches_oracle_everywhere(case: Case) -> None:
-    _check(case)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -19,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import Specifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
-from ds_looksam.ranks.versions import TESTED, __version__
+from ds_looksam.ranks import versions
+from ds_looksam.ranks.versions import REQUIRED, TESTED, __version__
 
 from .ranks import run_on_ranks
 
@@ -39,13 +41,47 @@ def test_every_pin_is_exact_and_fits_any_build_of_the_package():
 
 
 @pytest.mark.parametrize("package", TESTED)
-def test_pins_lie_in_the_range_the_package_asks_for(package):
+def test_pins_are_tested_versions_in_the_range_the_package_asks_for(package):
     assert SpecifierSet(TESTED[package]).contains(pins()[package].version)
+    assert SpecifierSet(REQUIRED[package]).contains(pins()[package].version)
 
 
-@pytest.mark.parametrize("package", TESTED)
+@pytest.mark.parametrize("package", REQUIRED)
 def test_readme_says_what_the_package_asks_for(package):
-    assert f"`{package}{TESTED[package]}`" in (ROOT / "README.md").read_text()
+    assert f"`{package}{REQUIRED[package]}`" in (ROOT / "README.md").read_text()
+
+
+def imported_with(monkeypatch, rank: str = "0", **installed: str) -> list[str]:
+    """What ``import ds_looksam`` warns of with these versions installed."""
+    monkeypatch.setattr(versions, "version", ({"deepspeed": "0.19.8", "torch": "2.13.0"} | installed).__getitem__)
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        versions.check_versions()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(("package", "release"),
+                         [("torch", "2.10.1"), ("deepspeed", "0.19.7"), ("deepspeed", "0.20.0")])
+def test_a_version_it_does_not_run_with_is_refused(monkeypatch, package, release):
+    with pytest.raises(ImportError, match=f"does not run with {package} {release}: .*pip install") as caught:
+        imported_with(monkeypatch, **{package: release})
+    wanted = re.search(r'pip install "(.*)"', str(caught.value))[1]  # the way out
+    fits = next(v for v in ("0.19.8", "2.13.0") if Requirement(wanted).specifier.contains(v))
+    assert imported_with(monkeypatch, **{package: fits}) == []
+
+
+@pytest.mark.parametrize(("package", "release"),
+                         [("torch", "2.15.0"), ("torch", "3.0.0+cu140"), ("deepspeed", "0.19.9")])
+def test_a_version_that_was_not_tested_is_warned_of_on_rank_0(monkeypatch, package, release):
+    [message] = imported_with(monkeypatch, **{package: release})
+    assert f"{package} {release} (tested: {TESTED[package]})" in message and "-m ds_looksam verify" in message
+    assert imported_with(monkeypatch, "1", **{package: release}) == []
+
+
+@pytest.mark.parametrize("release", ["2.11.0", "2.14.1", "2.14.1+cpu"])
+def test_a_tested_version_says_nothing(monkeypatch, release):
+    assert imported_with(monkeypatch, torch=release) == []
 
 
 def test_all_that_the_installed_package_asks_for_is_pinned():
@@ -91,12 +127,12 @@ def test_the_wheels_metadata(wheel):
     declared = [c.rpartition(" ")[2] for c in metadata.get_all("Classifier") if re.search(r"Python :: 3\.\d", c)]
     assert declared and metadata["Requires-Python"] == f">={declared[0]}"
     requirements = {r.name: r for r in map(Requirement, metadata.get_all("Requires-Dist")) if r.marker is None}
-    assert {name: SpecifierSet(wanted) for name, wanted in TESTED.items()} == {
-        name: requirements[name].specifier for name in TESTED}
+    assert {name: SpecifierSet(wanted) for name, wanted in REQUIRED.items()} == {
+        name: requirements[name].specifier for name in REQUIRED}
     # What the package imports at the top of its modules is what it needs; optional things are imported where used.
     imported = {name for source in archive.namelist() if source.startswith("ds_looksam/") and source.endswith(".py")
                 for name in imports_at_the_top(archive.read(source))}
-    # Triton comes with torch, where that is for GPUs; fused.py is imported there only.
+    # Triton comes with torch, where that is for GPUs; triton_passes.py is imported there only.
     assert imported - sys.stdlib_module_names - {"ds_looksam", "triton"} == set(requirements)
 
 
@@ -130,3 +166,9 @@ def package_file() -> str:
 
 def test_rank_processes_test_the_same_package():
     assert run_on_ranks(1, package_file) == [package_file()]
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    date = re.search(r"^date-released: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    assert f"\n## {__version__} - {date}\n" in (ROOT / "CHANGELOG.md").read_text()

@@ -27,39 +27,22 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_on_schedule(case: Case, scheduler: str) -> tuple[dict[str, Tensor], list[list[dict[str, Any]]]]:
-    """The weights, and the hyper-parameters of each group at each update. Collective."""
-    import deepspeed
+def train_on_schedule(case: Case, scheduler: str, looksam: bool = True) -> tuple[dict[str, Tensor], list[list[dict]]]:
+    """The weights, and the hyper-parameters of each group at each update; without ``looksam`` those of a plain
+    DeepSpeed run. Collective."""
+    def schedule(json: dict[str, Any]) -> None:
+        if scheduler != "torch":
+            json["scheduler"] = {"type": scheduler, "params": SCHEDULERS[scheduler]}
 
-    module = make_model(case.model, case.seed)
-    config = case.json()
-    client = None
-    if scheduler == "torch":
-        def client(optimizer: Any) -> Any:
-            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.7**t)
-    else:
-        config["scheduler"] = {"type": scheduler, "params": SCHEDULERS[scheduler]}
-    engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=case.model_parameters(module),
-                                      lr_scheduler=client)
-    hyper = []
-    try:
-        for update in range(case.updates):
-            hyper.append([{key: group[key] for key in ("lr", "betas")} for group in engine.optimizer.param_groups])
-            train_window(engine, case, update)
-        return master_weights(engine), hyper
-    finally:
-        engine.destroy()
+    def client(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.7**t)
 
-
-def train_base_on_schedule(case: Case, scheduler: str) -> list[list[dict[str, Any]]]:
-    """What the scheduler sets in a plain DeepSpeed run."""
-    with engine_for(case, looksam=False, adapt=lambda json: json.update(
-            scheduler={"type": scheduler, "params": SCHEDULERS[scheduler]})) as engine:
+    with engine_for(case, looksam, adapt=schedule, lr_scheduler=client if scheduler == "torch" else None) as engine:
         hyper = []
         for update in range(case.updates):
             hyper.append([{key: group[key] for key in ("lr", "betas")} for group in engine.optimizer.param_groups])
             train_window(engine, case, update)
-        return hyper
+        return master_weights(engine), hyper
 
 
 @pytest.mark.parametrize("scheduler, stage", [
@@ -82,4 +65,4 @@ def test_schedulers(scheduler: str, stage: int) -> None:
         assert distance(weights, named(reference.w, module, groups)) <= TOLERANCE
     assert len({str(hyper) for hyper in schedule}) > 3, "the schedule was meant to move"
     if scheduler != "torch":
-        assert schedule == run_on_ranks(case.world, train_base_on_schedule, case, scheduler)[0]
+        assert schedule == run_on_ranks(case.world, train_on_schedule, case, scheduler, False)[0][1]

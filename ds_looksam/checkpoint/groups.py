@@ -36,7 +36,8 @@ def restore_groups(param_groups: list[dict[str, Any]], configured: list[dict[str
         What changed, for the log.
     """
     changes = []
-    for i, (group, now) in enumerate(zip(param_groups, configured, strict=True)):
+    # Not strict: a group that was added during training has no configuration.
+    for i, (group, now) in enumerate(zip(param_groups, configured, strict=False)):
         then, last = {}, {}
         if saved is not None and len(saved.groups) == len(configured):
             then, last = saved.configured_groups[i], saved.groups[i]

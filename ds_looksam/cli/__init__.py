@@ -11,17 +11,18 @@ from pathlib import Path
 
 from ..errors import LookSAMError
 from ..ranks.versions import __version__
-from . import check, plot, report
+from . import check, plot, report, verify
 
 EPILOG = """examples:
   ds-looksam report
   ds-looksam check configs/looksam_zero2_bf16.json --world-size 64 --params 86e6
   ds-looksam plot runs/looksam runs/adamw --out compared.png
+  torchrun --nproc-per-node 2 -m ds_looksam verify
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 0, 1 for an error that was told, 2 for wrong arguments."""
+    """Run one subcommand and return its exit code: 0, 1 after an error message, 2 for wrong arguments."""
     args = _parser().parse_args(argv)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its lines go to stdout, between ours
     try:
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ds-looksam", description="LookSAM for DeepSpeed, from the command line.",
                                      epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"ds_looksam {__version__}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser("report", help="versions, this machine, and what is supported",
@@ -60,6 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a folder with metrics.csv, or the file")
     command.add_argument("--out", type=Path, default=Path("runs.png"), metavar="PNG", help="default: runs.png")
     command.set_defaults(run=lambda args: plot.run(args.runs, args.out))
+
+    command = commands.add_parser("verify", help="train tiny models here, and compare them with the plain algorithm",
+                                  description=verify.__doc__, formatter_class=raw)
+    command.add_argument("--config", type=Path, metavar="CONFIG.json", help="check this very JSON, with a small model")
+    command.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    command.add_argument("--quick", action="store_true", help="fp32 and bf16 on each stage, nothing else")
+    command.add_argument("--only", default="", metavar="REGEX", help="cases with such a name, 'stage 3' say")
+    command.add_argument("--folder", type=Path, metavar="DIR", help="where all ranks see files (default: the system's "
+                         "temporary folder)")
+    command.set_defaults(run=lambda args: verify.run(args.config, args.json, args.quick, args.only, args.folder))
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What LookSAM supports, as data: rendered into the README and by ``python -m ds_looksam report``, checked by the
+"""What LookSAM supports, as data: rendered into docs/support.md and by ``python -m ds_looksam report``, checked by the
 tests.
 
 A row is supported only with tests that compare it with the oracle, and refused only if a test sees the refusal.

@@ -16,7 +16,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 
 def tag_for_muon(config_class: Any, model: torch.nn.Module) -> None:
-    """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize has looked for it in vain."""
+    """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize saw only "LookSAM" there."""
     deepspeed.set_optimizer_flags(config_class, model)
 
 

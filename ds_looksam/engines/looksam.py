@@ -52,9 +52,9 @@ class LookSAMEngine(HostEngine):
             returns what the user hands to ``engine.backward``.
         edit_gradients: ``f() -> None``, to be set where gradients are changed between backward and step (masked,
             clipped by hand): called whenever a window's gradient has been averaged, so twice on a SAM step, the second
-            time at w + eps. It finds them where DeepSpeed has them: ``safe_get_full_grad`` and ``safe_set_full_grad`` on stages
-            1 to 3, ``p.grad`` on stage 0. With ``ascent`` "rank" and "micro_batch" the perturbation itself follows the
-            rank's gradient as it was before.
+            time at w + eps. It finds them where DeepSpeed has them: ``safe_get_full_grad`` and ``safe_set_full_grad``
+            on stages 1 to 3, ``p.grad`` on stage 0. With ``ascent`` "rank" and "micro_batch" the perturbation itself
+            follows the rank's gradient as it was before.
     """
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
@@ -69,9 +69,9 @@ class LookSAMEngine(HostEngine):
         self._update = Update(settings, self._state, shards, self._replay, self._rho_factors, self._param_groups,
                               loss_scale=self.gradient_loss_scale)
         self.refuse_steps_of_optimizer(LookSAMReplayError(
-            "optimizer.step() was called, which would take the base optimizer's step without LookSAM: call engine.step()"
-        ))
+            "optimizer.step() was called, which takes the base optimizer's step without LookSAM: call engine.step()"))
         self.watch_zero_grad_of_optimizer()
+        self._requires_grad = [p.requires_grad for p in self.module.parameters()]
         on_nvme = self.zero_nvme_offload_optimizer()
         local = self.use_node_local_storage()
         self._checkpointer = Checkpointer(
@@ -205,10 +205,22 @@ class LookSAMEngine(HostEngine):
                 raise
 
     def update_at_boundary(self, apply_update: Callable[[], bool]) -> None:
+        if self._state.status.next_is_sam:
+            self._warn_of_freezing()
         self._update(apply_update)
         if self.monitors():
             status = self._state.status
             self.write_to_monitors(monitor.events(status, self.global_samples, measured=status.step_kind == "sam"))
+
+    def _warn_of_freezing(self) -> None:
+        """Once, where DeepSpeed ignores that parameters were frozen or unfrozen: everywhere but on stage 0 in fp32."""
+        now = [p.requires_grad for p in self.module.parameters()]
+        if now != self._requires_grad and self.zero_optimization():
+            log_dist(f"zero_optimization.stage {self.zero_optimization_stage()}: requires_grad of a parameter was "
+                     "changed after deepspeed.initialize. DeepSpeed goes on training what was frozen, and does not "
+                     "train what was unfrozen, with LookSAM or without: save, and initialize again", ranks=[0],
+                     level=logging.WARNING)
+        self._requires_grad = now
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

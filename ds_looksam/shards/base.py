@@ -71,6 +71,7 @@ class GradientShards(ABC):
     group_of: list[int]
     passes: Passes = EAGER
     whole_groups: list[list[torch.nn.Parameter]]
+    _changed: bool = False
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
@@ -116,10 +117,31 @@ class GradientShards(ABC):
     def give_gradient(self, gradient: Shard) -> None:
         """Make ``gradient`` (sizes as taken) the one that the wrapper clips and hands to the base optimizer."""
 
-    @abstractmethod
-    def gradient_tensors(self) -> list[Tensor]:
-        """The wrapper's own tensors that hold the averaged gradient, for as long as they do: to see whether somebody
-        writes to them."""
+    def watch_gradient(self) -> None:
+        """The averaged gradient is there. See :attr:`gradient_was_changed`."""
+        self._changed = False
+
+    @property
+    def gradient_was_changed(self) -> bool:
+        """Whether somebody has changed the averaged gradient since :meth:`watch_gradient`: through DeepSpeed's
+        ``safe_set_full_grad`` and its like, on every rank that called it, or ``p.grad`` on stage 0."""
+        return self._changed
+
+    def _noting_changes(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        """``write``, a function of DeepSpeed that changes the averaged gradient."""
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            self._changed = True
+            return write(*args, **kwargs)
+
+        noting.notes_changes = True  # type: ignore[attr-defined]
+        return noting
+
+    def _watch_fragments(self) -> None:
+        """Stages 1 and 2: a method of each parameter, which DeepSpeed sets anew when it loads a checkpoint."""
+        for p in self.parameters():
+            write = getattr(p, "set_full_hp_grad", None)
+            if write is not None and not hasattr(write, "notes_changes"):
+                p.set_full_hp_grad = self._noting_changes(write)  # type: ignore[attr-defined]
 
     def end_window(self) -> None:  # noqa: B027 - most wrappers have nothing to forget
         """The update is over, applied or skipped: nothing of this window's gradient may show in the next one.

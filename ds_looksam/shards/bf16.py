@@ -86,8 +86,9 @@ class BF16Shards(GradientShards):
             # Not finite in one part is not finite everywhere, so that all ranks skip: clamp keeps NaN.
             slot.copy_(torch.where(torch.isfinite(squared_norm), torch.clamp(rest, min=0).sqrt(), squared_norm))
 
-    def gradient_tensors(self) -> list[Tensor]:
-        return list(self._zero.fp32_groups_gradients_flat)
+    def watch_gradient(self) -> None:
+        super().watch_gradient()
+        self._watch_fragments()
 
     def master_weights(self) -> Shard:
         return [w.detach() for w in self._zero.fp32_groups_flat_partition]

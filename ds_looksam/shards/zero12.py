@@ -69,8 +69,9 @@ class Zero12Shards(GradientShards):
                 fragments = fragments_like(fragments, flat)
             self._zero.averaged_gradients[i] = GradPartitionBufferGroup(fragments, flat)
 
-    def gradient_tensors(self) -> list[Tensor]:
-        return [fragment for i in self.group_of for fragment in self._zero.averaged_gradients.get(i) or ()]
+    def watch_gradient(self) -> None:
+        super().watch_gradient()
+        self._watch_fragments()
 
     def master_weights(self) -> Shard:
         return [w.detach() for w in self._zero.single_partition_of_fp32_groups]

@@ -46,9 +46,6 @@ class Zero12OffloadShards(Zero12Shards):
         zero.norm_for_param_grads = dict(zip(ids, norms, strict=True))
         zero.local_overflow = bool(parts) and not torch.isfinite(torch.stack(norms)).all().item()
 
-    def gradient_tensors(self) -> list[torch.Tensor]:
-        return self._gradient_buffers()
-
     def keep_gradient(self) -> None:
         self._complete_gradient()
 

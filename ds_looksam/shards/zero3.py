@@ -39,6 +39,8 @@ class Zero3Shards(GradientShards):
                                      strict=True)
         ]
         self._clean: dict[int, torch.Tensor] = {}
+        for name in ("set_fp32_grad_for_param", "set_local_grad_for_param", "update_fp32_grad_for_param_vectorized"):
+            setattr(optimizer, name, self._noting_changes(getattr(optimizer, name)))
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.fp16_groups for p in group]
@@ -71,9 +73,6 @@ class Zero3Shards(GradientShards):
         for i, flat in enumerate(gradient):
             sizes = [p.partition_numel() for p in self._zero.fp16_groups[i]]
             self._zero.averaged_gradients[i] = list(flat.split(sizes)) if self._zero.use_muon else [flat]
-
-    def gradient_tensors(self) -> list[torch.Tensor]:
-        return [self._zero.grad_partitions_flat_buffer]
 
     def end_window(self) -> None:
         self._zero.grad_partitions_flat_buffer.zero_()

@@ -49,10 +49,6 @@ class Zero3OffloadShards(Zero3Shards):
         for i, (flat, segments) in enumerate(zip(gradient, self._segments, strict=True)):
             self._hand_over(i, flat, segments)
 
-    def gradient_tensors(self) -> list[Tensor]:
-        masters = self._zero.fp32_partitioned_groups_flat
-        return [master.grad for master in masters if master is not None and master.grad is not None]
-
     def keep_gradient(self) -> None:
         """Hand over what DeepSpeed has not. A sub-group on NVMe is handed over whole."""
         for i, segments in enumerate(self._segments):

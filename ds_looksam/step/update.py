@@ -84,10 +84,6 @@ class Gradients:
                          self.loss_rise + other.loss_rise, self.groups + 1)
 
 
-Marks = list[tuple[int, int]]
-"""Of tensors: where their memory is, and how often it was written to."""
-
-
 class Update:
     """Turns the averaged gradient of a window into the one that the base optimizer gets.
 
@@ -111,7 +107,7 @@ class Update:
         kind = OwnAscent if settings.ascent in OWN else GlobalAscent
         self._ascent: Ascent = kind(shards, settings.layer_scale)
         self._so_far: Gradients | None = None
-        self._gradient_marks: Marks | None = None
+        self._is_watched = False
 
     def __call__(self, apply_update: Callable[[], bool]) -> None:
         """One update. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step.
@@ -120,10 +116,10 @@ class Update:
             apply_update: clips, steps the base optimizer and publishes the weights; False if it skipped them.
         """
         status = self._state.status
+        self._refuse_edited_gradient()
         self._state.follow_changes()
         groups = self._groups_in_force()
         if not (status.next_is_sam and self.is_per_micro_batch):
-            self._refuse_edited_gradient()
             self._replay.edit_gradients()
 
         fresh: Fresh | None = None
@@ -166,18 +162,17 @@ class Update:
     def gradient_is_there(self, is_seen: bool) -> None:
         """The backward of the window's last micro-batch has ended. ``is_seen``: no later code of DeepSpeed writes to
         the gradient before the update."""
-        self._gradient_marks = self._marks() if is_seen and self._state.status.next_is_sam else None
+        self._is_watched = is_seen and self._state.status.next_is_sam
+        if self._is_watched:
+            self._shards.watch_gradient()
 
     def _refuse_edited_gradient(self) -> None:
-        marks, self._gradient_marks = self._gradient_marks, None
-        if marks is not None and marks != self._marks():
+        is_watched, self._is_watched = self._is_watched, False
+        if is_watched and self._shards.gradient_was_changed:
             raise LookSAMReplayError(
                 "the gradient was changed between engine.backward() and engine.step(). A SAM step has two gradients, "
-                "and what was done to the first would be lost. Set engine.edit_gradients to a function without arguments "
-                "that does it: it is called whenever a window's gradient has been averaged, at w and at w + eps")
-
-    def _marks(self) -> Marks:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._shards.gradient_tensors()]
+                "and what was done to the first would be lost. Set engine.edit_gradients to a function without "
+                "arguments that does it: it is called whenever a window's gradient has been averaged, at w and w + eps")
 
     # Reuse ----------------------------------------------------------------------------------------------------------
 
@@ -313,7 +308,7 @@ class Update:
 
     def give_up_window(self) -> None:
         """Forget what has been evaluated since the last update."""
-        self._so_far = self._gradient_marks = None
+        self._so_far, self._is_watched = None, False
         self._ascent.stop_listening()
         if not self._replay.is_perturbed:  # or the ranks are apart, and only a checkpoint helps
             if self.is_per_micro_batch:

@@ -1,0 +1,130 @@
+"""What benchmarks/evidence.py compares, as blocks of the DeepSpeed JSON, and MSAM, which is a benchmark's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.evidence_tasks import Task
+from ds_looksam.config.params import LookSAMConfig
+
+ASCENTS = ("global", "rank", "micro_batch", "global_micro_batch")
+RHOS = (0.05, 0.12, 0.3)
+"""With the task's learning rates, the grid that every method is tuned on; the base optimizer has no rho."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One contender.
+
+    Attributes:
+        type: "base" (the task's optimizer alone), "MSAM", or a LookSAM type of the JSON.
+        params: LookSAM's keys, but for rho and ascent.
+        more: how many times the task's updates it gets.
+        tuned_as: the method whose tuning it shares.
+        every_kth: the method that differs only in that nothing is reused: SAM at every k-th step.
+    """
+
+    name: str
+    type: str = "base"
+    params: dict[str, Any] = field(default_factory=dict)
+    ascent: str = "global"
+    more: float = 1.0
+    tuned_as: str = ""
+    every_kth: str = ""
+
+    @property
+    def has_rho(self) -> bool:
+        return self.type != "base"
+
+    def micro_batch(self, task: Task, world: int) -> int:
+        return task.micro_batch if "micro_batch" in self.ascent else task.batch // world
+
+    def examples(self, task: Task, world: int) -> int | None:
+        """m, the examples that share one perturbation; None where there is none, or no gradient's."""
+        if self.type in ("base", "MSAM"):
+            return None
+        return {"global": task.batch, "rank": task.batch // world, "micro_batch": task.micro_batch,
+                "global_micro_batch": task.micro_batch * world}[self.ascent]
+
+    def config(self, task: Task, world: int, lr: float, rho: float | None) -> dict[str, Any]:
+        """The whole DeepSpeed configuration of a run."""
+        own: dict[str, Any] = {"lr": lr, "weight_decay": task.weight_decay}
+        if task.base == "AdamW":
+            own["torch_adam"] = True  # the same on every machine, and nothing to compile
+        kind = {"AdamW": "AdamW", "Lamb": "ZeroLamb"}[task.base]
+        if self.type not in ("base", "MSAM"):
+            kind = self.type
+            own |= {"base_optimizer": task.base, "rho": rho, **self.params}
+            if self.ascent != "global":
+                own["ascent"] = self.ascent
+        return {"train_batch_size": task.batch, "train_micro_batch_size_per_gpu": self.micro_batch(task, world),
+                "gradient_clipping": 1.0, "zero_optimization": {"stage": 0}, "steps_per_print": 1_000_000_000,
+                "optimizer": {"type": kind, "params": own}}
+
+
+def _catalogue() -> dict[str, Method]:
+    methods = [Method("base"), Method("base-x1.2", more=1.2, tuned_as="base"),
+               Method("base-x2", more=2.0, tuned_as="base"), Method("MSAM", "MSAM")]
+    for ascent in ASCENTS:
+        end = "" if ascent == "global" else f"/{ascent}"
+        methods.append(Method(f"SAM{end}", "LookSAM", {"k": 1}, ascent))
+        for k in 5, 10:
+            plain = f"SAM-{k}{end}"
+            variants = {plain: ("LookSAM", 0.0), f"LookSAM-{k}{end}": ("LookSAM", "auto"),
+                        f"LookSAM-{k}-alpha0.7{end}": ("LookSAM", 0.7), f"LookSAM-{k}-alpha0.2{end}": ("LookSAM", 0.2),
+                        f"Look-LayerSAM-{k}{end}": ("LookLayerSAM", "auto")}
+            methods += [Method(name, kind, {"k": k, "alpha": alpha}, ascent, every_kth="" if name == plain else plain,
+                               tuned_as=name.replace("-10", "-5")) for name, (kind, alpha) in variants.items()]
+    return {method.name: method for method in methods}
+
+
+METHODS = _catalogue()
+
+
+def refusal(method: Method, task: Task, world: int) -> str | None:
+    """Why a method cannot run here, or None."""
+    if method.ascent != "global" and "ascent" not in LookSAMConfig.model_fields:
+        return 'LookSAMConfig has no key "ascent" yet'
+    if method.ascent == "rank" and world == 1:
+        return "with one rank it is the same as global"
+    if method.type == "MSAM" and task.base != "AdamW":
+        return "it is written for AdamW's momentum"
+    if task.batch % (method.micro_batch(task, world) * world):
+        return f"batch {task.batch} is no multiple of {method.micro_batch(task, world)} x {world} ranks"
+    return None
+
+
+class MomentumAscent:
+    """MSAM (Becker et al. 2024, arXiv 2401.12033): the gradient is taken at w - rho m / ‖m‖, m AdamW's first moment,
+    so that no second evaluation is needed. Around the windows of an engine on stage 0, whose optimizer is torch's.
+
+    The published AdamW_MSAM adds eps back before it steps, as here; here the weights are copied back, so that
+    nothing drifts and what is tested are the unperturbed ones.
+    """
+
+    def __init__(self, engine: Any, rho: float) -> None:
+        self.rho, self.state = rho, engine.optimizer.state
+        self.parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        self.clean: list[Tensor] = []
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before a window's first forward. In the first one there is no momentum, and nothing moves."""
+        moved = [p for p in self.parameters if "exp_avg" in self.state[p]]
+        if not moved:
+            return
+        momentum = [self.state[p]["exp_avg"] for p in moved]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(momentum)))
+        self.clean = [p.clone() for p in self.parameters]
+        torch._foreach_add_(moved, torch._foreach_mul(momentum, -self.rho / (norm + 1e-12)))
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """After its last backward, before the step."""
+        if self.clean:
+            torch._foreach_copy_(self.parameters, self.clean)
+            self.clean = []

@@ -1,0 +1,293 @@
+"""Is LookSAM right on this machine? Trains tiny models here, and compares them with the algorithm written down plainly.
+
+    torchrun --nproc-per-node N -m ds_looksam verify     (or deepspeed --module, mpirun; python -m for one process)
+
+Every ZeRO stage in every precision that the accelerator has, with and without offload to the CPU, on the ranks that
+were started. For each:
+  weights   after two cycles of LookSAM those of ds_looksam/reference.py, and the same bits on every rank
+  resume    a run that was saved in mid-cycle and loaded by another engine ends with the same bits
+  sends     a reuse step sends what the base optimizer's step sends, and one all-reduce of scalars at most
+What cannot be tried here is listed as skipped, with the reason. The exit code is 0 where all that was tried is right.
+With --config the case is that JSON, batch sizes and schedules included, with a small model.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import hjson
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from ..config.params import AUTO, OPTIMIZER_TYPES, LookSAMConfig, parse_params
+from ..errors import LookSAMConfigError
+from ..ranks.agree import raised_everywhere
+from ..ranks.versions import __version__
+from .output import print_table
+from .verify_case import DTYPES, FAILED, LOSS_SCALE, RIGHT, SKIPPED, WRONG, Case, Verdict, check
+
+LONGEST_WAIT = timedelta(minutes=5)
+"""For another rank: compiling DeepSpeed's CPU optimizers takes a minute or two."""
+LONGEST_OFF = 3
+"""``off_updates`` of a JSON are cut to so many."""
+
+
+@dataclass
+class Row:
+    case: str
+    checks: dict[str, Verdict] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def status(self) -> str:
+        """The worst; where nothing is wrong, whether the weights were compared."""
+        found = {verdict.status for verdict in self.checks.values()}
+        return next((status for status in (FAILED, WRONG) if status in found), self.checks["weights"].status)
+
+
+def run(config: Path | None = None, as_json: bool = False, quick: bool = False, only: str = "",
+        folder: Path | None = None) -> int:
+    """Join the other ranks, try the cases, print what came of them on rank 0. Collective."""
+    cases = list(own_cases(quick) if config is None else cases_of(config))
+    cases = [case for case in cases if re.search(only, case.name)]
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():  # with --json only the result may be on stdout
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of what DeepSpeed calls
+        join()
+        with shared_folder(folder) as place:
+            rows = verify(cases, place)
+    right = is_right(rows)
+    first = dist.get_rank() == 0
+    if first:
+        (print_json if as_json else print_rows)(rows, right)
+    leave()
+    return 1 if first and not right else 0  # of the others' failures a launcher would make many lines
+
+
+def is_right(rows: Sequence[Row]) -> bool:
+    """Nothing is wrong, and something is right."""
+    found = {row.status for row in rows}
+    return RIGHT in found and found <= {RIGHT, SKIPPED}
+
+
+def verify(cases: Sequence[Case], folder: Path | None) -> list[Row]:
+    """Try the cases on the process group that there is. ``folder``: seen by all ranks; None: nothing is resumed.
+    Collective; the same on every rank.
+
+    Raises:
+        Exception: what one rank alone raised, which leaves the others in another place.
+    """
+    rows = []
+    for number, case in enumerate(cases):
+        row, start = Row(case.name), time.monotonic()
+        if case.skip is not None:
+            row.checks["weights"] = Verdict(SKIPPED, case.skip)
+        else:
+            try:
+                row.checks = check(case, None if folder is None else folder / str(number))
+            except Exception as error:
+                if raised_everywhere(error, dist.group.WORLD, f"verify, {case.name}") is not None:
+                    raise
+                row.checks["weights"] = Verdict(FAILED, " ".join(f"{type(error).__name__}: {error}".split()))
+            row.checks = _of_all_ranks(row.checks)
+        row.seconds = time.monotonic() - start
+        rows.append(row)
+        if dist.get_rank() == 0:
+            print(f"{row.status:8} {row.case} ({row.seconds:.1f} s)", file=sys.stderr, flush=True)
+    return rows
+
+
+def _of_all_ranks(checks: dict[str, Verdict]) -> dict[str, Verdict]:
+    """The worst verdict of any rank on each. Collective."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, checks)
+    order = (FAILED, WRONG, SKIPPED, RIGHT)
+    return {name: min((found[name] for found in everywhere), key=lambda verdict: order.index(verdict.status))
+            for name in checks}
+
+
+# The cases -----------------------------------------------------------------------------------------------------------
+
+
+def own_cases(quick: bool = False) -> Iterator[Case]:
+    """Every supported stage x precision, x offload, x ascent where this version has it; Look-LayerSAM once per stage.
+    ``quick``: fp32 and bf16, each stage once."""
+    for stage in range(4):
+        for precision in ("fp32", "bf16") if quick else DTYPES:
+            yield _case(stage, precision)
+        if quick:
+            continue
+        yield _case(stage, "fp32", "Look-LayerSAM", type="LookLayerSAM")
+        if stage == 1:  # another wrapper: BF16_Optimizer
+            yield _case(stage, "bf16", "gradients in fp32", data_types={"grad_accum_dtype": "fp32"})
+        for precision in ("fp32", "bf16") if stage > 0 else ():
+            yield _case(stage, precision, "offload", zero={"offload_optimizer": {"device": "cpu"}})
+    if "ascent" in LookSAMConfig.model_fields:
+        for stage in (1, 3) if quick else range(4):
+            for ascent in ("global_micro_batch", ) if stage == 3 else ("rank", "micro_batch", "global_micro_batch"):
+                for precision in ("fp32", ) if quick else ("fp32", "bf16"):
+                    yield _case(stage, precision, f"ascent {ascent}", params={"ascent": ascent})
+
+
+def _case(stage: int, precision: str, what: str = "", type: str = "LookSAM", zero: Mapping[str, Any] = {},
+          params: Mapping[str, Any] = {}, **config: Any) -> Case:
+    if stage == 3:  # of the small model's tensors some stay gathered and some do not
+        zero = {"stage3_param_persistence_threshold": 20, **zero}
+    config |= {
+        "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 0.6,
+        "zero_optimization": {"stage": stage, **zero},
+        # eps so large that no element of the gradient is so small that Adam turns its rounding into a whole step.
+        "optimizer": {"type": type, "params": {"k": 3, "rho": 0.5, "alpha": 0.7, "lr": 0.01, "eps": 1e-3,
+                                               "weight_decay": 0.1, **params}},
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    if precision == "fp16":  # on stage 0 DeepSpeed 0.19.8 does not multiply by the scale that it divides by
+        config["fp16"] = {"enabled": True, "loss_scale": LOSS_SCALE if stage > 0 else 1}
+    name = ", ".join([f"stage {stage}", precision, *([what] if what else [])])
+    return Case(name, config, skip=_not_here(precision))
+
+
+def _not_here(precision: str) -> str | None:
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if supported[precision]:
+        return None
+    on_a_cpu = "; on a CPU it wants AVX512-FP16" if accelerator.device_name() == "cpu" else ""
+    return f"DeepSpeed says that this accelerator has no {precision}{on_a_cpu}"
+
+
+def cases_of(path: Path) -> Iterator[Case]:
+    """That of a user's JSON, which ``deepspeed.initialize`` may still refuse; in low precision a second one that the
+    rounding of so small a model does not hide.
+
+    Raises:
+        LookSAMConfigError: it is no JSON, or not one that trains with LookSAM.
+    """
+    try:
+        given = hjson.loads(path.read_text())
+    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
+        raise LookSAMConfigError(f"{path}: not JSON: {error}") from error
+    optimizer = given.get("optimizer", {}) if isinstance(given, dict) else {}
+    if optimizer.get("type") not in OPTIMIZER_TYPES:
+        raise LookSAMConfigError(f"{path}: optimizer.type is {optimizer.get('type')!r}; verify is for "
+                                 f"{' and '.join(OPTIMIZER_TYPES)}")
+    left_out: list[str] = []
+    config = _without_placeholders(given, "", left_out)
+    if not any(key.startswith("train_") for key in config):
+        config["train_micro_batch_size_per_gpu"] = 4
+    for block in ("tensorboard", "wandb", "comet", "csv_monitor"):
+        config.pop(block, None)  # runs of a small model are not to be logged
+    params = config["optimizer"].setdefault("params", {})
+    schedule = params.get("rho_schedule", {})
+    changed = [f"without {', '.join(left_out)}"] if left_out else []
+    if schedule.get("off_updates", 0) > LONGEST_OFF:
+        params["rho_schedule"] = {**schedule, "off_updates": LONGEST_OFF}
+        changed.append(f"off_updates {LONGEST_OFF}")
+    yield Case(", ".join([str(path), *changed]), config, two_groups=False)
+    if any(config.get(block, {}).get("enabled") for block in ("bf16", "fp16", "torch_autocast")):
+        settings, _ = parse_params(params, optimizer["type"])
+        louder = {"rho": max(settings.rho, min(10 * settings.rho, 0.5)),
+                  "alpha": 0.7 if isinstance(settings.alpha, str) else settings.alpha}
+        config = {**config, "optimizer": {**config["optimizer"], "params": {**params, **louder}}}
+        told = [f"{key} {value}" for key, value in louder.items()]
+        yield Case(", ".join([str(path), *changed, *told]), config, two_groups=False)
+
+
+def _without_placeholders(values: dict[str, Any], prefix: str, left_out: list[str]) -> dict[str, Any]:
+    """A copy without what says "auto" for Hugging Face to fill in."""
+    result = {}
+    for key, value in values.items():
+        name = prefix + key
+        if value == AUTO and name != "optimizer.params.alpha":
+            left_out.append(name)
+        else:
+            result[key] = _without_placeholders(value, name + ".", left_out) if isinstance(value, dict) else value
+    return result
+
+
+# Processes and output -------------------------------------------------------------------------------------------------
+
+
+def join() -> None:
+    """Initialise the process group as this process was launched: alone, by torchrun, deepspeed or MPI. Collective.
+
+    Raises:
+        LookSAMConfigError: launched by MPI, but there is no mpi4py.
+    """
+    if "RANK" not in os.environ:
+        if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
+            if importlib.util.find_spec("mpi4py") is None:
+                raise LookSAMConfigError("launched by MPI, but mpi4py is not installed: pip install mpi4py")
+        else:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    deepspeed.init_distributed(distributed_port=int(os.environ.get("MASTER_PORT", "29500")), verbose=False,
+                               timeout=LONGEST_WAIT)
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def leave() -> None:
+    """Take the process group down: a thread of gloo's that still holds a tensor aborts an interpreter that ends."""
+    deepspeed.comm.destroy_process_group()
+    gc.collect()
+
+
+@contextmanager
+def shared_folder(parent: Path | None) -> Iterator[Path | None]:
+    """A new folder for checkpoints, removed afterwards; None where the ranks do not all see it. Collective."""
+    box = [tempfile.mkdtemp(prefix="looksam-verify-", dir=parent) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    path = Path(str(box[0]))
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, path.is_dir())
+    try:
+        yield path if all(seen) else None
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def print_rows(rows: Sequence[Row], right: bool) -> None:
+    empty = Verdict("")
+    print_table(_where(), [
+        (row.status, row.case, *(_cell(row.checks.get(name, empty)) for name in ("weights", "resume", "sends")))
+        for row in rows], ("", "case", "weights", "resume", "sends"))
+    counts = Counter(row.status for row in rows)
+    print(f"\n{', '.join(f'{n} {status}' for status, n in counts.items()) or 'no case of that name'}: "
+          f"{'LookSAM is right here' if right else 'LookSAM is NOT shown to be right here'}")
+
+
+def _cell(verdict: Verdict) -> str:
+    return f"{verdict.status}: {verdict.detail}" if verdict.status in (WRONG, FAILED) else verdict.detail
+
+
+def print_json(rows: Sequence[Row], right: bool) -> None:
+    print(json.dumps({"right": right, "where": _where(), "rows": [{**asdict(row), "status": row.status}
+                                                                  for row in rows]}, indent=1))
+
+
+def _where() -> str:
+    accelerator = get_accelerator()
+    return (f"ds_looksam {__version__}, DeepSpeed {deepspeed.__version__}, torch {torch.__version__}, "
+            f"{dist.get_world_size()} ranks on {accelerator.device_name()} through {dist.get_backend()}")

@@ -1,0 +1,40 @@
+"""A lock that a killed compilation left behind: torch's extension builder waits for it forever, without a word."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+from deepspeed.utils import logger
+from torch.utils.cpp_extension import get_default_build_root
+
+COMPILERS = {"ninja", "c++", "g++", "cc1plus", "nvcc", "cicc", "ptxas", "hipcc", "clang++", "ld"}
+OLD = 60.0
+"""Seconds without a new file after which a build that has no compiler running is not under way."""
+
+
+def warn_of_stale_locks() -> None:
+    """Say which files under torch's folder of extensions block every later run on this host, once a host. Not
+    collective."""
+    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        return
+    locks = stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
+    if locks:
+        logger.warning(
+            "a compilation of DeepSpeed's operators was killed here, and left a lock on which every run that needs the "
+            f"operator waits forever. No compiler is running: remove {' and '.join(map(str, locks))}")
+
+
+def stale_locks(root: Path) -> list[Path]:
+    """Locks of builds in which nothing has been written for a minute while no compiler runs on this host."""
+    old = [lock for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)
+           if time.time() - max(path.stat().st_mtime for path in (lock, *_files_of(lock.parent))) > OLD]
+    if not old or any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"])):
+        return []
+    return old
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()]

@@ -1,0 +1,200 @@
+"""``ds-looksam verify``: it runs under a launcher, takes a user's JSON, and sees what is broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_looksam.cli.verify import Row, cases_of, is_right, own_cases, verify
+from ds_looksam.cli.verify_case import FAILED, RIGHT, SKIPPED, WRONG
+
+from .ranks import run_on_ranks
+from .training import _let_cpu_compute_fp16
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run([sys.executable, *launcher, "-m", "ds_looksam", "verify", *arguments], cwd=ROOT, text=True,
+                          capture_output=True, timeout=240, env=environment)
+
+
+def test_two_ranks_under_torchrun() -> None:
+    done = command("--quick", "--json", "--only", "stage 2, fp32$", ranks=2)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # nothing else is on stdout
+    assert result["right"] and "2 ranks" in result["where"]
+    (row, ) = result["rows"]
+    assert {name: check["status"] for name, check in row["checks"].items()} == {
+        "weights": RIGHT, "resume": RIGHT, "sends": RIGHT}
+
+
+def test_a_refused_json_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, zero_optimization={"stage": 2, "zero_quantized_weights": True})
+    done = command("--config", str(path))
+    assert done.returncode == 1, done.stderr
+    assert "FAILED: LookSAMConfigError" in done.stdout and "zero_quantized_weights" in done.stdout
+    assert "LookSAM is NOT shown to be right here" in done.stdout
+
+
+# A user's JSON --------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, params: dict[str, Any] | None = None, **changes: Any) -> Path:
+    config: dict[str, Any] = {
+        "train_batch_size": 8, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
+        "optimizer": {"type": "LookSAM", "params": {"lr": 0.01, **(params or {})}}} | changes
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def on_this_rank(path: Path, folder: Path | None) -> list[Row]:
+    return verify(list(cases_of(path)), folder)
+
+
+SCHEDULER = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 5, "warmup_type": "linear"}}
+
+
+@pytest.mark.parametrize("params, changes, told", [
+    ({"k": 2, "rho": 0.3, "rho_schedule": {"type": "lr", "off_updates": 500}},
+     {"scheduler": SCHEDULER, "gradient_accumulation_steps": 4}, "off_updates 3"),
+    ({"base_optimizer": "Lamb", "layerwise": True, "rho": 0.3, "alpha": 0.5, "v_dtype": "bf16"},
+     {"optimizer.weight_decay": "auto"}, "without optimizer.weight_decay"),
+    ({"base_optimizer": "SGD", "momentum": 0.9, "k": 1}, {"gradient_clipping": 0.1}, ""),
+    ({"base_optimizer": "Adam", "adam_w_mode": False, "weight_decay": 0.1}, {"zero_optimization": {"stage": 0}}, ""),
+], ids=["schedules", "lamb", "sgd", "adam"])
+def test_config(params: dict[str, Any], changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    rows = run_on_ranks(2, on_this_rank, write(tmp_path, params, **changes), tmp_path)[0]
+    assert [row.status for row in rows] == [RIGHT], rows
+    assert rows[0].case.endswith(told)
+    assert rows[0].checks["sends"].status == (SKIPPED if params.get("k") == 1 else RIGHT)
+
+
+def test_low_precision_with_a_small_rho_is_told_by_a_second_case(tmp_path: Path) -> None:
+    rows = run_on_ranks(2, on_this_rank, write(tmp_path, {"rho": 0.02}, bf16={"enabled": True}), None)[0]
+    assert [row.status for row in rows] == [SKIPPED, RIGHT], rows
+    assert "too little to tell" in rows[0].checks["weights"].detail
+    assert rows[1].case.endswith("rho 0.2, alpha 0.7")
+    assert rows[1].checks["resume"].status == SKIPPED  # without a folder that all ranks see
+    assert is_right(rows) and not is_right(rows[:1])
+
+
+# What this machine has ------------------------------------------------------------------------------------------------
+
+
+def test_precisions_that_are_not_here_are_skipped_with_the_reason() -> None:
+    _let_cpu_compute_fp16(False)
+    skipped = {case.name: case.skip for case in own_cases() if case.skip is not None}
+    assert set(skipped) == {f"stage {stage}, fp16" for stage in range(4)}
+    assert all("AVX512-FP16" in reason for reason in skipped.values())
+
+
+def fp16(folder: Path) -> list[Row]:
+    _let_cpu_compute_fp16(True)
+    return verify([case for case in own_cases() if case.name in ("stage 0, fp16", "stage 2, fp16")], folder)
+
+
+def test_fp16(tmp_path: Path) -> None:
+    rows = run_on_ranks(2, fp16, tmp_path)[0]
+    assert [row.status for row in rows] == [RIGHT, RIGHT], rows
+
+
+# Broken on purpose ----------------------------------------------------------------------------------------------------
+
+
+def everywhere(name: str, change: Callable[[Any], Any]) -> Iterator[Any]:
+    """Patches of a function in every module of the package that has it under this name."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("ds_looksam.") and callable(getattr(module, name, None)):
+            yield patch.object(module, name, change(getattr(module, name)))
+
+
+def weaker_reuse() -> Iterator[Any]:
+    return everywhere("reuse_strength", lambda real: lambda *args: 0.95 * real(*args))
+
+
+def norms_of_one_rank() -> Iterator[Any]:
+    return everywhere("sum_over_ranks", lambda real: lambda sums, group: sums * torch.distributed.get_world_size())
+
+
+def weights_stay_perturbed() -> Iterator[Any]:
+    from ds_looksam.shards.replicated import ReplicatedShards
+    yield patch.object(ReplicatedShards, "unperturb_local", lambda self: None)
+
+
+def beta_is_not_loaded() -> Iterator[Any]:
+    from ds_looksam import LookSAMEngine
+    real = LookSAMEngine.load_checkpoint
+
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = real(self, *args, **kwargs)
+        self.looksam.beta = None
+        return result
+
+    yield patch.object(LookSAMEngine, "load_checkpoint", load)
+
+
+def more_is_sent() -> Iterator[Any]:
+    def again(real: Any) -> Any:
+        def sum_twice(sums: Tensor, group: Any) -> Tensor:
+            real(sums.new_zeros(1000), group)
+            return real(sums, group)
+        return sum_twice
+
+    return everywhere("sum_over_ranks", again)
+
+
+def cpu_adam_cannot_be_built() -> Iterator[Any]:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Ninja is required to load C++ extensions")
+
+    yield patch.object(DeepSpeedCPUAdam, "__init__", fail)
+
+
+@contextmanager
+def broken(how: Callable[[], Iterator[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        patches = list(how())
+        assert patches, "there is nothing of this name to break"
+        for one in patches:
+            stack.enter_context(one)
+        yield
+
+
+def verify_broken(how: Callable[[], Iterator[Any]], case: str, folder: Path) -> list[Row]:
+    with broken(how):
+        return verify([one for one in own_cases() if one.name == case], folder)
+
+
+@pytest.mark.parametrize("how, case, check, status", [
+    (weaker_reuse, "stage 2, fp32", "weights", WRONG),
+    (norms_of_one_rank, "stage 1, fp32", "weights", WRONG),
+    (norms_of_one_rank, "stage 3, bf16", "weights", WRONG),
+    (weights_stay_perturbed, "stage 0, fp32", "weights", WRONG),
+    (beta_is_not_loaded, "stage 2, fp32", "resume", WRONG),
+    (more_is_sent, "stage 3, fp32", "sends", WRONG),
+    (cpu_adam_cannot_be_built, "stage 2, fp32, offload", "weights", FAILED),
+])
+def test_what_is_broken_is_seen(how: Callable[[], Iterator[Any]], case: str, check: str, status: str,
+                                tmp_path: Path) -> None:
+    (row, ) = rows = run_on_ranks(2, verify_broken, how, case, tmp_path)[0]
+    assert row.status == status and row.checks[check].status == status, row
+    assert not is_right(rows)
+    if status == FAILED:
+        assert "Ninja is required" in row.checks[check].detail
