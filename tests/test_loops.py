@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ranks import RankError, run_on_ranks
-from .twin import Twin, engine_of, weights_of
+from .training import master_weights
+from .twin import Twin, engine_of
 
 UPDATES = 4
 
@@ -135,7 +136,7 @@ def run_loop(name: str, stage: int, accumulation: int) -> None:
                 loop(engine, x.float(), y.float())
                 engine.step()
             twin.update(lambda m, window=window: [loss(m, x, y) for x, y in window])
-        twin.check(weights_of(engine))
+        twin.check(master_weights(engine))
         assert torch._C._len_torch_function_stack() == 0
 
 
@@ -162,7 +163,7 @@ def zero_grad_instead_of_step(stage: int, accumulation: int, how: str) -> None:
             trains_plainly(engine, x, y)
             engine.step()
             twin.update(lambda m, window=window: [plain(m, x, y) / accumulation for x, y in window])
-        twin.check(weights_of(engine))
+        twin.check(master_weights(engine))
 
 
 @pytest.mark.parametrize("stage, accumulation, how", [
@@ -250,7 +251,7 @@ def run_batches(kind: str, change: Callable[[str], Callable[[Tensor, Tensor], An
                 engine.backward(engine(feed(x.float(), y.float())))
                 engine.step()
             twin.update(lambda m, window=window: [plain(m, x, y) for x, y in window])
-        twin.check(weights_of(engine))
+        twin.check(master_weights(engine))
 
 
 @pytest.mark.parametrize("kind", ["popped", "dict", "list", "user dict", "record", "attributes"])
@@ -319,7 +320,7 @@ def run_stateful(stage: int, accumulation: int) -> None:
                 engine.backward(engine(x.float(), y.float()))
                 engine.step()
             twin.update(lambda m, window=window: [m(x, y) for x, y in window])
-        twin.check(weights_of(engine))
+        twin.check(master_weights(engine))
         frozen, queue, hidden, calls, cache, seen, *others = engine.module.traces()
         frozen64, queue64, hidden64, *exact = twin.module.traces()
         assert [calls, cache, seen, others[1:]] == [*exact[:3], exact[4:]] and torch.equal(others[0], exact[3])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ranks import RankError, run_on_ranks
-from .twin import Twin, engine_of, frozen, weights_of
+from .training import master_weights
+from .twin import Twin, engine_of, frozen
 
 UPDATES = 4
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -81,7 +82,7 @@ def train(stage: int, accumulation: int, order: str, looksam: tuple[bool, bool])
             for name, twin in twins.items():
                 twin.update(lambda m, name=name: losses(m, name))
         for name, engine in engines.items():
-            twins[name].check(weights_of(engine))
+            twins[name].check(master_weights(engine))
         assert torch._C._len_torch_function_stack() == 0
 
 
@@ -145,8 +146,8 @@ def train_gan(stage: int, accumulation: int, forwards: int, ways: str, looksam: 
                                                     for real, z, _ in window])
             critic_then = frozen(twin_d.module)
             twin_g.update(lambda m, window=window, d=critic_then: [fooled(d, m(z)) for _, _, z in window])
-        twin_g.check(weights_of(g))
-        twin_d.check(weights_of(d))
+        twin_g.check(master_weights(g))
+        twin_d.check(master_weights(d))
 
 
 @pytest.mark.parametrize("stage, accumulation, forwards, ways, looksam", [

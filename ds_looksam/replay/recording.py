@@ -115,18 +115,18 @@ class RecordedCall(Step):
                 and all(shape.numel() == 1 for shape in self.shapes))
 
     def check(self) -> None:
-        for tensor, version in self.constants:
-            if version_of(tensor) != version:
-                raise LookSAMReplayError(
-                    f"an argument of {self.name} (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in place "
-                    "after the loss was formed with it, so the second evaluation would form another loss. Give each "
-                    "micro-batch its own tensors, or call engine.step(closure=...).")
         for apart in self.apart:
             if apart.norm is not None and not torch.equal(apart.norm, _norm(apart.tensor)):
                 raise LookSAMReplayError(
                     f"a parameter that the loss was formed with (shape {tuple(apart.tensor.shape)}, in {self.name}) "
                     "was changed after it, by another optimizer's step, say: the second evaluation would form another "
                     "loss. Step this engine first, or call engine.step(closure=...), which takes it as it is now.")
+        for tensor, version in self.constants:
+            if version_of(tensor) != version:
+                raise LookSAMReplayError(
+                    f"an argument of {self.name} (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in place "
+                    "after the loss was formed with it, so the second evaluation would form another loss. Give each "
+                    "micro-batch its own tensors, or call engine.step(closure=...).")
 
     def run(self, values: Values) -> None:
         args, kwargs = tree_map(values.of, (self.args, self.kwargs))
