@@ -3,6 +3,7 @@
     python -m benchmarks.cluster_model                              # ViT-B/16, ZeRO-2, 256 images a GPU
     python -m benchmarks.cluster_model --global-batch 32768         # the same images over ever more GPUs
     python -m benchmarks.cluster_model --model gpt-1.3b --stage 3 --micro-batch 4 --algorithm ring
+    python -m benchmarks.cluster_model --ascent rank                # a perturbation for each GPU
     python -m benchmarks.cluster_model --plot scaling.svg
 
 A model, not a measurement: docs/scaling.md says what it assumes, and how far it was off where it could be checked
@@ -30,6 +31,14 @@ REUSE = 4 + 3 * 4
 """‖g‖; u = g + factor v: g and v read, g written."""
 SAM = 4 + (4 + 4 + 2) + 3 * 4 + 3 * 4 + 4
 """‖g‖; w + eps: w and g read, bf16 written; the sums over g, g_s and v; g_v: g and g_s read, g written; ‖g_v‖."""
+OWN_SUM = 3 * 2
+"""A rank's own gradient of a micro-batch, of the whole model in bf16: read, added to what is there."""
+OWN_PERTURBATION = 2 + 3 * 2
+"""Its norm; w + eps in place."""
+CLEAN_COPY = 4 * 2
+"""Of the weights in bf16: kept, and copied back."""
+MICRO_BATCH_SUMS = 2 * 3 * 4
+"""g and g_s of a micro-batch are added to those of the window."""
 SCALARS = 64
 """Bytes of the larger all-reduce of scalars: it is all latency."""
 
@@ -97,6 +106,7 @@ class Workload:
     accumulation: int = 1
     bucket: int = 500_000_000
     k: int = 5
+    ascent: str = "global"
 
     @cached_property
     def numel(self) -> int:
@@ -140,7 +150,26 @@ def predict(cluster: Cluster, work: Workload, ranks: int) -> Update:
     adamw = evaluation + ADAMW * element + publish + scalars  # the clipping norm
     reuse = adamw + REUSE * element + scalars
     sam = adamw + evaluation + SAM * element + publish_eps + 2 * scalars
+    if work.ascent != "global":
+        sam += ascent_seconds(cluster, work, ranks)
     return Update(work.k, evaluation, adamw, sam, reuse, (sam + (work.k - 1) * reuse) / work.k)
+
+
+def ascent_seconds(cluster: Cluster, work: Workload, ranks: int) -> float:
+    """What a SAM step takes beside one with a global perturbation; less where that does not have to be published."""
+    formulas = scale_formulas.Formulas(work.stage, ranks, *work.sizes)
+    shard, model = formulas.owned / cluster.memory, formulas.numel / cluster.memory
+    publish_eps = publication_seconds(cluster, work, ranks, at_once=True)
+    more = 0.0
+    if work.ascent in ("rank", "micro_batch"):
+        more += work.accumulation * OWN_SUM * model - publish_eps
+    if work.ascent == "rank":
+        return more + OWN_PERTURBATION * model
+    reduced, usual = (window_seconds(cluster, work, ranks, each) for each in (True, False))
+    more += 2 * (reduced - usual) + (work.accumulation - 1) * (MICRO_BATCH_SUMS + SAM) * shard
+    if work.ascent == "micro_batch":
+        return more + work.accumulation * (OWN_PERTURBATION + CLEAN_COPY) * model
+    return more + (2 * work.accumulation - 1) * publish_eps  # and w again
 
 
 def publication_seconds(cluster: Cluster, work: Workload, ranks: int, at_once: bool) -> float:
@@ -153,8 +182,9 @@ def publication_seconds(cluster: Cluster, work: Workload, ranks: int, at_once: b
     return messages * cluster.all_gather(ranks, nbytes / messages)
 
 
-def window_seconds(cluster: Cluster, work: Workload, ranks: int) -> float:
-    """Forward, backward and reduction of all of a window's micro-batches. Stages 0 and 1 reduce in the last one."""
+def window_seconds(cluster: Cluster, work: Workload, ranks: int, each: bool = False) -> float:
+    """Forward, backward and reduction of all of a window's micro-batches. Stages 0 and 1 reduce in the last one, but
+    where ``each`` is one for itself."""
     computing = 3 * work.forward_flops * work.micro_batch / cluster.flops
     payloads = scale_formulas.Formulas(work.stage, ranks, *work.sizes).evaluation()
     buckets = math.ceil(work.numel / work.bucket)
@@ -168,7 +198,7 @@ def window_seconds(cluster: Cluster, work: Workload, ranks: int) -> float:
     def exposed(communication: float) -> float:
         return max(computing, host) + max(0.0, communication - cluster.overlap * computing)
 
-    if work.stage < 2:
+    if work.stage < 2 and not each:
         return (work.accumulation - 1) * computing + exposed(reducing)
     return work.accumulation * exposed(reducing + gathering)
 
@@ -185,7 +215,8 @@ def split_batch(global_batch: int, ranks: int, largest: int) -> tuple[float, int
 
 def rows(args: argparse.Namespace, cluster: Cluster) -> list[tuple[int, Workload, Update]]:
     model = MODELS[args.model]()
-    work = Workload(model.forward_flops(), model.sizes(), args.stage, args.micro_batch, k=args.k)
+    work = Workload(model.forward_flops(), model.sizes(), args.stage, args.micro_batch, k=args.k,
+                    ascent=args.ascent)
     result = []
     for ranks in args.gpus:
         if args.global_batch:
@@ -248,6 +279,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Cluster]:
     parser.add_argument("--micro-batch", type=int, default=256, help="samples of a GPU; with --global-batch the most")
     parser.add_argument("--global-batch", type=int, help="samples of an update, over all GPUs")
     parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--ascent", choices=["global", "rank", "micro_batch", "global_micro_batch"], default="global")
     parser.add_argument("--plot", type=Path, help="a file for matplotlib: .png, .svg, ...")
     kinds: dict[str, Callable[[str], Any]] = {"gpus_per_node": int, "algorithm": str}
     for name, default in vars(Cluster()).items():
@@ -255,6 +287,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Cluster]:
                             choices=["ring", "tree", "best"] if name == "algorithm" else None,
                             help=f"see Cluster; default {default:g}" if name != "algorithm" else f"default {default}")
     args = parser.parse_args(argv)
+    if args.stage == 3 and args.ascent in ("rank", "micro_batch"):
+        parser.error(f"--ascent {args.ascent} is for stages 0 to 2")
     return args, Cluster(**{name: getattr(args, name) for name in vars(Cluster())})
 
 

@@ -26,7 +26,7 @@ import psutil
 from benchmarks import evidence_report as report
 from benchmarks.evidence_methods import METHODS, RHOS
 from benchmarks.evidence_plan import PLANS, Board, Part, jobs, read
-from benchmarks.evidence_pool import join_alone, run_in_turn, run_side_by_side
+from benchmarks.evidence_pool import join_alone, run_in_turn, run_side_by_side, serve
 from benchmarks.evidence_tasks import FASHION_MNIST, TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(board.records)} records in {args.results}, {len(board.waiting)} runs in the plan", flush=True)
     if args.processes > 1:
         assert board is not None
-        failed = run_side_by_side(board, args.data_dir, start + args.seconds, args.processes)
+        failed = run_side_by_side(board, args.data_dir, start + args.seconds, args.processes, serve)
     else:
         failed = 0
         with tempfile.TemporaryDirectory(prefix="evidence-") as folder:

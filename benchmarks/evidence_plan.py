@@ -18,10 +18,10 @@ TUNING_SEED = 0
 """Of the tuning runs alone."""
 
 CORE = ["base", "MSAM", "SAM", "SAM-5", "LookSAM-5", "LookSAM-5-alpha0.7", "LookSAM-5-alpha0.2", "Look-LayerSAM-5"]
-SMALL_GROUPS = ["SAM/micro_batch", "SAM-5/micro_batch", "LookSAM-5/micro_batch", "LookSAM-5-alpha0.2/micro_batch"]
+SMALL_GROUPS = ["SAM/micro_batch", "SAM-5/micro_batch", "LookSAM-5/micro_batch", "LookSAM-5-alpha0.2/micro_batch",
+                "LookSAM-5-alpha0.7/micro_batch", "Look-LayerSAM-5/micro_batch"]
 TUNED = CORE + SMALL_GROUPS
-ALL = [*TUNED, "base-x1.2", "base-x2", "SAM-10", "LookSAM-10", "SAM-10/micro_batch", "LookSAM-10/micro_batch",
-       "Look-LayerSAM-5/micro_batch", "LookSAM-5-alpha0.7/micro_batch"]
+ALL = [*TUNED, "base-x1.2", "base-x2", "SAM-10", "LookSAM-10", "SAM-10/micro_batch", "LookSAM-10/micro_batch"]
 LARGE_BATCH = ["base", "SAM-5", "LookSAM-5", "Look-LayerSAM-5", "LookSAM-5/micro_batch", "Look-LayerSAM-5/micro_batch"]
 TEXT = ["base", "MSAM", "SAM", "SAM-5", "LookSAM-5", "LookSAM-5/micro_batch", "SAM-5/micro_batch"]
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,16 @@ def run_in_turn(board: Board | None, folder: Path, deadline: float) -> int:
             print(describe(record), flush=True)
 
 
+Serve = Callable[[Connection, Path, str], None]
+
+
 class _Worker:
     """A process with a group of one rank, and what it was sent."""
 
-    def __init__(self, folder: Path, rendezvous: str) -> None:
+    def __init__(self, serve: Serve, folder: Path, rendezvous: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, folder, rendezvous), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, folder, rendezvous), daemon=True)
         self.process.start()
         theirs.close()
         self.job: Job | None = None
@@ -66,7 +70,8 @@ class _Worker:
         self.pipe.send((job, deadline))
         self.job, self.idle = job, False
 
-    def close(self, patience: float) -> None:
+    def end(self, patience: float) -> None:
+        """It ends by itself when its pipe is closed, unless it is still training."""
         self.pipe.close()
         self.process.join(patience)
         if self.process.is_alive():
@@ -74,14 +79,14 @@ class _Worker:
             self.process.join()
 
 
-def run_side_by_side(board: Board, folder: Path, deadline: float, processes: int) -> int:
+def run_side_by_side(board: Board, folder: Path, deadline: float, processes: int, serve: Serve) -> int:
     """With so many processes. The number of runs that failed: each is told, and its process replaced."""
     failed = made = 0
     with tempfile.TemporaryDirectory(prefix="evidence-") as rendezvous:
         workers = {}
         started = -1
         for started in range(min(processes, len(board.waiting))):
-            worker = _Worker(folder, f"{rendezvous}/{started}")
+            worker = _Worker(serve, folder, f"{rendezvous}/{started}")
             workers[worker.pipe] = worker
         # All are idle when all is done, or when what is left waits for a tuning run that has failed.
         while not all(worker.idle for worker in workers.values()):
@@ -95,11 +100,11 @@ def run_side_by_side(board: Board, folder: Path, deadline: float, processes: int
                 if kind == "error":
                     failed += 1
                     print(f"FAILED {worker.job}: {value}", flush=True)
-                    worker.close(GRACE)
+                    worker.end(GRACE)
                     del workers[worker.pipe]
                     if time.time() < deadline and failed <= processes:
                         started += 1
-                        worker = _Worker(folder, f"{rendezvous}/{started}")
+                        worker = _Worker(serve, folder, f"{rendezvous}/{started}")
                         workers[worker.pipe] = worker
                 elif value is not None:
                     made += 1
@@ -110,11 +115,14 @@ def run_side_by_side(board: Board, folder: Path, deadline: float, processes: int
                 if job is not None:
                     worker.give(job, deadline)
         for worker in workers.values():
-            worker.close(GRACE if worker.idle else 0.0)
+            worker.pipe.close()
+        patience = time.time() + GRACE
+        for worker in workers.values():
+            worker.end(max(0.0, patience - time.time()) if worker.idle else 0.0)
     return failed
 
 
-def _serve(pipe: Connection, folder: Path, rendezvous: str) -> None:
+def serve(pipe: Connection, folder: Path, rendezvous: str) -> None:
     """A process of :func:`run_side_by_side`: a group of one rank, that trains what it is sent."""
     join_alone(rendezvous)
     pipe.send(("ready", None))

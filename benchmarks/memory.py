@@ -13,6 +13,9 @@ S stands for an fp32 shard: 4 bytes for every parameter that this rank owns (all
 - replay: g_v, and the first gradient g (S), which cannot be the wrapper's own buffer because the second evaluation
   writes there; on stage 0 also a copy of the clean weights in the model's dtype. With ZeRO they are there anyway: the
   fp32 master lies apart from what the model computes with, in fp32 training too.
+- replay with "ascent" "rank" and "micro_batch": the rank's own gradient too, of the whole model, in its dtype (in fp32
+  on stage 0); with "micro_batch" a copy of the clean weights on every stage. Where a window has several micro-batches,
+  the sums of g and g_s so far are 2 S more in the micro-batch modes.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class Row:
     persistent: int
     replay: int
     shard: int
+    ascent: str
+    whole: int
 
     @property
     def expected_persistent(self) -> float:
@@ -52,8 +57,10 @@ class Row:
 
     @property
     def expected_replay(self) -> float:
-        clean_weights = self.shard * BYTES[self.precision] / 4 if self.stage == 0 else 0
-        return self.expected_persistent + self.shard + clean_weights
+        model = self.whole * BYTES[self.precision] / 4
+        clean_weights = model if self.stage == 0 or self.ascent == "micro_batch" else 0
+        own_gradient = (model if self.stage else self.whole) if self.ascent in ("rank", "micro_batch") else 0
+        return self.expected_persistent + self.shard + clean_weights + own_gradient
 
     def check(self) -> None:
         """Raises AssertionError where measured and formula differ by more than 5 %."""
@@ -64,36 +71,41 @@ class Row:
                                      f"formula: {self}")
 
 
-def configurations() -> Iterator[tuple[int, str, bool, str]]:
+def configurations() -> Iterator[tuple[int, str, bool, str, str]]:
     for stage in (0, 1, 2, 3):
         for precision in ("fp32", "bf16"):
             for offload in (False, True) if stage else (False, ):
-                yield stage, precision, offload, "fp32"
-    yield 2, "bf16", False, "bf16"
-    yield 3, "bf16", True, "bf16"
+                yield stage, precision, offload, "fp32", "global"
+    yield 2, "bf16", False, "bf16", "global"
+    yield 3, "bf16", True, "bf16", "global"
+    for ascent in ("rank", "micro_batch"):
+        for stage, precision in ((0, "bf16"), (2, "fp32"), (2, "bf16")):
+            yield stage, precision, False, "fp32", ascent
+    yield 3, "bf16", False, "fp32", "global_micro_batch"
 
 
-def measure(stage: int, precision: str, offload: bool, v_dtype: str, world: int) -> Row:
+def measure(stage: int, precision: str, offload: bool, v_dtype: str, ascent: str, world: int) -> Row:
     zero: dict[str, Any] = {**nothing_stays_gathered(stage)}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     case = Case(stage=stage, world=world, precision=precision, k=2, alpha=0.7, zero=zero, params={"v_dtype": v_dtype},
-                options={"torch_adam": True} if not offload else {})
+                ascent=ascent, options={"torch_adam": True} if not offload else {})
     ours: Memory = run_on_ranks(world, measure_memory, case, True, Model)[0]
     plain: Memory = run_on_ranks(world, measure_memory, replace(case, params={}), False, Model)[0]
-    shard = 4 * sum(p.numel() for p in Model().parameters()) // (world if stage else 1)
-    return Row(stage, precision, offload, v_dtype, ours.after - plain.after, ours.during - plain.during, shard)
+    whole = 4 * sum(p.numel() for p in Model().parameters())
+    return Row(stage, precision, offload, v_dtype, ours.after - plain.after, ours.during - plain.during,
+               whole // (world if stage else 1), ascent, whole)
 
 
 def line(row: Row) -> str:
-    cells = [row.stage, row.precision, "cpu" if row.offload else "", row.v_dtype]
+    cells = [row.stage, row.precision, "cpu" if row.offload else "", row.v_dtype, row.ascent]
     for got, expected in ((row.persistent, row.expected_persistent), (row.replay, row.expected_replay)):
         cells += [f"{got / row.shard:.2f} S", f"{expected / row.shard:.2f} S"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-HEAD = ("| stage | precision | offload | g_v | persistent | formula | replay | formula |\n"
-        "|---|---|---|---|---|---|---|---|")
+HEAD = ("| stage | precision | offload | g_v | ascent | persistent | formula | replay | formula |\n"
+        "|---|---|---|---|---|---|---|---|---|")
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ class Parts:
         """What LookSAM's step calls on the engine and its shards."""
         shards = inside.shards(engine)
         self.put_around(engine, "_take_model_step")
-        self.put_around(inside.update(engine), "_scales", "_layer_scales", "_sum_norms")
+        self.put_around(inside.ascent(engine), "norms", "perturb", "restore")
         self.put_around(inside.replay(engine), "evaluate", "_forward_again", "_backward_again")
         self.put_around(inside.state(engine), "keep")
         self.put_around(shards, "take_gradient", "give_gradient", "perturb_weights", "unperturb_local", "end_window",

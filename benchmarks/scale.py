@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale                                       # ViT-B/16, stages 0 to 3
     python -m benchmarks.scale --model gpt-1.3b --world 64 4096 --stage 1 2 3
+    python -m benchmarks.scale --ascent rank
 
 Real DeepSpeed engines on torch's fake process group (:mod:`benchmarks.one_of_many`), bf16, on a CPU. One process per
 row and engine, so that nothing is shared. What grows with the world size is printed beside the formula that explains
@@ -49,6 +50,7 @@ from tests.inside import shards as shards_of
 
 WORLDS = (1, 8, 64, 512, 4096)
 STAGES = (0, 1, 2, 3)
+ASCENTS = ("global", "rank", "micro_batch", "global_micro_batch")
 MEMORY_LIMIT = 14e9
 """Bytes: configurations that need more in one process are left out, and said so."""
 
@@ -85,7 +87,8 @@ class Measured:
     cpu_seconds: float = 0.0
 
 
-def measure(model: str, stage: int, world: int, looksam: bool, count_lines: bool = False) -> Measured:
+def measure(model: str, stage: int, world: int, looksam: bool, count_lines: bool = False,
+            ascent: str = "global") -> Measured:
     """In a process of its own."""
     from benchmarks.one_of_many import OneOfMany
 
@@ -106,7 +109,8 @@ def measure(model: str, stage: int, world: int, looksam: bool, count_lines: bool
         "zero_optimization": {"stage": stage, **scale_formulas.ZERO[stage]},
         "zero_allow_untested_optimizer": True,
         "optimizer": {"type": "LookSAM" if looksam else "AdamW",
-                      "params": {"lr": 1e-5, "torch_adam": True, **({"k": 2, "alpha": 0.7} if looksam else {})}},
+                      "params": {"lr": 1e-5, "torch_adam": True,
+                                 **({"k": 2, "alpha": 0.7, "ascent": ascent} if looksam else {})}},
     }
     start = time.process_time()
     with ranks.listen() as startup:
@@ -167,7 +171,7 @@ def _measure_map(engine: Any, measured: Measured) -> None:
     """Of what layer-wise runs and checkpoints build once."""
     shards = shards_of(engine)
     measured.segments = sum(map(len, shards.layout()))
-    del shards.layers  # built anew when it is next asked for
+    vars(shards).pop("layers", None)  # built anew when it is next asked for
     start = time.process_time()
     assert shards.layers.count
     measured.map_seconds = time.process_time() - start
@@ -209,10 +213,11 @@ class Row:
     world: int
     base: Measured
     ours: Measured
+    ascent: str = "global"
 
     @property
     def formulas(self) -> scale_formulas.Formulas:
-        return scale_formulas.Formulas(self.stage, self.world, *self.base.sizes)
+        return scale_formulas.Formulas(self.stage, self.world, *self.base.sizes, self.ascent)
 
     def extra(self, kind: str) -> Counter[Collective]:
         """What a step of ours sends beside a base step and, if it is a SAM step, beside an evaluation."""
@@ -295,8 +300,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="vit-b16")
     parser.add_argument("--stage", type=int, nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--world", type=int, nargs="+", default=list(WORLDS))
+    parser.add_argument("--ascent", choices=ASCENTS, default="global",
+                        help="\"rank\" and \"micro_batch\" leave stage 3 out")
     parser.add_argument("--json", type=Path, help="write everything that was measured there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.ascent in ("rank", "micro_batch"):
+        args.stage = [stage for stage in args.stage if stage < 3]
+    return args
 
 
 def main() -> None:
@@ -311,13 +321,14 @@ def main() -> None:
     sizes = MODELS[args.model]().sizes()
     for stage in args.stage:
         for world in args.world:
-            needs = scale_formulas.Formulas(stage, world, *sizes).peak()
+            needs = scale_formulas.Formulas(stage, world, *sizes, args.ascent).peak()
             if needs > MEMORY_LIMIT:
                 print(f"| {stage} | {world:,} | not run: {needs / 1e9:.0f} GB in one process |", flush=True)
                 continue
-            base, ours = (in_fresh_process(measure, args.model, stage, world, looksam, args.model == "tiny")
+            base, ours = (in_fresh_process(measure, args.model, stage, world, looksam, args.model == "tiny",
+                                          args.ascent)
                           for looksam in (False, True))
-            rows.append(Row(args.model, stage, world, base, ours))
+            rows.append(Row(args.model, stage, world, base, ours, args.ascent))
             print(line(rows[-1].sizes()), flush=True)
             problems += rows[-1].problems()
             sys.stderr.writelines(f"{problem}\n" for problem in rows[-1].problems())

@@ -41,13 +41,14 @@ def bulk(collectives: Iterable[Collective]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Formulas:
-    """Of a rank of ``world``. ``shapes``: elements of each parameter tensor. ``uses``: the same, but a tensor that
-    several modules share as often as it is used."""
+    """Of a rank of ``world``, one micro-batch an update. ``shapes``: elements of each parameter tensor. ``uses``: the
+    same, but a tensor that several modules share as often as it is used. ``ascent``: the JSON key."""
 
     stage: int
     world: int
     shapes: list[int]
     uses: list[int]
+    ascent: str = "global"
 
     @property
     def numel(self) -> int:
@@ -86,13 +87,25 @@ class Formulas:
         return Counter() if self._sends_nothing() else Counter([self._scalars(2)])
 
     def sam_adds(self, base_update: list[Collective]) -> Counter[Collective]:
-        """Beside another evaluation: w + eps is published as the base publishes w, but on stage 3 in one all-gather; 2
-        scalars before, 8 after."""
+        """Beside another evaluation: w + eps is published as the base publishes w, but on stage 3 in one all-gather,
+        unless it is this rank's own; so is w again where the update is still to come ("global_micro_batch"). 2 scalars
+        before, 8 after, with ‖g‖² and ‖v‖² 10 where those before were of a micro-batch. On stage 0 every rank knows all
+        but by how much the others' own weights moved, and their losses: 4."""
         publication = Counter(c for c in base_update if c.kind == "allgather_base")
         if self.stage == 3 and publication:
             nbytes = sum(c.nbytes * count for c, count in publication.items())
             publication = Counter([Collective("allgather_base", nbytes, self.world)])
-        return publication if self._sends_nothing() else publication + Counter([self._scalars(2), self._scalars(8)])
+        if self._sends_nothing():
+            return Counter([self._scalars(4)]) if self.world > 1 and self._is_own() else Counter()
+        if self._is_own():
+            publication = Counter()
+        elif self.ascent == "global_micro_batch":
+            publication += publication
+        after = 10 if self.ascent in ("micro_batch", "global_micro_batch") else 8
+        return publication + Counter([self._scalars(2), self._scalars(after)])
+
+    def _is_own(self) -> bool:
+        return self.ascent in ("rank", "micro_batch")
 
     def _sends_nothing(self) -> bool:
         return self.stage == 0 or self.world == 1
@@ -107,14 +120,19 @@ class Formulas:
         return 4 * self.owned
 
     def replay(self) -> int:
-        """g_v and g; on stage 0 the clean bf16 weights too."""
-        return 8 * self.owned + (WIDTH * self.owned if self.stage == 0 else 0)
+        """g_v and g; on stage 0 the clean bf16 weights too. A rank's own gradient is in bf16, in fp32 on stage 0; per
+        micro-batch the clean weights are kept."""
+        whole = self.owned * (self.world if self.stage else 1)
+        own = whole * (WIDTH if self.stage else 4) if self._is_own() else 0
+        clean = WIDTH * whole if self.stage == 0 or self.ascent == "micro_batch" else 0
+        return 8 * self.owned + own + clean
 
     def peak(self) -> int:
         """Roughly, of the whole process: bf16 weights, gradients and a copy of either, fp32 master and AdamW's two
         moments, their transient fp32 gradient, a bucket or two, and LookSAM's part."""
         whole = self.numel * WIDTH * (4 if self.stage == 0 else 3)
-        return whole + self.owned * (4 * 4 + 8) + 2 * WIDTH * min(self.numel, 120_000_000)
+        own = 2 * WIDTH * self.numel if self._is_own() else 0
+        return whole + self.owned * (4 * 4 + 8) + 2 * WIDTH * min(self.numel, 120_000_000) + own
 
 
 def _positive(sums: dict[str, int]) -> dict[str, int]:

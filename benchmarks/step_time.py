@@ -89,7 +89,8 @@ def build(args: argparse.Namespace, stage: int, precision: str, name: str) -> Co
     # DeepSpeed's own Adam where it is on the CPU, as users have it; elsewhere torch's, which needs no compiler.
     params = {"lr": 1e-4, "weight_decay": 0.05, "torch_adam": not args.offload}
     if name != "base":
-        params |= {"k": args.k, "rho": args.rho, "alpha": args.alpha, "compile": args.compile, **own}
+        params |= {"k": args.k, "rho": args.rho, "alpha": args.alpha, "compile": args.compile,
+                   "ascent": args.ascent, **own}
     zero: dict[str, Any] = {"stage": stage}
     if args.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -257,6 +258,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--rho", type=float, default=0.05)
     parser.add_argument("--alpha", type=float, default=0.7)
+    parser.add_argument("--ascent", default="global", choices=["global", "rank", "micro_batch", "global_micro_batch"],
+                        help="of step_time and parts: LookSAM's")
 
 
 def default_channels(image: int) -> int:
@@ -313,8 +316,8 @@ def main() -> None:
             print(f"\nZeRO stage {stage}{' with offload' if args.offload else ''}, {precision}, "
                   f"{torch.distributed.get_world_size()} ranks on {device}, {args.model} ({numel / 1e6:.1f}M "
                   f"parameters){compiled}, micro-batch {args.micro_batch}, accumulation {args.accumulation}, "
-                  f"k {args.k}, {len(contenders['base'].rounds)} rounds\n\n{report(contenders)}",
-                  flush=True)
+                  f"k {args.k}, ascent {args.ascent}, {len(contenders['base'].rounds)} rounds\n\n"
+                  f"{report(contenders)}", flush=True)
         del contenders
     leave()
 

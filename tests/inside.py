@@ -26,6 +26,10 @@ def update(engine: Any) -> Any:
     return engine._update
 
 
+def ascent(engine: Any) -> Any:
+    return engine._update._ascent
+
+
 def replay(engine: Any) -> Any:
     return engine._replay
 

@@ -20,7 +20,8 @@ def same_bits(got: Result, expected: Result) -> None:
 
 
 def _id(case: Case) -> str:
-    return f"stage{case.stage}-world{case.world}-{case.model}-{case.precision}{'-offload' if case.zero else ''}"
+    offload = "-offload" if case.zero else ""
+    return f"stage{case.stage}-world{case.world}-{case.model}-{case.precision}{offload}-{case.ascent}"
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -39,6 +40,13 @@ CASES = [
     Case(stage=2, world=2, model="mlp", precision="fp16", config={"fp16": {"enabled": True, "loss_scale_window": 4}}),
     Case(stage=2, world=2, model="mlp", zero=OFFLOAD, params={"v_dtype": "bf16"}),
     Case(stage=3, world=2, model="tied", precision="bf16", zero=OFFLOAD),
+    # Rounded at random, alike before and after
+    Case(stage=2, world=2, model="straddling", precision="bf16", rounding="stochastic"),
+    Case(stage=0, world=2, model="tied", precision="bf16", rounding="stochastic", ascent="rank", accumulation=2),
+    Case(stage=1, world=2, model="straddling", precision="bf16", rounding="stochastic", ascent="rank"),
+    Case(stage=2, world=2, model="mlp", precision="fp16", rounding="stochastic", ascent="micro_batch", accumulation=2),
+    Case(stage=3, world=2, model="mlp", precision="bf16", rounding="stochastic", ascent="global_micro_batch",
+         accumulation=2),
 ]
 
 

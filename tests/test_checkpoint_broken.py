@@ -199,9 +199,10 @@ def try_from_hook(case: Case, folder: str, with_closure: bool) -> dict[str, str]
     return found
 
 
-@pytest.mark.parametrize(("stage", "with_closure"), [(0, False), (2, True), (3, False)])
-def test_every_door_is_shut_during_the_replay(stage: int, with_closure: bool, tmp_path: Path) -> None:
-    case = replace(CASE, stage=stage, params={"torch_adam": True})
+@pytest.mark.parametrize(("stage", "with_closure", "ascent"), [
+    (0, False, "global"), (2, True, "global"), (3, False, "global"), (1, True, "rank"), (2, False, "micro_batch")])
+def test_every_door_is_shut_during_the_replay(stage: int, with_closure: bool, ascent: str, tmp_path: Path) -> None:
+    case = replace(CASE, stage=stage, ascent=ascent, params={"torch_adam": True})
     for found in run_on_ranks(2, try_from_hook, case, str(tmp_path), with_closure):
         assert len(found) == 12
         for door, outcome in found.items():
@@ -268,9 +269,10 @@ def interrupted(case: Case, folder: str) -> tuple[list[str], dict[str, torch.Ten
         return told, master_weights(engine), reference
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_after_an_interruption_nothing_leaves_and_a_load_repairs(stage: int, tmp_path: Path) -> None:
-    case = replace(CASE, stage=stage, params={"torch_adam": True})
+@pytest.mark.parametrize(("stage", "ascent"), [(0, "global"), (1, "global"), (3, "global"), (1, "rank"),
+                                               (0, "micro_batch"), (3, "global_micro_batch")])
+def test_after_an_interruption_nothing_leaves_and_a_load_repairs(stage: int, ascent: str, tmp_path: Path) -> None:
+    case = replace(CASE, stage=stage, ascent=ascent, params={"torch_adam": True})
     for told, weights, reference in run_on_ranks(2, interrupted, case, str(tmp_path / "c")):
         assert "went through" not in told
         for name in reference:

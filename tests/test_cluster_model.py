@@ -60,6 +60,26 @@ def test_an_update_by_hand():
     assert hidden == pytest.approx(2 * (computing + reducing - 0.5 * computing))
 
 
+def test_ascent_groups_by_hand():
+    """As above; two micro-batches, which stage 2 reduces one by one and stage 1 together."""
+    work = Workload(forward_flops=20, sizes=([160], [160]), stage=2, micro_batch=3, accumulation=2, k=4)
+    cluster = replace(SLOW, algorithm="ring")
+    usual = predict(cluster, work, 4).sam
+    reducing = 6 * (2 * 160 / 4 / 2 + 1)
+    publishing = 3 * (2 * 160 / 4 / 2 + 1)
+    model, shard = 160 / 100, 160 / 4 / 100
+    of_window = (24 + 42) * shard  # the second micro-batch's sums and arithmetic
+    expected = {"rank": 2 * 6 * model + 8 * model - publishing,
+                "micro_batch": 2 * 6 * model + 2 * 16 * model - publishing + of_window,
+                "global_micro_batch": 3 * publishing + of_window}
+    for ascent, more in expected.items():
+        update = predict(cluster, replace(work, ascent=ascent), 4)
+        assert update.sam - usual == pytest.approx(more)
+        assert (update.reuse, update.adamw) == (predict(cluster, work, 4).reuse, predict(cluster, work, 4).adamw)
+        stage_1 = [predict(cluster, replace(work, stage=1, ascent=mode), 4).sam for mode in (ascent, "global")]
+        assert stage_1[0] - stage_1[1] == pytest.approx(more + (0 if ascent == "rank" else 2 * reducing))
+
+
 def test_stage_3_gathers_twice_and_waits_for_its_host():
     work = Workload(forward_flops=20, sizes=([200_000, 6], [200_000, 6]), stage=3, micro_batch=3)
     cluster = replace(SLOW, algorithm="ring", intra=1e6, inter=1e6)

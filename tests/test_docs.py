@@ -224,7 +224,7 @@ def test_the_page_of_keys_lists_each_with_its_default_and_its_words():
     shown = LookSAMConfig().model_dump() | {"rho_schedule": {"type": RhoSchedule().type}}
     assert {key: json.loads(default) for key, (default, _) in rows.items()} == shown
     words = {key: set(re.findall(r'"(\w+)"', " ".join(row))) for key, row in rows.items()}
-    for key in ("layer_scale", "v_dtype"):
+    for key in ("layer_scale", "ascent", "rounding", "v_dtype"):
         assert words[key] == set(get_args(LookSAMConfig.model_fields[key].annotation))
     assert words["rho_schedule"] == {*RhoSchedule.model_fields, *get_args(RhoSchedule.model_fields["type"].annotation)}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 from benchmarks import evidence, evidence_report, evidence_run
 from benchmarks.evidence_methods import METHODS, RHOS, MomentumAscent
 from benchmarks.evidence_plan import PLANS, Board, Part, grid, jobs, read
+from benchmarks.evidence_pool import run_in_turn, run_side_by_side
 from benchmarks.evidence_run import Job, sharpness
 from benchmarks.evidence_tasks import TASKS, Data, wrong_labels
 
@@ -179,6 +182,30 @@ def test_msam_moves_along_minus_the_momentum_by_rho_and_back() -> None:
     assert torch.equal(model.w.detach(), clean)
 
 
+def serve_known_ends(pipe: Any, folder: Path, rendezvous: str) -> None:
+    """In the place of benchmarks.evidence_pool.serve: dies on seed 3, raises on seed 4, gives seed 5 up."""
+    pipe.send(("ready", None))
+    while True:
+        try:
+            job, _ = pipe.recv()
+        except EOFError:
+            return
+        if job.seed == 3:
+            os._exit(7)
+        if job.seed == 4:
+            pipe.send(("error", "out of memory"))
+            return
+        pipe.send(("done", None if job.seed == 5 else record(job.method, job.seed, 70.0 + job.seed)))
+
+
+def test_side_by_side_a_lost_process_costs_one_run(tmp_path: Path, capfd: Any) -> None:
+    board = Board(tmp_path, "runs.jsonl", [Job(TASK, "base", seed, 30, 1e-3) for seed in range(1, 8)])
+    failed = run_side_by_side(board, tmp_path, time.time() + 240, 2, serve_known_ends)
+    assert failed == 2 and sorted(r["seed"] for r in read(tmp_path)) == [1, 2, 6, 7] and not board.waiting
+    said = capfd.readouterr().out
+    assert "seed=3" in said and "exit code 7" in said and "seed=4" in said and "out of memory" in said
+
+
 def tiny_images(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for split, count in ("train", 500), ("t10k", 50):
@@ -194,8 +221,6 @@ def run_tiny(data: str, results: str) -> dict[str, Any]:
     evidence_run.SAMPLE, evidence_run.POWER_STEPS = 20, 2
     planned = jobs([Part([TASK], ["base", "MSAM", "LookSAM-5"], seeds=(1, ))], 1, updates=3, lr=1e-3)
     board = Board(Path(results), "runs.jsonl", planned)
-    from benchmarks.evidence_pool import run_in_turn
-
     made = run_in_turn(board, folder, float("inf"))
     again = run_in_turn(Board(Path(results), "runs.jsonl", planned), folder, float("inf"))
     late = run_in_turn(Board(Path(results), "late.jsonl", jobs([Part([TASK], ["base"], (2, ))], 1, 3, 1e-3)), folder, 0)

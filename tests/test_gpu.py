@@ -71,6 +71,8 @@ def _cases() -> list[Any]:
     cases["sub-groups"] = {"stage": 3, "model": "straddling", "zero": {"sub_group_size": 30}, **COMMON}
     cases["overlap"] = {"stage": 2, "model": "wide", "zero": {"overlap_comm": True}, **COMMON}
     cases["v-in-bf16"] = {"stage": 2, "params": {"v_dtype": "bf16"}, "base": "SGD", "alpha": 0.7}
+    for ascent, stage in (("rank", 0), ("rank", 2), ("micro_batch", 1), ("global_micro_batch", 3)):
+        cases[f"{ascent}-stage{stage}"] = {"stage": stage, "ascent": ascent, **COMMON}
     worlds = [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
     return [pytest.param(Case(world=world, **settings), id=f"{name}-world{world}")
             for name, settings in cases.items() for world in worlds]
@@ -113,6 +115,14 @@ def test_sums_and_reuse(fused: Passes, numel: int, dtype: torch.dtype) -> None:
 def test_perturbation(fused: Passes, numel: int, master: torch.dtype, model: torch.dtype, in_place: bool,
                       per_element: bool) -> None:
     check_perturbation(fused, numel, master, model, in_place, per_element, GPU, one_off=1e-3)
+
+
+@pytest.mark.parametrize("master, model, in_place", [
+    (torch.float32, torch.bfloat16, False), (torch.float32, torch.float16, False),
+    (torch.bfloat16, torch.bfloat16, True), (torch.float16, torch.float16, True),
+])
+def test_perturbation_rounded_at_random(fused: Passes, master: torch.dtype, model: torch.dtype, in_place: bool) -> None:
+    check_perturbation(fused, NUMEL[-1], master, model, in_place, False, GPU, one_off=1e-3, rounding=1234)
 
 
 def waits(case: Case, looksam: bool) -> list[list[str]]:

@@ -138,7 +138,7 @@ def test_monitors_get_every_metric_from_rank_0(tmp_path: Path) -> None:
 
     every_update = [batch * (i + 1) for i in range(case.updates)]
     for name, values in {"updates": range(1, 8), "evaluations": [2, 3, 4, 6, 7, 8, 10],
-                         "step_kind": [2, 0, 0, 2, 1, 1, 2], "rho": [case.rho] * 7}.items():
+                         "step_kind": [2, 0, 0, 2, 1, 1, 2], "rho": [case.rho] * 7, "ascent": [0] * 7}.items():
         assert written.pop(name) == list(zip(every_update, values, strict=True)), name
     beta = written.pop("beta")
     assert [step for step, _ in beta] == every_update[3::3] and all(math.isfinite(value) for _, value in beta)
@@ -155,7 +155,7 @@ def test_monitors_get_every_metric_from_rank_0(tmp_path: Path) -> None:
     board = EventAccumulator(str(next((tmp_path / "tensorboard").rglob("events*")).parent)).Reload()
     tags = {tag for tag in board.Tags()["scalars"] if "looksam_" in tag}
     assert tags == {f"Train/Samples/looksam_{name}"
-                    for name in [*expected[-1], "beta", "updates", "evaluations", "step_kind", "rho"]}
+                    for name in [*expected[-1], "beta", "updates", "evaluations", "step_kind", "rho", "ascent"]}
     assert [e.step for e in board.Scalars("Train/Samples/looksam_sharpness")] == every_update[::3]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ds_looksam.reference import Reference
 
@@ -45,24 +45,6 @@ class OwnAlpha(Case):
         return {**super().second_group, "alpha": 0.3 if self.alpha == "auto" else "auto"}
 
 
-class GroupedOracle(oracle.Oracle):
-    """Windows in groups of ``sizes`` micro-batches: the second gradient is taken group by group, each at its own eps.
-    """
-
-    sizes: tuple[int, ...]
-
-    def evaluate(self, w: Tensor, window: Any) -> Tensor:
-        first = w is self.w  # the second evaluation is at w + eps; that of one eps for all groups is not wanted here
-        parts = [window[sum(self.sizes[:i]):sum(self.sizes[:i + 1])] for i in range(len(self.sizes))]
-        at = [self.w if first else self.w + self.eps(self.gradient(self.w, part)) for part in parts]
-        self.evaluations += 1
-        return sum(len(part) * self.gradient(here, part) for here, part in zip(at, parts, strict=True)) / len(window)
-
-    def eps(self, g: Tensor) -> Tensor:
-        rho = self.base.of_group(lambda group: group.rho) * self.rho_factor(self.t)
-        return rho * (g / g.norm() if self.layer_scale is None else self.layerwise_direction(g))
-
-
 def check(case: Case, groups: tuple[int, ...] = (6, ), v_dtype: torch.dtype | None = None,
           change: Callable[[nn.Module], Any] = lambda module: None, beta: float | None = None) -> None:
     """``change``: what is done to the model before. ``beta``: what stands in its place after the first update."""
@@ -75,7 +57,7 @@ def check(case: Case, groups: tuple[int, ...] = (6, ), v_dtype: torch.dtype | No
     schedule = case.params.get("rho_schedule", {})
     exact.rho_factor, exact.off = oracle.rho_factor(schedule), schedule.get("off_updates", 0)
     exact.v_dtype = v_dtype or torch.float64
-    exact.__class__, exact.sizes = GroupedOracle, groups
+    exact.groups_of = lambda window: [window[sum(groups[:i]):sum(groups[:i + 1])] for i in range(len(groups))]
     keys = {key: value for key, value in case.base_params.items() if key != "adam_w_mode"}
     base = BASES[case.base](case.model_parameters(modules[1]), **keys)
     reference = Reference(base, k=case.k, rho=case.rho, alpha=case.alpha, layerwise=case.layer_scale is not None,

@@ -179,8 +179,7 @@ def test_a_loss_that_cannot_be_replayed_is_refused(stage: int) -> None:
     said = ["read out to Python", "does not depend on the output", "changed in place"]
     for (message, untouched), words in zip(outcomes, said, strict=True):
         assert words in message
-        assert "engine.loss_fn" in message or words == "changed in place"
-        assert "closure" in message
+        assert words == "changed in place" or ("engine.loss_fn" in message and "closure" in message)
         assert untouched
 
 
@@ -213,6 +212,7 @@ def train_noisy(case: Case, looksam: bool = True) -> tuple[dict[str, Tensor], di
             for i, (x, y) in enumerate(case.micro_batches(update, rank)):
                 torch.manual_seed(_seed(update, rank, i))
                 engine.backward(engine(x.float(), y))
+                torch.rand(5)  # drawn since the forward, and not drawn again after step()
                 engine.step()
         return master_weights(engine), dict(engine.module.named_buffers()), torch.rand(3)
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ds_looksam.config.params import LookSAMConfig, RhoSchedule, parse_params
 from ds_looksam.errors import LookSAMConfigError
 from ds_looksam.step.schedule import RhoFactors
 
-from .inside import shards as shards_of
-from .ranks import run_on_ranks
-from .training import Case, check_against_oracle, distance, engine_for, master_weights, run_oracle, train_window
+from .training import Case, check_against_oracle, distance, run_oracle
 
 BASE = Case(stage=2, alpha=0.7, k=2, rho=0.2)
 
@@ -29,54 +25,6 @@ def test_matches_oracle() -> None:
     check_against_oracle(case, 1e-5)
     without = run_oracle(replace(case, params={}))[1]
     assert distance(run_oracle(case)[1], without) > 1e-4, "the schedule was meant to make a difference"
-
-
-def _perturbations(case: Case, folder: str | None = None,
-                   stop: int | None = None) -> tuple[list[float], list[float], dict]:
-    """The length of eps and the learning rate at each SAM step, and the weights at the end.
-
-    With ``folder``: saves there at ``stop`` and ends; or, without ``stop``, begins from there."""
-    with engine_for(case) as engine:
-        radii, lrs = [], []
-        if folder is not None and stop is None:
-            engine.load_checkpoint(folder)
-        perturb = shards_of(engine).perturb_weights
-
-        def measure(gradient: Any, scale_of: Any) -> Any:
-            parts = [scale_of(i, 0, g.numel()) * g for i, g in enumerate(gradient) if g.numel()]
-            squared = torch.stack([p.double().square().sum() for p in parts]).sum()
-            torch.distributed.all_reduce(squared)
-            radii.append(squared.sqrt().item())
-            lrs.append(engine.optimizer.param_groups[0]["lr"])
-            return perturb(gradient, scale_of)
-
-        shards_of(engine).perturb_weights = measure
-        for update in range(engine.looksam.updates, case.updates if stop is None else stop):
-            train_window(engine, case, update)
-        if stop is not None:
-            engine.save_checkpoint(folder)
-        return radii, lrs, master_weights(engine)
-
-
-def test_radius_follows_the_learning_rate_of_a_scheduler() -> None:
-    """From DeepSpeed's warm-up, which starts at 0, to the configured learning rate; measured on eps itself."""
-    warmup = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 4,
-                                             "warmup_type": "linear"}}
-    case = replace(BASE, k=1, updates=7, config={"scheduler": warmup}, params={"rho_schedule": {"type": "lr"}})
-    radii, lrs, _ = run_on_ranks(2, _perturbations, case)[0]
-    assert lrs[0] == 0 and lrs[-1] == 1e-2 and 0 < lrs[3] < 1e-2
-    assert radii == pytest.approx([0.2 * lr / 1e-2 for lr in lrs], rel=1e-5, abs=1e-9)
-
-
-def test_resumed_run_goes_on_with_the_schedule(tmp_path: Path) -> None:
-    case = replace(BASE, k=2, updates=9, params={"rho_schedule": {"type": "linear", "end": 0.0, "updates": 8,
-                                                                  "off_updates": 1}})
-    whole, _, weights = run_on_ranks(2, _perturbations, case)[0]
-    first, _, _ = run_on_ranks(2, _perturbations, case, str(tmp_path), 4)[0]
-    rest, _, resumed = run_on_ranks(2, _perturbations, case, str(tmp_path))[0]
-    assert first + rest == whole
-    assert whole == pytest.approx([0.2 * (1 - (t - 1) / 8) for t in (1, 3, 5, 7)], rel=1e-5)
-    assert distance(resumed, {name: w.double() for name, w in weights.items()}) == 0
 
 
 def _factor(schedule: dict[str, Any], updates: int, lr: float = 0.1, configured: float = 0.1) -> float:

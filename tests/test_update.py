@@ -42,6 +42,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad,
     "Lamb": ds_looksam.Lamb, "Lars": ds_looksam.Lars,
 }
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW": ("AdamW", {}), "AdamW-betas": ("AdamW", {"betas": (0.8, 0.95), "eps": 1e-6}), "Adam": ("Adam", {}),
+    "SGD": ("SGD", {}), "SGD-nesterov": ("SGD", {"nesterov": True}), "Adagrad": ("Adagrad", {}),
+    "Lamb": ("Lamb", {"betas": (0.8, 0.95)}), "Lamb-uncorrected": ("Lamb", {"bias_correction": False}),
+    "Lamb-clamped": ("Lamb", {"min_coeff": 0.5, "max_coeff": 1.5}),
+    "Lars": ("Lars", {}), "Lars-plain": ("Lars", {"momentum": 0.0, "weight_decay": 0.0}),
+}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "none": {},
     "linear": {"type": "linear", "start": 0.2, "end": 1.0, "updates": 6},
@@ -131,7 +138,7 @@ class Run:
 
     # The second evaluation ------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, in_step: bool = True) -> None:
         pass
 
     @contextmanager
@@ -177,7 +184,7 @@ GRID: dict[str, list[Any]] = {
     "schedule": list(SCHEDULES),
     "layer_scale": [None, "norm", "relative", "gradient"],
     "two_groups": [False, True],
-    "base": list(OPTIMIZERS),
+    "base": list(BASES),
     "clipping": [0.0, 0.03],
     "accumulation": [1, 3],
     "v_dtype": ["fp32", "bf16"],
@@ -189,8 +196,9 @@ GRID: dict[str, list[Any]] = {
 def _run(settings: dict[str, Any]) -> tuple[Case, Run]:
     settings = dict(settings)
     cut, schedule = settings.pop("cut"), SCHEDULES[settings.pop("schedule")]
+    settings["base"], options = BASES[settings["base"]]
     params = {"v_dtype": settings.pop("v_dtype"), **({"rho_schedule": schedule} if schedule else {})}
-    case = Case(world=1, params=params, **settings)
+    case = Case(world=1, params=params, options=options, **settings)
     return case, Run(case, cut)
 
 

@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from ds_looksam import LookSAMConfig
 from ds_looksam.cli.verify import Row, cases_of, is_right, own_cases, verify
 from ds_looksam.cli.verify_case import FAILED, RIGHT, SKIPPED, WRONG
 
@@ -71,7 +73,7 @@ SCHEDULER = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_s
 
 @pytest.mark.parametrize("params, changes, told", [
     ({"k": 2, "rho": 0.3, "rho_schedule": {"type": "lr", "off_updates": 500}},
-     {"scheduler": SCHEDULER, "gradient_accumulation_steps": 4}, "off_updates 3"),
+     {"scheduler": SCHEDULER, "gradient_accumulation_steps": 2}, "off_updates 3"),
     ({"base_optimizer": "Lamb", "layerwise": True, "rho": 0.3, "alpha": 0.5, "v_dtype": "bf16"},
      {"optimizer.weight_decay": "auto"}, "without optimizer.weight_decay"),
     ({"base_optimizer": "SGD", "momentum": 0.9, "k": 1}, {"gradient_clipping": 0.1}, ""),
@@ -96,11 +98,17 @@ def test_low_precision_with_a_small_rho_is_told_by_a_second_case(tmp_path: Path)
 # What this machine has ------------------------------------------------------------------------------------------------
 
 
-def test_precisions_that_are_not_here_are_skipped_with_the_reason() -> None:
-    _let_cpu_compute_fp16(False)
-    skipped = {case.name: case.skip for case in own_cases() if case.skip is not None}
+def test_own_cases() -> None:
+    with patch.object(get_accelerator(), "is_fp16_supported", lambda: False):
+        cases = {case.name: case.skip for case in own_cases()}
+    skipped = {name: reason for name, reason in cases.items() if reason is not None}
     assert set(skipped) == {f"stage {stage}, fp16" for stage in range(4)}
     assert all("AVX512-FP16" in reason for reason in skipped.values())
+    assert {f"stage {stage}, bf16, offload" for stage in (1, 2, 3)} < set(cases)
+    modes = get_args(LookSAMConfig.model_fields["ascent"].annotation)
+    assert {f"stage 2, bf16, ascent {mode}" for mode in modes if mode != "global"} < set(cases)
+    assert {name for name in cases if "stage 3" in name and "ascent" in name} == {
+        f"stage 3, {precision}, ascent global_micro_batch" for precision in ("fp32", "bf16")}
 
 
 def fp16(folder: Path) -> list[Row]:
@@ -158,6 +166,13 @@ def more_is_sent() -> Iterator[Any]:
     return everywhere("sum_over_ranks", again)
 
 
+def one_perturbation_for_all() -> Iterator[Any]:
+    """As if "rank" did what "global" does."""
+    from ds_looksam.cli import verify_case
+    real = verify_case.in_groups
+    yield patch.object(verify_case, "in_groups", lambda ranks, ascent: real(ranks, "global"))
+
+
 def cpu_adam_cannot_be_built() -> Iterator[Any]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -189,6 +204,7 @@ def verify_broken(how: Callable[[], Iterator[Any]], case: str, folder: Path) -> 
     (weights_stay_perturbed, "stage 0, fp32", "weights", WRONG),
     (beta_is_not_loaded, "stage 2, fp32", "resume", WRONG),
     (more_is_sent, "stage 3, fp32", "sends", WRONG),
+    (one_perturbation_for_all, "stage 1, bf16, ascent rank", "weights", WRONG),
     (cpu_adam_cannot_be_built, "stage 2, fp32, offload", "weights", FAILED),
 ])
 def test_what_is_broken_is_seen(how: Callable[[], Iterator[Any]], case: str, check: str, status: str,

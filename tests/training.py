@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Case:
     """Everything that decides a run. ``zero`` and ``config`` are merged into the DeepSpeed JSON, ``params`` into
-    LookSAM's keys, ``options`` into the base optimizer's on both sides."""
+    LookSAM's keys, ``options`` into the base optimizer's on both sides. ``rounding``: as the oracle rounds w + eps."""
 
     model: str = "mlp"
     world: int = 2
@@ -39,6 +39,7 @@ class Case:
     two_groups: bool = False
     precision: str = "fp32"
     loss_scale: float = 1.0
+    rounding: str = "nearest"
     updates: int = 12
     micro_batch: int = 4
     seed: int = 0
@@ -69,6 +70,8 @@ class Case:
             own["layer_scale"] = self.layer_scale
         if self.ascent != "global":
             own["ascent"] = self.ascent
+        if self.precision != "fp32":
+            own["rounding"] = self.rounding
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.accumulation,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..config.base_optimizers import deepspeed_name
 from ..config.params import OPTIMIZER_TYPES, LookSAMConfig
-from ..config.support import deepspeed_name
 from ..errors import LookSAMCheckpointError
 from .files import MANIFEST, Manifest
 from .reading import NamedLayout

@@ -1,6 +1,6 @@
 """Validate a DeepSpeed JSON without starting a process or building a model.
 
-What deepspeed.initialize would refuse is an error here, in the same words, and the exit code is 1. Otherwise tells the
+What deepspeed.initialize would refuse is an error here, all of it at once, and the exit code is 1. Otherwise tells the
 batch, gradient evaluations, and what LookSAM adds in bytes sent and memory; and warns of settings that are legal and
 likely to be regretted.
 
@@ -16,23 +16,28 @@ window that ends in a SAM step, which are kept until its end.
 
 from __future__ import annotations
 
-import difflib
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hjson
 import torch
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
+from pydantic import ValidationError
 
-from ..config.params import AUTO, OPTIMIZER_TYPES, LookSAMConfig, parse_base_params, parse_params
-from ..config.support import refuse_layerwise_optimizer, refuse_unsupported
+from ..config.accept import examine, refuse
+from ..config.base_optimizers import torch_optimizers
+from ..config.deepspeed_keys import MODELS, ignored, misspelt
+from ..config.params import AUTO, FILLED_IN, OPTIMIZER_TYPES, LookSAMConfig, did_you_mean
+from ..config.support import Run
 from ..errors import LookSAMConfigError
 from ..optimizers import LAYERWISE_OPTIMIZERS
 from . import advice, costs
-from .base_keys import refuse_unknown_keys
 from .output import print_table
+
+OURS = (*OPTIMIZER_TYPES, *LAYERWISE_OPTIMIZERS)
 
 
 @dataclass(frozen=True)
@@ -41,110 +46,174 @@ class Checked:
 
     Attributes:
         config: DeepSpeed's own view of it, a ``DeepSpeedConfig``.
-        settings: LookSAM's part; None for a run without LookSAM.
+        run: what is trained; None where neither LookSAM nor its LAMB and LARS do it.
         placeholders: the keys that say "auto" for Hugging Face's Trainer or Accelerate to fill in. They were left out.
+        given: the JSON without them.
     """
 
     config: Any
-    settings: LookSAMConfig | None
+    run: Run | None
     placeholders: tuple[str, ...]
+    given: dict[str, Any]
+
+    @property
+    def settings(self) -> LookSAMConfig | None:
+        """LookSAM's part; None for a run without LookSAM."""
+        return self.run.settings if self.run is not None else None
 
 
 def run(path: Path, world_size: int, parameters: int | None) -> int:
-    try:
-        checked = check(path, world_size)
-    except LookSAMConfigError as error:
-        print(f"error: {path}: {error}", file=sys.stderr)
-        return 1
-    config, settings = checked.config, checked.settings
-    print_table(str(path), [
-        ("optimizer", config.optimizer_name if settings is None else f"LookSAM around {settings.base_optimizer}"),
-        ("ZeRO stage, precision", f"{int(config.zero_config.stage)}, {costs.precision_of(config)}"),
-        ("batch of one update", f"{config.train_batch_size} = {config.train_micro_batch_size_per_gpu} a rank x "
-         f"{config.gradient_accumulation_steps} micro-batches x {world_size} ranks"),
-        *([] if settings is None else costs.rows(config, settings, world_size, parameters)),
-    ])
+    checked = check(path, world_size)
+    print_table(str(path), list(costs.rows(checked, world_size, parameters)))
     for key in checked.placeholders:
         print(f'note: {key} is "auto": for Hugging Face\'s Trainer or Accelerate to fill in, not checked')
-    for warning in advice.warnings(config, settings, parameters, bool(checked.placeholders)):
+    for key in ignored(checked.given):
+        print(f"note: {key}: DeepSpeed knows no such key and ignores it")
+    for warning in advice.warnings(checked, parameters):
         print(f"warning: {warning}")
     return 0
 
 
 def check(path: Path, world_size: int = 1) -> Checked:
-    """Read and validate a configuration as ``deepspeed.initialize`` does before it builds anything.
+    """Read and validate a configuration as ``deepspeed.initialize`` does before it trains.
 
     Raises:
-        LookSAMConfigError: the file is no JSON object, or DeepSpeed or LookSAM refuses what it says.
+        LookSAMConfigError: the file is no JSON object, or DeepSpeed or LookSAM refuses what it says; with all of it.
     """
-    given = _read(path)
     placeholders: list[str] = []
+    given, problems = _read(path)
     values = _filled_in(given, "", placeholders)
     if any(key.startswith("train_") for key in placeholders) and not any(key.startswith("train_") for key in values):
         values["train_micro_batch_size_per_gpu"] = 1
+    for key, problem in list(misspelt(values)):
+        problems.append(problem)
+        values = _without(values, key.split("."))
+    config = _parsed(values, world_size, problems)
+    run = None
+    if config is not None and config.optimizer_name in OURS:
+        run, more = examine(config)
+        problems += more
+        problems += _fails_later(run, any(key.startswith("scheduler.") for key in placeholders)) if not more else []
+    elif config is not None:
+        problems += _wrong_type(config.optimizer_name)
+    refuse(f"{path}: {config.optimizer_name if run else 'DeepSpeed'} cannot train with this configuration", problems)
+    return Checked(config, run, tuple(placeholders), values)
+
+
+def _parsed(values: dict[str, Any], world_size: int, problems: list[str]) -> Any:
+    """DeepSpeed's view of a JSON. What it refuses is added to ``problems`` and left out; None if that does not help."""
 
     class Offline(DeepSpeedConfig):
         """A DeepSpeedConfig for ranks that are not there: DeepSpeed asks the process group, and assigns 1 without."""
 
-        world_size = property(lambda self: ranks, lambda self, value: None)
+        world_size = property(lambda self: world_size, lambda self, value: None)
 
-    ranks = world_size
     try:
-        config = Offline(values)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # what DeepSpeed's own checks raise
-        raise LookSAMConfigError(f"DeepSpeed refuses it at world size {world_size}: {error}") from error
-    return Checked(config, _check_optimizer(config), tuple(placeholders))
-
-
-def _check_optimizer(config: Any) -> LookSAMConfig | None:
-    name = config.optimizer_name
-    if name is None:
-        raise LookSAMConfigError('optimizer.type is missing: "optimizer": {"type": "LookSAM", "params": {...}}')
-    if name in (*OPTIMIZER_TYPES, *LAYERWISE_OPTIMIZERS) and config.hybrid_engine.enabled:
-        raise LookSAMConfigError(f"hybrid_engine.enabled: not supported by optimizer.type {name!r}; leave it off")
-    if name in LAYERWISE_OPTIMIZERS:
-        parse_base_params(config.optimizer_params)
-        refuse_layerwise_optimizer(config, client_optimizer=None)
+        return Offline(values)
+    except Exception as error:  # whatever deepspeed.initialize would raise
+        block = next((name for name, model in MODELS.items() if isinstance(error, ValidationError)
+                      and model.__name__ == error.title), None)
+        if isinstance(error, ValidationError) and block is not None:
+            smaller = values
+            for detail in error.errors():
+                where = [*block.split("."), *map(str, detail["loc"])]
+                problems.append(f"{'.'.join(where)}: {detail['msg']}, got {detail['input']!r}")
+                smaller = _without(smaller, where)
+            return _parsed(smaller, world_size, problems)
+        hint = "; give --world-size, if it is for more" if world_size == 1 and "atch" in str(error) else ""
+        problems.append(f"DeepSpeed refuses it at world size {world_size}{hint}: {error}")
+        # The rest is told too, if the batch or one other key is to blame.
+        others = {key: value for key, value in values.items() if "batch" not in key and "accumulation_steps" not in key}
+        for smaller in ({**others, "train_micro_batch_size_per_gpu": 1}, *(_without(values, [key]) for key in values)):
+            try:
+                return Offline(smaller)
+            except Exception:
+                continue
         return None
-    if name in OPTIMIZER_TYPES:
-        settings, base_params = parse_params(config.optimizer_params, name)
-        refuse_unsupported(config, settings, client_optimizer=None)
-        refuse_unknown_keys(settings.base_optimizer, base_params)
-        return settings
-    if name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
-        ours = (*OPTIMIZER_TYPES, *LAYERWISE_OPTIMIZERS)
-        close = next((type_ for type_ in ours if type_.lower() == name.lower()), None) \
-            or next(iter(difflib.get_close_matches(name, ours, n=1)), None)
-        raise LookSAMConfigError(f"optimizer.type: {name!r} is known neither to DeepSpeed, nor to torch.optim, nor to "
-                                 f"ds_looksam ({', '.join(ours)})." + (f" Did you mean {close!r}?" if close else ""))
-    return None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, read as DeepSpeed reads it (Hjson: comments are allowed)."""
+def _wrong_type(name: str | None) -> Iterator[str]:
+    if name is None:
+        yield 'optimizer.type is missing: "optimizer": {"type": "LookSAM", "params": {...}}'
+    elif name.lower() not in DEEPSPEED_OPTIMIZERS and name not in torch_optimizers():
+        yield (f"optimizer.type: {name!r} is known neither to DeepSpeed, nor to torch.optim, nor to ds_looksam "
+               f"({', '.join(OURS)}).{did_you_mean(name, (*OURS, *DEEPSPEED_OPTIMIZERS, *torch_optimizers()))}")
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])]
-        if twice:
-            raise LookSAMConfigError(f"{', '.join(twice)} appears twice in one object")
+
+def _fails_later(run: Run, open_scheduler: bool) -> Iterator[str]:
+    """What DeepSpeed or the optimizers themselves only notice while the engine is being built.
+
+    Args:
+        open_scheduler: whether keys of the scheduler are missing because others will fill them in.
+    """
+    if run.settings is not None and run.settings.rho_schedule.type == "lr" and run.settings.rho_schedule.lr is None \
+            and run.base_params.get("lr") == 0:
+        yield 'optimizer.params.rho_schedule.lr: must be given with "type": "lr" where optimizer.params.lr is 0'
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW([weight], lr=run.base_params.get("lr", 1e-3))
+    cls = run.base_class
+    if cls is not None and not cls.__module__.startswith("deepspeed"):  # those compile their kernels
+        own = {key: value for key, value in run.base_params.items() if key not in ("torch_adam", "adam_w_mode",
+                                                                                   "fp32_optimizer_states")}
+        try:
+            optimizer = cls([weight], **own)
+        except (RuntimeError, TypeError, ValueError) as error:
+            yield f"optimizer.params: {cls.__name__} refuses its values: {error}"
+    elif run.base in ("adam", "adamw") and run.base_params.get("amsgrad"):
+        yield 'optimizer.params.amsgrad: not supported by DeepSpeed\'s Adam; use "torch_adam": true'
+    name, params = run.config.scheduler_name, run.config.scheduler_params
+    if name is None:
+        return
+    scheduler = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
+    if scheduler is None:
+        known = (*lr_schedules.VALID_LR_SCHEDULES, *torch.optim.lr_scheduler.__all__)
+        yield f"scheduler.type: {name!r} is known neither to DeepSpeed nor to torch.{did_you_mean(name, known)}"
+    elif params is None:
+        yield "scheduler.params is missing: {} takes the scheduler's defaults"
+    elif scheduler.__module__ == "torch.optim.lr_scheduler" and (run.stage > 0 or run.dtype != torch.float32):
+        yield (f"scheduler.type: torch's {name} cannot be made around DeepSpeed's wrapper; use deepspeed.initialize("
+               f"lr_scheduler=lambda optimizer: {name}(optimizer, ...)), or one of DeepSpeed's")
+    elif not open_scheduler:
+        try:
+            scheduler(optimizer, **params)
+        except Exception as error:  # a scheduler's constructor raises what it likes
+            yield f"scheduler.params: {name} refuses them: {error}"
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A JSON object, read as DeepSpeed reads it (Hjson: comments are allowed); and which keys it has twice."""
+    problems: list[str] = []
+
+    def note_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        problems.extend(f"{key} appears twice in one object" for key in dict(pairs) if keys.count(key) > 1)
         return dict(pairs)
 
     try:
-        values = hjson.loads(path.read_text(), object_pairs_hook=no_duplicates)
+        values = hjson.loads(path.read_text(), object_pairs_hook=note_duplicates)
     except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
-        raise LookSAMConfigError(f"not JSON: {error}") from error
+        raise LookSAMConfigError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise LookSAMConfigError("not a JSON object")
-    return values
+        raise LookSAMConfigError(f"{path}: not a JSON object")
+    return values, problems
 
 
 def _filled_in(values: dict[str, Any], prefix: str, placeholders: list[str]) -> dict[str, Any]:
-    """A copy without the keys that say "auto", which are added to ``placeholders``; alpha's "auto" is a value."""
+    """A copy without the "auto"s that Hugging Face fills in, whose keys are added to ``placeholders``."""
     result = {}
     for key, value in values.items():
-        name = prefix + key
-        if value == AUTO and name != "optimizer.params.alpha":
-            placeholders.append(name)
+        if value == AUTO and prefix + key in FILLED_IN:
+            placeholders.append(prefix + key)
         else:
-            result[key] = _filled_in(value, name + ".", placeholders) if isinstance(value, dict) else value
+            result[key] = _filled_in(value, f"{prefix}{key}.", placeholders) if isinstance(value, dict) else value
     return result
+
+
+def _without(values: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    """A copy without one key, ``path`` being the blocks that lead to it and the key."""
+    key, *inner = path
+    if key not in values:
+        return values
+    if inner and isinstance(values[key], dict):
+        return {**values, key: _without(values[key], inner)}
+    return {name: value for name, value in values.items() if name != key}

@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.config import DtypeEnum
 
 from ..config.params import LookSAMConfig
+from ..config.rounding import computes_in, precision_of
+from ..config.support import Run
+
+if TYPE_CHECKING:
+    from .check import Checked
 
 FP32 = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
-def precision_of(config: Any) -> str:
-    """Of the model's weights: "fp32", "bf16" or "fp16"."""
-    return "bf16" if config.bfloat16_config.enabled else "fp16" if config.float16_config.enabled else "fp32"
-
-
-def rows(config: Any, settings: LookSAMConfig, world_size: int, parameters: int | None) -> Iterator[tuple[str, str]]:
+def rows(checked: Checked, world_size: int, parameters: int | None) -> Iterator[tuple[str, str]]:
     """Lines of the table: (what, how much). Without ``parameters`` in bytes per parameter."""
-    scale, per = (parameters, "") if parameters is not None else (1, " a parameter")
-    yield "evaluations an update", f"{1 + 1 / settings.k:.4g} (a SAM step, of two, at one update in {settings.k})"
+    config, settings = checked.config, checked.settings
+    by_trainer = {key.partition(".")[0] for key in checked.placeholders}
+    yield "optimizer", config.optimizer_name if settings is None else f"LookSAM around {settings.base_optimizer}"
+    precision = precision_of(config) + (" (weights; torch_autocast computes in bf16)"
+                                        if computes_in(config) != precision_of(config) else "")
+    if by_trainer & {"bf16", "fp16"}:
+        precision = "as the Trainer or Accelerate says"
+    yield "ZeRO stage, precision", f"{int(config.zero_config.stage)}, {precision}"
+    micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+    known_batch = not any("batch" in key for key in by_trainer)
+    yield "batch of one update", (f"{config.train_batch_size} = {micro} a rank x {accumulation} micro-batches x "
+                                  f"{world_size} ranks" if known_batch else "as the Trainer or Accelerate says")
+    if "gradient_clipping" not in by_trainer:
+        clip = f"{config.gradient_clipping:g}" if config.gradient_clipping else "off"
+        yield "gradient clipping", clip + ("" if "gradient_clipping" in checked.given else
+                                           " (DeepSpeed's default: the JSON says nothing; 0 is off)")
+    if checked.run is None or settings is None:
+        return
+    default = default_of(checked.run, "weight_decay")
+    if "weight_decay" not in checked.run.base_params and default is not None \
+            and "optimizer.params.weight_decay" not in checked.placeholders:
+        yield "weight decay", f"{default:g} (the default of {settings.base_optimizer}: the JSON says nothing)"
+    if known_batch:
+        m = {"global": config.train_batch_size, "rank": micro * accumulation, "micro_batch": micro,
+             "global_micro_batch": micro * world_size}[settings.ascent]
+        yield "examples per perturbation", f'{m} ("ascent": "{settings.ascent}")'
+    yield "evaluations per update", f"{1 + 1 / settings.k:.4g} " + (
+        "(every update is a SAM step)" if settings.k == 1 else f"(a SAM step, of two, every {settings.k} updates)")
+    scale, per = (parameters, "") if parameters is not None else (1, " per parameter")
     sent = bytes_sent(config, world_size)
-    yield "extra sent, SAM step", _amount(sent * scale, per)
-    yield "extra sent, on average", _amount(sent / settings.k * scale, per)
+    if world_size > 1:
+        yield "extra sent, SAM step", _amount(sent * scale, per)
+        yield "extra sent, on average", _amount(sent / settings.k * scale, per)
+    else:
+        yield "extra sent", "nothing by one rank; give --world-size for more"
     for what, where, amount in memory(config, settings, world_size):
         yield f"extra memory, {what}", f"{_amount(amount * scale, per)} a rank, {where}"
+
+
+def default_of(run: Run, key: str) -> float | None:
+    """What the base optimizer takes for a number that the JSON does not give; None if that cannot be known."""
+    argument = inspect.signature(run.base_class).parameters.get(key) if run.base_class is not None else None
+    return argument.default if argument is not None and isinstance(argument.default, int | float) else None
 
 
 def bytes_sent(config: Any, world_size: int) -> float:

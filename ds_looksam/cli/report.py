@@ -16,7 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from packaging.specifiers import SpecifierSet
 
 from ..config.params import OPTIMIZER_TYPES
-from ..config.support_table import REFUSED, SUPPORTED
+from ..config.support import REFUSED
+from ..config.support_table import SUPPORTED
 from ..optimizers import LAYERWISE_OPTIMIZERS
 from ..ranks.versions import TESTED, __version__
 from .output import print_table

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..config.base_optimizers import deepspeed_name
 from ..config.params import LookSAMConfig, parse_params
-from ..config.support import deepspeed_name
 from ..optimizers import Lamb, Lars
 from ..reference import Loss, Reference
 

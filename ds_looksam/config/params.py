@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     ValidationError,
     model_validator,
@@ -28,6 +29,16 @@ AUTO, CALIBRATED = "auto", "calibrated"
 LAYERWISE_TYPE = "LookLayerSAM"
 OPTIMIZER_TYPES = ("LookSAM", LAYERWISE_TYPE)
 """Values of the JSON key ``optimizer.type`` that make a LookSAM engine."""
+FILLED_IN = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    *(f"optimizer.params.{key}" for key in ("lr", "betas", "eps", "weight_decay")),
+    *(f"scheduler.params.{key}" for key in ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")),
+    "fp16.enabled", "bf16.enabled",
+    *(f"zero_optimization.{key}" for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size",
+                                             "stage3_param_persistence_threshold",
+                                             "stage3_gather_16bit_weights_on_model_save")),
+})  # yapf: disable
+"""Keys whose "auto" Hugging Face's Trainer (5.x) or Accelerate (1.x) fills in before deepspeed.initialize sees it."""
 
 
 def _finite(value: float) -> float:
@@ -37,8 +48,19 @@ def _finite(value: float) -> float:
 
 
 NonNegative = Annotated[float, Field(ge=0, strict=True), AfterValidator(_finite)]
-# Accelerate takes every "auto" in a DeepSpeed configuration for a placeholder that it must fill in, hence the synonym.
-Alpha = Annotated[Literal["auto"] | NonNegative, BeforeValidator(lambda value: AUTO if value == CALIBRATED else value)]
+
+
+def _alpha(value: Any) -> str | float:
+    # Accelerate takes every "auto" in a DeepSpeed configuration for a placeholder that it must fill: hence a synonym.
+    if value in (AUTO, CALIBRATED):
+        return AUTO
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f'should be a number from 0 on, "{AUTO}" or "{CALIBRATED}" (which means the same)')
+    return float(value)
+
+
+Alpha = Annotated[Literal["auto"] | float, PlainValidator(_alpha)]
+Ascent = Literal["global", "rank", "micro_batch", "global_micro_batch"]
 _BetaPair = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
@@ -90,7 +112,7 @@ class LookSAMConfig(BaseModel):
         layerwise: scale each layer's (parameter tensor's) part of the perturbation by its trust ratio ‖w_l‖/‖g_l‖:
             Look-LayerSAM. ``"type": "LookLayerSAM"`` is ``"type": "LookSAM"`` with this set.
         layer_scale: what divides the layer-wise direction, and so what ``rho`` means: ``"norm"``, ``"relative"`` or
-            ``"gradient"``, see :func:`ds_looksam.arithmetic.layout.perturbation_scales`.
+            ``"gradient"``, see :func:`ds_looksam.arithmetic.layerwise.perturbation_scales`.
         rho_schedule: what rho is multiplied by over the course of the run, see :class:`RhoSchedule`.
         rounding: how w + eps is rounded where the model computes in bf16 or fp16: ``"stochastic"``, so that the weights
             move by eps on average however small it is, or ``"nearest"``.
@@ -99,6 +121,9 @@ class LookSAMConfig(BaseModel):
         compile: fuse LookSAM's own arithmetic on the shards, by Triton on a GPU and by ``torch.compile`` on a CPU,
             which takes a C++ compiler, and some seconds at the start (docs/costs.md has the measured effects). Left
             out, it is done on a GPU where Triton works, and not on a CPU.
+        ascent: who shares one perturbation (docs/algorithm.md): ``"global"``, the window of all ranks; ``"rank"``, one
+            rank's micro-batches of it; ``"micro_batch"``, one rank's one micro-batch; ``"global_micro_batch"``, one
+            micro-batch of every rank. ZeRO-3 has the first and the last.
 
     ``rho``, ``alpha`` and ``layerwise`` are defaults of the param groups: a group may bring its own, and they may be
     changed during training through ``engine.optimizer.param_groups``. A group with ``"layerwise": false`` keeps trust
@@ -114,10 +139,10 @@ class LookSAMConfig(BaseModel):
     layerwise: StrictBool = False
     layer_scale: LayerScale = "norm"
     rho_schedule: RhoSchedule = RhoSchedule()
-    ascent: Literal["global", "rank", "micro_batch", "global_micro_batch"] = "global"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     v_dtype: Literal["fp32", "bf16"] = "fp32"
     compile: StrictBool | None = None
+    ascent: Ascent = "global"
 
 
 class _CommonBaseParams(BaseModel):
@@ -148,36 +173,49 @@ class GroupSettings(NamedTuple):
     layerwise: bool
 
 
-def parse_params(params: dict[str, Any] | None,
-                 optimizer_type: str = OPTIMIZER_TYPES[0]) -> tuple[LookSAMConfig, dict[str, Any]]:
+def read_params(params: dict[str, Any] | None,
+                optimizer_type: str = OPTIMIZER_TYPES[0]) -> tuple[LookSAMConfig, dict[str, Any], list[str]]:
     """Split a flat ``optimizer.params`` block into LookSAM's part and the base optimizer's.
 
     Returns:
-        The validated settings, and a new dict with every other key, unchanged.
-
-    Raises:
-        LookSAMConfigError: a value has the wrong type or is out of range. The message names the JSON key.
+        The settings, with the default for each value that is wrong; a new dict with every other key, unchanged; and
+        what is wrong, of the wrong type or out of range. Each problem begins with the JSON key.
     """
-    params = dict(params or {})
-    own = {key: params.pop(key) for key in LookSAMConfig.model_fields if key in params}
+    base_params = dict(params or {})
+    own = {key: base_params.pop(key) for key in LookSAMConfig.model_fields if key in base_params}
+    problems = []
     if optimizer_type == LAYERWISE_TYPE and own.setdefault("layerwise", True) is False:
-        raise LookSAMConfigError(f'optimizer.params.layerwise: false contradicts "type": "{LAYERWISE_TYPE}"; leave it '
-                                 'out, or use "type": "LookSAM"')
-    with _naming("optimizer.params"):
-        config = LookSAMConfig(**own)
-        _CommonBaseParams(**params)
-    return config, params
+        problems.append(f'optimizer.params.layerwise: false contradicts "type": "{LAYERWISE_TYPE}"; leave it out, or '
+                        'use "type": "LookSAM"')
+    try:
+        settings = LookSAMConfig(**own)
+    except ValidationError as error:
+        problems += _wrong_values(error, "optimizer.params")
+        wrong = {detail["loc"][0] for detail in error.errors()}
+        settings = LookSAMConfig(**{key: value for key, value in own.items() if key not in wrong})
+    return settings, base_params, problems + wrong_base_params(base_params)
 
 
-def parse_base_params(params: dict[str, Any] | None) -> dict[str, Any]:
-    """The ``optimizer.params`` block of a run without LookSAM, checked; a copy.
+def parse_params(params: dict[str, Any] | None,
+                 optimizer_type: str = OPTIMIZER_TYPES[0]) -> tuple[LookSAMConfig, dict[str, Any]]:
+    """As :func:`read_params`.
 
     Raises:
         LookSAMConfigError: a value has the wrong type or is out of range.
     """
-    with _naming("optimizer.params"):
-        _CommonBaseParams(**(params or {}))
-    return dict(params or {})
+    settings, base_params, problems = read_params(params, optimizer_type)
+    if problems:
+        raise LookSAMConfigError("; ".join(problems))
+    return settings, base_params
+
+
+def wrong_base_params(params: dict[str, Any]) -> list[str]:
+    """What is of the wrong type or out of range among the hyper-parameters that most base optimizers share."""
+    try:
+        _CommonBaseParams(**params)
+    except ValidationError as error:
+        return _wrong_values(error, "optimizer.params")
+    return []
 
 
 def set_group_defaults(group: dict[str, Any], settings: LookSAMConfig) -> None:
@@ -193,8 +231,10 @@ def parse_group(group: dict[str, Any], index: int) -> GroupSettings:
     Raises:
         LookSAMConfigError: a value set through ``param_groups`` has the wrong type or is out of range.
     """
-    with _naming(f"param_groups[{index}]"):
+    try:
         keys = _GroupKeys(rho=group["rho"], alpha=group["alpha"], layerwise=group["layerwise"])
+    except ValidationError as error:
+        raise LookSAMConfigError("; ".join(_wrong_values(error, f"param_groups[{index}]"))) from None
     return GroupSettings(keys.rho, None if isinstance(keys.alpha, str) else keys.alpha, keys.layerwise)
 
 
@@ -203,42 +243,29 @@ def group_settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in _GroupKeys.model_fields if key in group}
 
 
-def explain_unknown_key(error: TypeError, base_params: dict[str, Any], base_optimizer: str,
-                        looksam: bool = True) -> LookSAMConfigError:
-    """Turn a base optimizer's ``unexpected keyword argument`` into an error that names the JSON key.
-
-    ``looksam``: whether LookSAM's own keys would have been right there.
-    """
-    unknown = next((key for key in base_params if f"'{key}'" in str(error)), None)
-    if unknown is None:
-        return LookSAMConfigError(f"optimizer.params: the base optimizer {base_optimizer!r} refused its parameters: "
-                                  f"{error}")
-    if not looksam:
-        return LookSAMConfigError(f"optimizer.params.{unknown}: not a key that the optimizer {base_optimizer!r} knows")
-    close = difflib.get_close_matches(unknown, LookSAMConfig.model_fields, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return LookSAMConfigError(
-        f"optimizer.params.{unknown}: neither a key of LookSAM ({', '.join(LookSAMConfig.model_fields)}) nor one that "
-        f"the base optimizer {base_optimizer!r} knows.{hint}")
+def did_you_mean(key: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """" Did you mean ...?", or nothing where no known key is close."""
+    close = closest(key, known, cutoff)
+    return f" Did you mean {close!r}?" if close else ""
 
 
-class _naming:
-    """Reraise pydantic's errors as LookSAMConfigError, each line naming the JSON key."""
+def closest(key: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known key that was probably meant. Case does not count."""
+    spelling = {name.lower(): name for name in known}
+    return next((spelling[name] for name in difflib.get_close_matches(key.lower(), spelling, n=1, cutoff=cutoff)), None)
 
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, exc_type: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, ValidationError):
-            lines = []
-            for detail in error.errors():
-                where = detail["loc"][:2 if detail["loc"][:1] == ("rho_schedule", ) else 1]  # beyond: a union's members
-                key = ".".join([self.prefix, *(str(part) for part in where)])
-                hint = ""
-                if detail["input"] == AUTO:
-                    hint = ' ("auto" here is a placeholder that Hugging Face integrations fill in; give a number)'
-                lines.append(f"{key}: {detail['msg']}, got {detail['input']!r}{hint}")
-            raise LookSAMConfigError("; ".join(dict.fromkeys(lines))) from None
+def _wrong_values(error: ValidationError, prefix: str) -> list[str]:
+    """pydantic's errors, each naming the JSON key."""
+    lines = []
+    for detail in error.errors():
+        where = detail["loc"][:2 if detail["loc"][:1] == ("rho_schedule", ) else 1]  # beyond: a union's members
+        key = ".".join([prefix, *(str(part) for part in where)])
+        hint = ""
+        if detail["type"] == "extra_forbidden":
+            hint = did_you_mean(str(where[-1]), RhoSchedule.model_fields)
+        elif detail["input"] == AUTO:
+            hint = (' ("auto" is a placeholder that Hugging Face integrations fill in for lr, betas, eps and '
+                    'weight_decay only; give a number)')
+        lines.append(f"{key}: {detail['msg'].removeprefix('Value error, ')}, got {detail['input']!r}{hint}")
+    return list(dict.fromkeys(lines))

@@ -1,157 +1,144 @@
-"""What is supported, and the refusals of what is not: at initialize, naming the JSON key and the way out."""
+"""What is refused at initialize, each refusal once: initialize, ``ds-looksam check``, the table in the docs and the
+tests all read REFUSED.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DtypeEnum
+from deepspeed.runtime.config import DtypeEnum
 
-from ..errors import LookSAMConfigError
 from ..optimizers import LAYERWISE_OPTIMIZERS
-from .params import OPTIMIZER_TYPES, LookSAMConfig
-
-_BASES_REFUSED = {
-    "lbfgs": "it evaluates the loss itself",
-    "sparseadam": "it takes sparse gradients",
-}
+from .base_optimizers import base_class, is_tested_with_zero, torch_optimizers
+from .params import LookSAMConfig
 
 
-def deepspeed_name(optimizer: str) -> str:
-    """The spelling DeepSpeed's engine compares with: its own optimizers in lower case, torch.optim's as they are.
+@dataclass(frozen=True)
+class Run:
+    """What refusals are decided by.
 
-    "Lamb" and "Lars" are ours: DeepSpeed's FusedLamb would take one trust ratio for a whole flat shard.
+    Attributes:
+        config: DeepSpeed's view of the JSON, a ``DeepSpeedConfig``.
+        settings: LookSAM's keys; None where LAMB or LARS train alone.
+        base: the base optimizer, as :func:`deepspeed_name` spells it.
+        base_params: its keys of ``optimizer.params``.
+        client_optimizer: what ``deepspeed.initialize(optimizer=...)`` was given.
     """
-    ours = next((name for name in LAYERWISE_OPTIMIZERS if optimizer.lower() in (name.lower(), name[4:].lower())), None)
-    if ours is not None:
-        return ours
-    return optimizer.lower() if optimizer.lower() in DEEPSPEED_OPTIMIZERS else optimizer
+
+    config: Any
+    settings: LookSAMConfig | None
+    base: str
+    base_params: dict[str, Any] = field(default_factory=dict)
+    client_optimizer: Any = None
+
+    @property
+    def zero(self) -> Any:
+        return self.config.zero_config
+
+    @property
+    def stage(self) -> int:
+        return int(self.zero.stage)
+
+    @property
+    def offload(self) -> str:
+        """The device that the optimizer's state is offloaded to, or "none"."""
+        return self.zero.offload_optimizer.device if self.zero.offload_optimizer is not None else "none"
+
+    @property
+    def offloaded(self) -> bool:
+        return self.offload != "none"
+
+    def offload_option(self, *names: str) -> bool:
+        return self.zero.offload_optimizer is not None and any(getattr(self.zero.offload_optimizer, n) for n in names)
+
+    @property
+    def ratio(self) -> float:
+        return 1.0 if self.zero.offload_optimizer is None else self.zero.offload_optimizer.ratio
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return (torch.bfloat16 if self.config.bfloat16_config.enabled else
+                torch.float16 if self.config.float16_config.enabled else torch.float32)
+
+    @property
+    def grad_accum_dtype(self) -> torch.dtype | None:
+        """None if what the JSON says is no dtype."""
+        return self.dtype if self.config.grad_accum_dtype is None else dtype_named(self.config.grad_accum_dtype)
+
+    @property
+    def has_bf16_optimizer(self) -> bool:
+        """Whether DeepSpeed wraps the base in its BF16_Optimizer."""
+        return (self.stage == 1 and self.dtype == torch.bfloat16 and self.grad_accum_dtype == torch.float32
+                and self.offload != "cpu")
+
+    @property
+    def clips(self) -> bool:
+        clipping = self.config.gradient_clipping
+        return isinstance(clipping, int | float) and clipping > 0
+
+    @property
+    def base_class(self) -> type[torch.optim.Optimizer] | None:
+        return base_class(self.base, self.base_params, self.offloaded)
+
+    @property
+    def writer(self) -> dict[str, Any]:
+        """The block ``checkpoint.writer``, empty if there is none."""
+        return self.config.checkpoint_config["writer"] or {}
+
+    @property
+    def layerwise_base(self) -> bool:
+        return self.base in LAYERWISE_OPTIMIZERS
+
+    @property
+    def muon(self) -> bool:
+        return self.base == "muon"
 
 
-def refuse_unsupported(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> None:
-    """Check a parsed DeepSpeedConfig before an engine is built from it.
+@dataclass(frozen=True)
+class Refused:
+    """One refusal.
 
-    Raises:
-        LookSAMConfigError: listing everything that LookSAM does not support in it.
+    Attributes:
+        key: the JSON key or call; "" where there is none.
+        what: what about it; a sentence's subject together with ``key``.
+        instead: the way out, in the imperative.
+        why: the reason, if it is not just that nobody has made it work.
+        json: whether a run shows it before anything is built; None if that takes the model.
+        model: whether an engine shows it that has its model and its process groups.
+        config: JSON that is refused, merged into a working one; None where it takes a model or a call.
+        alone: whether LAMB and LARS without LookSAM are refused it too. Where ``model`` says so they always are.
     """
-    problems = list(_problems(config, settings, client_optimizer))
-    if problems:
-        raise LookSAMConfigError("LookSAM cannot train with this configuration:\n  - " + "\n  - ".join(problems))
+
+    key: str
+    what: str
+    instead: str
+    why: str = ""
+    json: Callable[[Run], bool] | None = None
+    model: Callable[[Any], bool] | None = None
+    config: dict[str, Any] | None = None
+    alone: bool = False
+
+    @property
+    def message(self) -> str:
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.key} {self.what}".strip() + f": not supported{why}; {self.instead}"
+
+    @property
+    def feature(self) -> str:
+        """For a table in Markdown."""
+        return (f"`{self.key}` {self.what}" if self.key else self.what).strip()
 
 
-def refuse_layerwise_optimizer(config: Any, client_optimizer: Any) -> None:
-    """Check a parsed DeepSpeedConfig of a run with LAMB or LARS alone.
-
-    Raises:
-        LookSAMConfigError: listing everything in it that they do not support.
-    """
-    problems = list(_layerwise_problems(config))
-    if client_optimizer is not None:
-        problems.append("deepspeed.initialize(optimizer=...) would override the JSON's optimizer block: leave it out")
-    if problems:
-        raise LookSAMConfigError(f"{config.optimizer_name} cannot train with this configuration:\n  - " +
-                                 "\n  - ".join(problems))
-
-
-def _layerwise_problems(config: Any) -> Iterator[str]:
-    """What LAMB and LARS do not support, alone and under LookSAM: moments must be there for all shards at once."""
-    if config.bfloat16_config.bf16_master_weights_and_grads:
-        yield "bf16.bf16_master_weights_and_grads: not supported with LAMB and LARS; leave it off"
-    offload = config.zero_config.offload_optimizer
-    if offload is not None and offload.device == "nvme":
-        yield "zero_optimization.offload_optimizer.device: \"nvme\" is not supported with LAMB and LARS; use \"cpu\""
-    if offload is not None and offload.ratio < 1.0:
-        yield "zero_optimization.offload_optimizer.ratio: below 1 is not supported with LAMB and LARS; leave it out"
-    if config.zero_config.zenflow is not None:
-        yield "zero_optimization.zenflow: not supported with LAMB and LARS; leave it out"
-    if config.torch_autocast_enabled and config.torch_autocast_dtype == torch.float16:
-        yield "torch_autocast.dtype: \"float16\" is not supported with LAMB and LARS; use \"bfloat16\""
-
-
-def _muon_problems(config: Any) -> Iterator[str]:
-    """Muon has to orthogonalise u, so DeepSpeed must come to it after LookSAM's turn, inside the optimizer's step."""
-    zero, stage = config.zero_config, int(config.zero_config.stage)
-    offload = zero.offload_optimizer.device if zero.offload_optimizer is not None else "none"
-    muon = "optimizer.params.base_optimizer: \"Muon\" is not supported with"
-    if stage in (1, 2) and offload == "none":
-        yield (f"{muon} zero_optimization.stage {stage} (DeepSpeed orthogonalises the gradient while it is being "
-               "partitioned, before LookSAM sees it); use stage 3 with \"reduce_scatter\": false, or "
-               "zero_optimization.offload_optimizer.device \"cpu\"")
-    if offload == "nvme":
-        yield f"{muon} zero_optimization.offload_optimizer.device \"nvme\"; use \"cpu\""
-    if stage == 3 and zero.reduce_scatter:
-        yield f"{muon} zero_optimization.reduce_scatter true at stage 3, by DeepSpeed; use false"
-    if stage == 0 and (config.float16_config.enabled or config.bfloat16_config.enabled):
-        yield f"{muon} zero_optimization.stage 0 in bf16 and fp16; use stage 3 with \"reduce_scatter\": false"
-
-
-def _problems(config: Any, settings: LookSAMConfig, client_optimizer: Any) -> Iterator[str]:
-    name = deepspeed_name(settings.base_optimizer)
-    base = name.lower()
-    if settings.base_optimizer in OPTIMIZER_TYPES:
-        yield f"optimizer.params.base_optimizer: {settings.base_optimizer!r} cannot be its own base; use \"AdamW\""
-    elif name in LAYERWISE_OPTIMIZERS:
-        yield from _layerwise_problems(config)
-    elif name not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
-        yield (f"optimizer.params.base_optimizer: {settings.base_optimizer!r} is known neither to DeepSpeed "
-               f"({', '.join(DEEPSPEED_OPTIMIZERS)}) nor to torch.optim, and is neither \"Lamb\" nor \"Lars\"")
-    if base in _BASES_REFUSED:
-        yield (f"optimizer.params.base_optimizer: {settings.base_optimizer!r} is not supported "
-               f"({_BASES_REFUSED[base]}); use \"AdamW\", \"SGD\" or another element-wise optimizer")
-    if base == "muon":
-        yield from _muon_problems(config)
-    if client_optimizer is not None:
-        yield ("deepspeed.initialize(optimizer=...) would override the JSON's optimizer block: leave it out, and name "
-               "the base in optimizer.params.base_optimizer")
-    zero, stage = config.zero_config, int(config.zero_config.stage)
-    if config.float16_config.fp16_master_weights_and_grads:
-        yield ("fp16.fp16_master_weights_and_grads: not supported (the reuse step's update, loss scale included, may "
-               "lie beyond fp16's range); leave it off, or use bf16.bf16_master_weights_and_grads")
-    if config.grad_accum_dtype is not None:
-        low = torch.float16 if config.float16_config.enabled else torch.bfloat16
-        model = low if config.float16_config.enabled or config.bfloat16_config.enabled else torch.float32
-        if DtypeEnum(config.grad_accum_dtype).value not in (torch.float32, model):
-            yield (f"data_types.grad_accum_dtype: {config.grad_accum_dtype!r} is not supported with a model in "
-                   f"{model}; use \"fp32\", or leave it out to accumulate in the model's dtype")
-    if config.optimizer_legacy_fusion:
-        yield "optimizer.legacy_fusion: not supported; leave it out"
-    if config.torch_autocast_enabled and config.torch_autocast_dtype != torch.bfloat16:
-        yield ("torch_autocast.dtype: only \"bfloat16\" is supported (fp16 scales the loss with a GradScaler that "
-               "skips updates unseen); use it, or \"fp16\": {\"enabled\": true}")
-    if zero.offload_param is not None and zero.offload_param.device == "nvme":
-        yield "zero_optimization.offload_param.device \"nvme\": not supported; use \"cpu\""
-    if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none" and stage == 3:
-        if zero.offload_optimizer.ratio != 1.0:
-            yield ("zero_optimization.offload_optimizer.ratio: not supported (a second optimizer updates the part that "
-                   "stays on the accelerator, out of the LR scheduler's sight); leave it at 1.0")
-    if zero.offload_optimizer is not None and (zero.offload_optimizer.pipeline_read or
-                                               zero.offload_optimizer.pipeline_write):
-        yield ("zero_optimization.offload_optimizer.pipeline_read, pipeline_write: not supported (results were not "
-               "always those without); leave them off")
-    if zero.offload_optimizer is not None and zero.offload_optimizer.super_offload:
-        yield "zero_optimization.offload_optimizer.super_offload: not supported; leave it off (ordinary offload)"
-    if zero.zenflow is not None:
-        yield "zero_optimization.zenflow: not supported; leave it out"
-    if _is_anything_enabled(config.data_efficiency_config):
-        yield ("data_efficiency: not supported (curriculum sampling, dynamic batching and random-LTD have not been "
-               "tested with a second evaluation); leave it out, or set \"enabled\" to false in all its blocks")
-    writer = config.checkpoint_config["writer"]
-    if writer is not None and stage != 3:
-        yield ("checkpoint.writer: supported with zero_optimization.stage 3 only (on the other stages DeepSpeed 0.19.8 "
-               "lets several ranks write the same file, and cannot hand a decoupled writer its state); leave it out")
-    if writer is not None and writer["type"] != "PYTHON":
-        yield (f"checkpoint.writer.type: {writer['type']!r} is not supported (\"fast\", the default, takes an "
-               "accelerator and has not been tested, \"mock\" writes nothing); use \"python\"")
-    if config.datastates_config.enabled:
-        yield "datastates_ckpt: not supported (not tested); leave it out, or see checkpoint.writer"
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if getattr(zero, key):
-            yield f"zero_optimization.{key}: not supported (ZeRO++ quantization); leave it out"
-    if config.compile_config.deepcompile:
-        yield "compile.deepcompile: not supported; use engine.compile() without it"
-    if config.tensor_parallel_config.autotp_size > 1:
-        yield "tensor_parallel.autotp_size: not supported; use data parallelism (ZeRO)"
+def dtype_named(name: Any) -> torch.dtype | None:
+    """DeepSpeed's names of dtypes, "bf16" say; None for what is none."""
+    try:
+        return DtypeEnum(name).value
+    except ValueError:
+        return None
 
 
 def _is_anything_enabled(block: Any) -> bool:
@@ -159,22 +146,203 @@ def _is_anything_enabled(block: Any) -> bool:
     return isinstance(block, dict) and (bool(block.get("enabled")) or any(map(_is_anything_enabled, block.values())))
 
 
-def refuse_model(engine: Any) -> None:
-    """Check what only shows once the engine knows its model and process groups.
+def _trained_dtypes(engine: Any) -> set[torch.dtype]:
+    return {p.dtype for p in engine.module.parameters() if p.requires_grad}
 
-    Raises:
-        LookSAMConfigError: the model is parallel in another way than by data, or its gradients are sparse.
-    """
-    # DeepSpeed's own MoE layers, and parameters that say themselves that they are not the same on every rank.
-    if engine.has_moe_layers or any(getattr(p, "allreduce", True) is False for p in engine.module.parameters()):
-        raise LookSAMConfigError("LookSAM does not support MoE layers, nor other parameters with allreduce = False "
-                                 "(norms over expert groups are not implemented); use dense layers")
-    if engine.sequence_parallel_size > 1 and engine.mpu is None:
-        raise LookSAMConfigError(
-            "sequence_parallel_size: not supported in the JSON (gradients and optimizer state are then averaged and "
-            "partitioned over the data parallel ranks alone); leave it out, and use deepspeed.initialize(mpu=...) with "
-            "what UlyssesSPAttentionHF.register_with_transformers returns")
-    if any(getattr(module, "sparse", False) is True for module in engine.module.modules()):
-        raise LookSAMConfigError("LookSAM does not support sparse gradients; build embeddings with sparse=False")
-    if engine.mp_world_size > 1:
-        raise LookSAMConfigError("LookSAM does not support model parallelism (mpu); use data parallelism (ZeRO)")
+
+def _computes_in_its_own_dtypes(engine: Any) -> bool:
+    return not engine.fp16_enabled() and not engine.bfloat16_enabled()
+
+
+def _zero(stage: int, **keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
+def _params(**keys: Any) -> dict[str, Any]:
+    return {"optimizer": {"params": keys}}
+
+
+_CPU, _NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/tmp"}
+_BASE, _OFFLOAD = "optimizer.params.base_optimizer", "zero_optimization.offload_optimizer"
+
+REFUSED = (
+    Refused("zero_optimization.offload_param.device", '"nvme"', 'use "cpu"',
+            json=lambda run: run.zero.offload_param is not None and run.zero.offload_param.device == "nvme",
+            config=_zero(3, offload_param=_NVME)),
+    Refused(f"{_OFFLOAD}.ratio", "below 1", "leave it at 1.0", why="a second optimizer updates the part that stays on "
+            "the accelerator, out of the LR scheduler's sight",
+            json=lambda run: run.stage == 3 and run.offloaded and run.ratio != 1.0, alone=True,
+            config=_zero(3, offload_optimizer={**_CPU, "ratio": 0.5})),
+    Refused(f"{_OFFLOAD}.pipeline_read, pipeline_write", "", "leave them off",
+            why="results were not always those without",
+            json=lambda run: run.offload_option("pipeline_read", "pipeline_write"),
+            config=_zero(3, offload_optimizer={**_NVME, "pipeline_read": True})),
+    Refused(f"{_OFFLOAD}.super_offload", "", "leave it off: ordinary offload",
+            json=lambda run: run.offload_option("super_offload"),
+            config=_zero(3, offload_optimizer={**_CPU, "super_offload": True})),
+    Refused("zero_optimization.zenflow", "", "leave it out: ordinary offload",
+            json=lambda run: run.zero.zenflow is not None, alone=True,
+            config=_zero(2, offload_optimizer=_CPU, zenflow={"topk_ratio": 0.1, "update_interval": 4,
+                                                             "full_warm_up_rounds": 0, "overlap_step": False})),
+    Refused("zero_optimization.zero_quantized_weights, zero_quantized_nontrainable_weights", "",
+            "leave them off; hpZ is supported", why="ZeRO++ quantization",
+            json=lambda run: run.zero.zero_quantized_weights or run.zero.zero_quantized_nontrainable_weights,
+            config=_zero(3, zero_quantized_weights=True)),
+    Refused("zero_optimization.zero_quantized_gradients", "", "leave it off", why="ZeRO++ quantization",
+            json=lambda run: run.zero.zero_quantized_gradients, config=_zero(3, zero_quantized_gradients=True)),
+    Refused("checkpoint.writer", "on stages 0 to 2", "leave it out, or use zero_optimization.stage 3",
+            why="DeepSpeed 0.19.8 lets several ranks write the same file there, and cannot hand a decoupled writer its "
+            "state", json=lambda run: bool(run.writer) and run.stage != 3,
+            config={**_zero(2), "checkpoint": {"writer": {"type": "python", "data_parallel": "replica"}}}),
+    Refused("checkpoint.writer.type", '"fast" (the default) and "mock"', 'use "python"',
+            why='"fast" takes an accelerator and was not tested, "mock" writes nothing',
+            json=lambda run: bool(run.writer) and run.writer["type"] != "PYTHON",
+            config={**_zero(3), "checkpoint": {"writer": {"decoupled": True}}}),
+    Refused("datastates_ckpt", "", "leave it out, or see checkpoint.writer", why="not tested",
+            json=lambda run: run.config.datastates_config.enabled, config={"datastates_ckpt": {}}),
+    Refused("compile.deepcompile", "", "use engine.compile() without it",
+            json=lambda run: run.config.compile_config.deepcompile, config={"compile": {"deepcompile": True}}),
+    Refused("tensor_parallel.autotp_size", "above 1", "use data parallelism (ZeRO)",
+            json=lambda run: run.config.tensor_parallel_config.autotp_size > 1,
+            config={"tensor_parallel": {"autotp_size": 2}}),
+    Refused("torch_autocast.dtype", "other than bfloat16", 'use "bfloat16", or "fp16": {"enabled": true}',
+            why="in fp16 a GradScaler skips updates unseen",
+            json=lambda run: run.config.torch_autocast_enabled and run.config.torch_autocast_dtype != torch.bfloat16,
+            alone=True, config={"torch_autocast": {"enabled": True, "dtype": "float16"}}),
+    Refused("fp16.fp16_master_weights_and_grads", "", "leave it off, or use bf16.bf16_master_weights_and_grads",
+            why="the reuse step's update, loss scale included, may lie beyond fp16's range",
+            json=lambda run: run.config.float16_config.fp16_master_weights_and_grads,
+            config={**_zero(2, offload_optimizer=_CPU),
+                    "fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}),
+    Refused("data_types.grad_accum_dtype", "that is neither fp32 nor the model's dtype",
+            'use "fp32", or leave it out to accumulate in the model\'s dtype',
+            json=lambda run: run.grad_accum_dtype not in (torch.float32, run.dtype),
+            config={"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp16"}}),
+    Refused("data_types.grad_accum_dtype", "fp32 at stage 0 in bf16 and fp16", "leave it out, or use ZeRO stage 1",
+            why="DeepSpeed has no such mode", json=lambda run: run.stage == 0 and run.grad_accum_dtype != run.dtype,
+            config={**_zero(0), "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    Refused("optimizer.legacy_fusion", "", "leave it out", json=lambda run: bool(run.config.optimizer_legacy_fusion),
+            config={"optimizer": {"legacy_fusion": True}}),
+    Refused("data_efficiency", "", 'leave it out, or set "enabled" to false in all its blocks',
+            why="curriculum sampling, dynamic batching and random-LTD were not tested with a second evaluation",
+            json=lambda run: _is_anything_enabled(run.config.data_efficiency_config),
+            config={"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabled": True,
+                                                                                  "curriculum_metrics": {}}}}}),
+    Refused("hybrid_engine.enabled", "", "leave it off", json=lambda run: run.config.hybrid_engine.enabled,
+            config={"hybrid_engine": {"enabled": True}}, alone=True),
+
+    Refused(_BASE, "LBFGS", 'use "AdamW", "SGD" or another element-wise one', why="it evaluates the loss itself",
+            json=lambda run: run.base.lower() == "lbfgs", config=_params(base_optimizer="LBFGS")),
+    Refused(_BASE, "SparseAdam", 'use "AdamW", "SGD" or another element-wise one', why="it takes sparse gradients",
+            json=lambda run: run.base.lower() == "sparseadam", config=_params(base_optimizer="SparseAdam")),
+    Refused(_BASE, "MuAdam, MuAdamW, MuSGD", 'use "AdamW" or "SGD"', why="not tested",
+            json=lambda run: run.base in ("muadam", "muadamw", "musgd"), config=_params(base_optimizer="MuAdam")),
+    Refused(_BASE, "that was not tested with ZeRO, without zero_allow_untested_optimizer",
+            'use one that was ("ds-looksam report" lists them), or set "zero_allow_untested_optimizer": true',
+            json=lambda run: (run.base in torch_optimizers() and run.stage > 0
+                              and not run.config.zero_allow_untested_optimizer
+                              and not is_tested_with_zero(run.base, run.base_params, run.offloaded)),
+            config={**_zero(1), **_params(base_optimizer="NAdam"), "zero_allow_untested_optimizer": False}),
+    Refused(_BASE, "Muon at stages 1 and 2 without offload_optimizer",
+            'use stage 3 with "reduce_scatter": false, or zero_optimization.offload_optimizer.device "cpu"',
+            why="DeepSpeed orthogonalises the gradient while it is being partitioned, before LookSAM sees it",
+            json=lambda run: run.muon and run.stage in (1, 2) and not run.offloaded,
+            config={**_zero(2), **_params(base_optimizer="Muon")}),
+    Refused(_BASE, "Muon at stage 3 with zero_optimization.reduce_scatter", 'use "reduce_scatter": false',
+            why="DeepSpeed's own demand", json=lambda run: run.muon and run.stage == 3 and run.zero.reduce_scatter,
+            config={**_zero(3), **_params(base_optimizer="Muon")}),
+    Refused(_BASE, "Muon with zero_optimization.offload_optimizer.device nvme", 'use "cpu"',
+            json=lambda run: run.muon and run.offload == "nvme",
+            config={**_zero(3, reduce_scatter=False, offload_optimizer=_NVME), **_params(base_optimizer="Muon")}),
+    Refused(_BASE, "Muon at stage 0 in bf16 and fp16", 'use stage 3 with "reduce_scatter": false',
+            json=lambda run: run.muon and run.stage == 0 and run.dtype != torch.float32,
+            config={**_zero(0), **_params(base_optimizer="Muon"), "bf16": {"enabled": True}}),
+
+    # LAMB and LARS need every shard's moments, and its gradient, at once.
+    Refused("bf16.bf16_master_weights_and_grads", "with LAMB and LARS", "leave it off", alone=True,
+            json=lambda run: run.layerwise_base and run.config.bfloat16_config.bf16_master_weights_and_grads,
+            config={**_zero(2), **_params(base_optimizer="Lamb"),
+                    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}),
+    Refused(f"{_OFFLOAD}.device", '"nvme" with LAMB and LARS', 'use "cpu"', alone=True,
+            json=lambda run: run.layerwise_base and run.offload == "nvme",
+            config={**_zero(3, offload_optimizer=_NVME), **_params(base_optimizer="Lars")}),
+
+    Refused("optimizer.params.ascent", '"rank" and "micro_batch" at stage 3', 'use "global_micro_batch", or stage 2',
+            why="each rank holds a part of the weights that all compute with, so all are moved alike",
+            json=lambda run: (run.stage == 3 and run.settings is not None
+                              and run.settings.ascent in ("rank", "micro_batch")),
+            config={**_zero(3), **_params(ascent="rank")}),
+
+    Refused("optimizer.params.ascent", '"rank" and "micro_batch" with Ulysses', 'use "global" or "global_micro_batch"',
+            "a rank has a part of each sequence, whose gradient is no examples' gradient",
+            model=lambda engine: engine.sequence_parallel_size > 1 and getattr(engine, "perturbs_by_rank", False)),
+    Refused("deepspeed.initialize(optimizer=...)", "", "leave it out, and name the base in "
+            "optimizer.params.base_optimizer", why="it would override the JSON's optimizer block", alone=True,
+            json=lambda run: run.client_optimizer is not None),
+    Refused("PipelineModule", "", "use a plain module with ZeRO"),  # engines/registration.py sees the class
+    Refused("", "MoE layers (`deepspeed.moe`), and other parameters with `allreduce = False`", "use dense layers",
+            why="norms over expert groups are not implemented",
+            model=lambda engine: (engine.has_moe_layers or any(getattr(p, "allreduce", True) is False
+                                                               for p in engine.module.parameters()))),
+    Refused("sequence_parallel_size", "in the JSON", "leave it out, and use deepspeed.initialize(mpu=...) with what "
+            "UlyssesSPAttentionHF.register_with_transformers returns",
+            why="gradients and optimizer state are then averaged and partitioned over the data parallel ranks alone",
+            model=lambda engine: engine.sequence_parallel_size > 1 and engine.mpu is None),
+    Refused("", "tensor parallelism (`mpu` with a model parallel size above 1)", "use data parallelism (ZeRO)",
+            model=lambda engine: engine.mp_world_size > 1),
+    Refused("", "sparse gradients", "build embeddings with `sparse=False`",
+            model=lambda engine: any(getattr(module, "sparse", False) is True for module in engine.module.modules())),
+    Refused("", "trained parameters that are complex", "train their real and imaginary parts, torch.view_as_real",
+            why="DeepSpeed neither reduces nor partitions them",
+            model=lambda engine: any(dtype.is_complex for dtype in _trained_dtypes(engine))),
+    Refused("", "trained parameters that are not fp32, at stage 0 without `bf16` or `fp16`",
+            'set "bf16": {"enabled": true}, call model.float(), or use ZeRO stage 1',
+            why="there is no fp32 copy of them then, which LookSAM's arithmetic needs",
+            model=lambda engine: (engine.zero_optimization_stage() == 0 and _computes_in_its_own_dtypes(engine)
+                                  and any(not dtype.is_complex and dtype != torch.float32
+                                          for dtype in _trained_dtypes(engine)))),
+    Refused("", "trained parameters of several dtypes at stage 3 without `bf16` or `fp16`",
+            'set "bf16": {"enabled": true}, or call model.float()', why="DeepSpeed partitions one dtype",
+            model=lambda engine: (engine.zero_optimization_stage() == 3 and _computes_in_its_own_dtypes(engine)
+                                  and len(_trained_dtypes(engine)) > 1)),
+)
+
+
+DEMANDED = (
+    Refused("bf16.bf16_master_weights_and_grads", "without bf16_optimizer_states or DeepSpeed's CPU Adam",
+            f'set "bf16_optimizer_states": true, or {_OFFLOAD}.device "cpu" with base "AdamW"',
+            json=lambda run: (run.stage > 0 and run.config.bfloat16_config.bf16_master_weights_and_grads
+                              and (run.offloaded or not run.config.bfloat16_config.bf16_optimizer_states)
+                              and not run.has_bf16_optimizer
+                              and getattr(run.base_class, "__name__", "") != "DeepSpeedCPUAdam"),
+            config={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}),
+    Refused("gradient_predivide_factor, prescale_gradients", "with zero_optimization.reduce_scatter at stages 2 and 3",
+            'set "reduce_scatter": false',
+            json=lambda run: (run.zero.reduce_scatter and run.stage >= 2
+                              and (run.stage == 3 or run.config.gradient_allreduce_op == "mean")
+                              and (run.config.gradient_predivide_factor != 1.0 or run.config.prescale_gradients)),
+            config={"gradient_predivide_factor": 2.0}),
+    Refused("zero_optimization.compute_grad_norm", "false with gradient_clipping, offload_optimizer or gradients of a "
+            "bf16 model in fp32", 'leave it out, or set "gradient_clipping": 0.0 (DeepSpeed\'s default is 1.0)',
+            json=lambda run: (run.stage > 0 and not run.zero.compute_grad_norm
+                              and (run.offloaded or run.has_bf16_optimizer or run.clips)),
+            config=_zero(1, compute_grad_norm=False)),
+    Refused("zero_optimization.legacy_stage1", "", "leave it out", json=lambda run: run.zero.legacy_stage1,
+            config=_zero(1, legacy_stage1=True)),
+    Refused("zero_optimization", 'with a device "nvme" and no nvme_path', "give the path",
+            json=lambda run: any(block is not None and block.device == "nvme" and block.nvme_path is None
+                                 for block in (run.zero.offload_optimizer, run.zero.offload_param)) and run.stage == 3,
+            config=_zero(3, offload_optimizer={"device": "nvme"})),
+    Refused("managed_gradient_accumulation", "false with zero_optimization.overlap_comm at stages 0 and 1",
+            "leave overlap_comm off, or use stage 2",
+            json=lambda run: (run.stage < 2 and run.zero.overlap_comm
+                              and not run.config.managed_gradient_accumulation),
+            config={**_zero(1, overlap_comm=True), "managed_gradient_accumulation": False}),
+    Refused("data_types.param_dtype", "that contradicts the blocks fp16 and bf16", "leave it out",
+            json=lambda run: run.config.param_dtype is not None and dtype_named(run.config.param_dtype) != run.dtype,
+            config={"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}}),
+    Refused("gradient_clipping", "that is not a number", "give one; 0 switches clipping off",
+            json=lambda run: not isinstance(run.config.gradient_clipping, int | float),
+            config={"gradient_clipping": "1.0"}),
+)
+"""What DeepSpeed 0.19.8 demands itself, half an engine later and in other words, or notices in the first step."""

@@ -1,13 +1,13 @@
-"""What LookSAM supports, as data: rendered into docs/support.md and by ``python -m ds_looksam report``, checked by the
-tests.
+"""What LookSAM supports, as data: rendered into the docs and by ``python -m ds_looksam report``, checked by the tests.
 
-A row is supported only with tests that compare it with the oracle, and refused only if a test sees the refusal.
+A row is supported only with tests that compare it with the oracle. What is refused is in support.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from .support import REFUSED
 
 ALL = (0, 1, 2, 3)
 ZERO = (1, 2, 3)
@@ -32,21 +32,6 @@ class Supported:
     precisions: tuple[str, ...]
     offload: bool
     tests: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A feature that raises LookSAMConfigError at initialize.
-
-    Attributes:
-        feature: the JSON key or call, and what it is.
-        instead: the way out.
-        config: JSON that shows it, merged into a working configuration; None where it takes a model or a call.
-    """
-
-    feature: str
-    instead: str
-    config: dict[str, Any] | None = None
 
 
 SUPPORTED = (
@@ -125,67 +110,6 @@ SUPPORTED = (
               ("test_layerwise_oracle.py::test_matches_oracle",
                "test_optimizers.py::test_offload_and_bf16_under_look_layer_sam")),
 )
-
-REFUSED = (
-    Refused("`offload_param` to `nvme`", "offload it to `cpu`",
-            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}),
-    Refused("`offload_optimizer.ratio` below 1", "leave it at 1.0",
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}),
-    Refused("`offload_optimizer.pipeline_read`, `pipeline_write` (NVMe)", "leave them off",
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp",
-                                                                     "pipeline_read": True}}}),
-    Refused("`checkpoint.writer` on stages 0-2", "leave it out, or stage 3",
-            {"zero_optimization": {"stage": 2}, "checkpoint": {"writer": {"type": "python", "data_parallel":
-                                                                          "replica"}}}),
-    Refused("`checkpoint.writer.type` \"fast\" (the default) and \"mock\"", "\"python\"",
-            {"zero_optimization": {"stage": 3}, "checkpoint": {"writer": {"decoupled": True}}}),
-    Refused("DataStates: `datastates_ckpt`", "leave it out, or `checkpoint.writer`", {"datastates_ckpt": {}}),
-    Refused("SuperOffload: `offload_optimizer.super_offload`", "leave it off: ordinary offload",
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}}),
-    Refused("ZenFlow: `zero_optimization.zenflow`", "leave it out: ordinary offload",
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"},
-                                   "zenflow": {"topk_ratio": 0.1, "update_interval": 4, "full_warm_up_rounds": 0,
-                                               "overlap_step": False}}}),
-    Refused("ZeRO++ quantization: `zero_quantized_weights`", "leave it off; hpZ is supported",
-            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}),
-    Refused("ZeRO++ quantization: `zero_quantized_gradients`", "leave it off",
-            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}),
-    Refused("DeepCompile: `compile.deepcompile`", "`engine.compile()` without it", {"compile": {"deepcompile": True}}),
-    Refused("AutoTP: `tensor_parallel.autotp_size`", "data parallelism (ZeRO)",
-            {"tensor_parallel": {"autotp_size": 2}}),
-    Refused("`torch_autocast.dtype` float16", "bfloat16, or `fp16`",
-            {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
-    Refused("`fp16_master_weights_and_grads`", "leave it off, or `bf16_master_weights_and_grads`",
-            {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}),
-    Refused("`data_types.grad_accum_dtype` that is neither fp32 nor the model's", "fp32, or leave it out",
-            {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp16"}}),
-    Refused("`optimizer.legacy_fusion`", "leave it out", {"optimizer": {"legacy_fusion": True}}),
-    Refused("`data_efficiency`: curriculum sampling, dynamic batching, random-LTD", "leave it out",
-            {"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabled": True,
-                                                                           "curriculum_metrics": {}}}}}),
-    Refused("base Muon at stages 1 and 2 without `offload_optimizer`", "stage 3, or offload to `cpu`",
-            {"optimizer": {"params": {"base_optimizer": "Muon"}}}),
-    Refused("base Muon at stage 3 with `reduce_scatter` (DeepSpeed's own demand)", "`reduce_scatter` false",
-            {"optimizer": {"params": {"base_optimizer": "Muon"}}, "zero_optimization": {"stage": 3}}),
-    Refused("base Muon with `offload_optimizer.device` nvme", "offload to `cpu`",
-            {"optimizer": {"params": {"base_optimizer": "Muon"}},
-             "zero_optimization": {"stage": 3, "reduce_scatter": False,
-                                   "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}),
-    Refused("base Muon at `stage` 0 in bf16 or fp16", "`stage` 3",
-            {"optimizer": {"params": {"base_optimizer": "Muon"}}, "zero_optimization": {"stage": 0},
-             "bf16": {"enabled": True}}),
-    Refused("base LBFGS (evaluates the loss itself) and SparseAdam", "AdamW, SGD or another element-wise one",
-            {"optimizer": {"params": {"base_optimizer": "LBFGS"}}}),
-    Refused("hybrid engine: `hybrid_engine.enabled`", "leave it off", {"hybrid_engine": {"enabled": True}}),
-    Refused("`PipelineModule`", "a plain module with ZeRO"),
-    Refused("MoE layers (`deepspeed.moe`)", "dense layers"),
-    Refused("parameters with `allreduce = False` (experts outside `deepspeed.moe`)", "dense layers"),
-    Refused("Ulysses through `sequence_parallel_size` in the JSON", "`deepspeed.initialize(mpu=)`"),
-    Refused("tensor parallelism (`mpu` with a model parallel size above 1)", "data parallelism (ZeRO)"),
-    Refused("sparse gradients (`nn.Embedding(sparse=True)`)", "`sparse=False`"),
-    Refused("`deepspeed.initialize(optimizer=...)`", "name it in `optimizer.params.base_optimizer`"),
-)
-
 
 def render() -> str:
     """The table as Markdown, and the list of what is refused."""

@@ -17,8 +17,9 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-from ..config.params import explain_unknown_key, parse_base_params
-from ..config.support import refuse_layerwise_optimizer, refuse_model
+from ..config.accept import accept, explain_unknown_key, refuse_model
+from ..config.base_optimizers import TESTED_WITH_ZERO
+from ..config.support import Run
 from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
 from ..shards import GradientShards, open_shards
 from . import deepspeed_fixes
@@ -58,14 +59,16 @@ class HostEngine(DeepSpeedEngine):
 
     def refuse_steps_of_optimizer(self, error: Exception) -> None:
         """``engine.optimizer.step()`` raises ``error`` from now on, where it is not called by ``engine.step()``."""
-        step = type(self.optimizer).step
+        step = self.optimizer.step
 
         def guarded(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             if not self._running_engine_step:
                 raise error
-            return step(optimizer, *args, **kwargs)
+            return step(*args, **kwargs)
 
-        self.optimizer.step = MethodType(guarded, self.optimizer)  # torch's LR schedulers want a method
+        # torch's LR schedulers want a method, and look for what they have put around it.
+        guarded.__dict__.update(getattr(step, "__dict__", {}))
+        self.optimizer.step = MethodType(guarded, self.optimizer)
 
     def watch_zero_grad_of_optimizer(self) -> None:
         """``engine.optimizer.zero_grad()`` is told of from now on, as ``engine.zero_grad()`` is."""
@@ -106,15 +109,23 @@ class HostEngine(DeepSpeedEngine):
         Raises:
             LookSAMConfigError: it is wrong, or not supported.
         """
-        config.optimizer_params = parse_base_params(config.optimizer_params)
-        refuse_layerwise_optimizer(config, client_optimizer)
+        self.accept(config, client_optimizer)
+
+    @staticmethod
+    def accept(config: Any, client_optimizer: Any) -> Run:
+        """Check a configuration, with the keys of its JSON that DeepSpeed does not read.
+
+        Raises:
+            LookSAMConfigError: it is wrong, or not supported.
+        """
+        return accept(config, config._param_dict, client_optimizer)
 
     def before_first_communication(self, device: torch.device) -> None:
         """Called when this rank has its device and DeepSpeed has sent nothing yet."""
 
     def explain(self, error: TypeError) -> Exception:
         """What the user is told where the base optimizer does not know one of its parameters."""
-        return explain_unknown_key(error, self.optimizer_params() or {}, self.optimizer_name(), looksam=False)
+        return explain_unknown_key(error, self.optimizer_name())
 
     def base_optimizer_is_built(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before any wrapper takes the base optimizer's parameters."""
@@ -285,16 +296,16 @@ class HostEngine(DeepSpeedEngine):
         return optimizer
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
-        """DeepSpeed asks for "zero_allow_untested_optimizer" with any class that is not in its list. Ours is made for
-        ZeRO; it is in the list while the engine that binds it to its shards is being built, and no longer."""
-        own = self._own_optimizer_class()
-        if own is None:
-            return super()._do_optimizer_sanity_check(basic_optimizer)
-        ZERO_SUPPORTED_OPTIMIZERS.append(own)
+        """DeepSpeed asks for "zero_allow_untested_optimizer" with any class that is not in its list. Ours are made for
+        ZeRO, others were tested with it under LookSAM; these are in the list while such an engine is being built, and
+        no longer."""
+        tested = [cls for cls in (self._own_optimizer_class(), *TESTED_WITH_ZERO) if cls is not None]
+        ZERO_SUPPORTED_OPTIMIZERS.extend(tested)
         try:
             return super()._do_optimizer_sanity_check(basic_optimizer)
         finally:
-            ZERO_SUPPORTED_OPTIMIZERS.remove(own)
+            for cls in tested:
+                ZERO_SUPPORTED_OPTIMIZERS.remove(cls)
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         def apply_update() -> bool:

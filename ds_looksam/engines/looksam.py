@@ -8,6 +8,7 @@ kept).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,19 +20,16 @@ from torch import Tensor
 
 from ..arithmetic.choose import choose_passes
 from ..checkpoint.checkpointer import Checkpointer
-from ..config.params import (
-    explain_unknown_key,
-    group_settings,
-    parse_group,
-    parse_params,
-    set_group_defaults,
-)
-from ..config.support import deepspeed_name, refuse_unsupported
+from ..config.accept import explain_unknown_key
+from ..config.params import group_settings, parse_group, set_group_defaults
+from ..config.rounding import computes_in, rounding_warning
 from ..errors import LookSAMReplayError
 from ..ranks.check import check_ranks
 from ..replay.replay import Closure, Replay
 from ..replay.window import LossFn
+from ..shards import full_shape
 from ..step import monitor
+from ..step.ascent import OWN
 from ..step.schedule import RhoFactors
 from ..step.state import V_DTYPES, LookSAMState
 from ..step.status import LookSAMStatus
@@ -87,18 +85,18 @@ class LookSAMEngine(HostEngine):
     # Construction ---------------------------------------------------------------------------------------------------
 
     def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
-        self._settings, base_params = parse_params(config.optimizer_params, config.optimizer_name)
-        refuse_unsupported(config, self._settings, client_optimizer)
+        run = self.accept(config, client_optimizer)
+        assert run.settings is not None
+        self._settings, self._computes_in = run.settings, computes_in(config)
         # From here on DeepSpeed sees the configuration of a run with the base optimizer alone.
-        config.optimizer_name = deepspeed_name(self._settings.base_optimizer)
-        config.optimizer_params = base_params
+        config.optimizer_name, config.optimizer_params = run.base, run.base_params
         tag_for_muon(config, model)
 
     def before_first_communication(self, device: torch.device) -> None:
         check_ranks(device)
 
     def explain(self, error: TypeError) -> Exception:
-        return explain_unknown_key(error, self.optimizer_params() or {}, self._settings.base_optimizer)
+        return explain_unknown_key(error, self._settings.base_optimizer)
 
     def base_optimizer_is_built(self, optimizer: torch.optim.Optimizer) -> None:
         for i, group in enumerate(optimizer.param_groups):
@@ -106,6 +104,16 @@ class LookSAMEngine(HostEngine):
             parse_group(group, i)
         self._rho_factors = RhoFactors(self._settings.rho_schedule, [group["lr"] for group in optimizer.param_groups])
         self._configured_groups = [group_settings(group) for group in optimizer.param_groups]
+        if self._settings.layer_scale == "norm" or not self._settings.layerwise:  # rho is a length
+            trained = sum(math.prod(full_shape(p)) for group in optimizer.param_groups for p in group["params"])
+            warning = rounding_warning(self._settings.rho, self._computes_in, trained)
+            if warning is not None:
+                log_dist(f"LookSAM: {warning}", ranks=[0], level=logging.WARNING)
+
+    @property
+    def perturbs_by_rank(self) -> bool:
+        """Whether each rank has a perturbation of its own: ``ascent`` "rank" or "micro_batch"."""
+        return self._settings.ascent in OWN
 
     def _param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
@@ -196,6 +204,8 @@ class LookSAMEngine(HostEngine):
             LookSAMReplayError: the second evaluation cannot be run. Weights, gradients, RNG and statistics are as
                 before the call, unless another rank alone failed: then a checkpoint must be loaded.
         """
+        self._refuse_per_micro_batch(closure is not None and self._update.is_per_micro_batch,
+                                     "engine.step(closure=...)", "set engine.loss_fn")
         with self._replay.stepping(closure):
             try:
                 with self.nothing_left_to_reduce() if self._evaluates_micro_batches_again else nullcontext():

@@ -16,13 +16,13 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from ..config.params import OPTIMIZER_TYPES
+from ..config.params import OPTIMIZER_TYPES, did_you_mean
 from ..errors import LookSAMConfigError
 from ..optimizers import LAYERWISE_OPTIMIZERS
 from .host import HostEngine
 from .looksam import LookSAMEngine
 
-ENGINES: dict[str | None, type[DeepSpeedEngine]] = {
+ENGINES: dict[str, type[DeepSpeedEngine]] = {
     **dict.fromkeys(OPTIMIZER_TYPES, LookSAMEngine),
     **dict.fromkeys(LAYERWISE_OPTIMIZERS, HostEngine)
 }
@@ -35,7 +35,9 @@ def _engine_for_configuration(cls: type[DeepSpeedEngine], *args: Any, **kwargs: 
     if not _registered:
         return object.__new__(cls)
     name = getattr(kwargs.get("config_class"), "optimizer_name", None)
-    ours = ENGINES.get(name)
+    ours = ENGINES.get(name or "")
+    if ours is None and isinstance(name, str) and name.lower() in map(str.lower, ENGINES):
+        raise LookSAMConfigError(f"optimizer.type: {name!r} is not known to DeepSpeed.{did_you_mean(name, ENGINES)}")
     if ours is not None and not issubclass(cls, ours):
         if cls is not DeepSpeedEngine:
             raise LookSAMConfigError(

@@ -100,12 +100,11 @@ class Watched:
         if changed is not None:
             raise LookSAMReplayError(
                 f"an input of the model (shape {tuple(changed.shape)}, {changed.dtype}) was changed in place after its "
-                "forward, so the second evaluation would see another micro-batch. Give each forward its own tensors, "
-                "or call engine.step(closure=...).")
+                "forward, so the second evaluation would see another micro-batch. Give each forward its own tensors.")
         if self.iterator is not None:
             raise LookSAMReplayError(
                 f"an input of the model is an iterator ({type(self.iterator).__name__}), which its forward has used "
-                "up. Give it a list, or call engine.step(closure=...).")
+                "up. Give it a list.")
 
 
 def _crc(value: Any) -> int:

@@ -177,10 +177,14 @@ class Replay:
         if self.is_perturbed:
             raise LookSAMReplayError(f"{what} {_WHEN}")
 
-    def check(self) -> None:
-        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet."""
+    def check(self, in_step: bool = True) -> None:
+        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet.
+
+        Args:
+            in_step: ``engine.step`` asks, which may have been given a closure.
+        """
         if self._closure is None:
-            self.window.check(self.loss_fn)
+            self.window.check(self.loss_fn, with_closure=in_step)
 
     @contextmanager
     def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> Iterator[None]:

@@ -32,10 +32,14 @@ from .tape import LossTape, in_functorch
 
 LossFn = Callable[..., Tensor]
 
-WAYS_OUT = ("The second evaluation can form the loss again if the model returns it, or if torch functions make it of "
+
+def ways_out(with_closure: bool = True) -> str:
+    """What a user can do about a loss that cannot be formed again."""
+    closure = (", or call engine.step(closure=...) with a function that runs forward and engine.backward() for every "
+               "micro-batch of the window again") if with_closure else ""
+    return ("The second evaluation can form the loss again if the model returns it, or if torch functions make it of "
             "the model's output between engine(...) and engine.backward(). Otherwise set engine.loss_fn = "
-            "f(outputs, *inputs, **kwargs) -> loss, or call engine.step(closure=...) with a function that runs "
-            "forward and engine.backward() for every micro-batch of the window again. (In a Hugging Face Trainer: "
+            f"f(outputs, *inputs, **kwargs) -> loss{closure}. (In a Hugging Face Trainer: "
             "trainer.model_wrapped.loss_fn, from a TrainerCallback's on_train_begin.)")
 
 
@@ -240,8 +244,9 @@ class Window:
 
     # The second evaluation ------------------------------------------------------------------------------------------
 
-    def check(self, loss_fn: LossFn | None) -> None:
-        """Raise LookSAMReplayError if the window cannot be evaluated again without a closure."""
+    def check(self, loss_fn: LossFn | None, with_closure: bool = True) -> None:
+        """Raise LookSAMReplayError if the window cannot be evaluated again. ``with_closure``: that may do it instead.
+        """
         reasons = [self._problem]
         if not self._backwards:
             reasons.append("no backward was seen in this window")
@@ -255,7 +260,7 @@ class Window:
                                "before one backward")
         reason = next((reason for reason in reasons if reason is not None), None)
         if reason is not None:
-            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reason}. {WAYS_OUT}")
+            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reason}. {ways_out(with_closure)}")
         for step in self._steps(loss_fn):
             step.check()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ..arithmetic.eager import Passes, Shard
 from ..arithmetic.layout import LayerMap, Segment
@@ -46,18 +47,25 @@ class OwnModel:
 
     # The gradient -----------------------------------------------------------------------------------------------------
 
-    def listen(self) -> None:
+    def listen(self, so_far: Shard | None = None) -> None:
         """From here to :meth:`take_gradient` the gradient of every backward is added up, before it is reduced.
 
-        A tensor's hook runs before its gradient is accumulated, and so before DeepSpeed's.
+        It is heard where it is about to be accumulated in p.grad: after every hook of the user's on the tensor, before
+        DeepSpeed's, and not at all when torch.autograd.grad takes it (a gradient penalty).
+
+        Args:
+            so_far: what is added to, instead of zeros.
         """
         if self._hooks:
             return
-        self._gradient = self._new_gradient()
+        self._gradient = so_far if so_far is not None else self._new_gradient()
         for flat, segments in zip(self._gradient, self.layout, strict=True):
             for s in segments:
-                part = flat[s.start:s.start + s.numel]
-                self._hooks.append(s.parameter.register_hook(lambda grad, part=part: _add(part, grad)))
+                if s.parameter.requires_grad:  # no layer that was frozen since initialize
+                    part = flat[s.start:s.start + s.numel]
+                    node = get_gradient_edge(s.parameter).node
+                    hook = node.register_prehook(lambda grads, part=part: _add(part, grads[0]))
+                    self._hooks.append((hook, node))  # torch keeps no node that only its tensor knows
 
     def take_gradient(self) -> Shard:
         """What was heard since :meth:`listen`, in the model's dtype and with the loss scale in it."""
@@ -67,7 +75,7 @@ class OwnModel:
         return gradient
 
     def stop_listening(self) -> None:
-        for hook in self._hooks:
+        for hook, _ in self._hooks:
             hook.remove()
         self._hooks, self._gradient = [], None
 
@@ -124,8 +132,9 @@ class OwnModel:
         self._clean = None
 
 
-def _add(total: Tensor, gradient: Tensor) -> None:
-    total.add_(gradient.detach().reshape(-1))
+def _add(total: Tensor, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        total.add_(gradient.detach().reshape(-1))
 
 
 def _start(item: tuple[torch.nn.Parameter, int]) -> int:

@@ -118,7 +118,7 @@ class Zero3Shards(GradientShards):
         coordinator.release_backward_leftovers()
         # A trace that was being recorded ends in the middle of the model; a complete one is replayed from its start
         # by the next forward.
-        if not coordinator.is_complete_trace():
+        if coordinator.is_record_trace():
             coordinator._invalidate_trace()
         self._start_window()
         self.end_window()

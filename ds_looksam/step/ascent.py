@@ -49,7 +49,10 @@ class Ascent(ABC):
         """The first forward of a group begins."""
 
     def stop_listening(self) -> None:  # noqa: B027 - nothing was listened to
-        """Forget what was heard: the group's window was given up."""
+        """Forget what was heard: the group was evaluated again, or given up."""
+
+    def put_back(self) -> None:  # noqa: B027 - nothing was taken
+        """The evaluation failed: another one may follow."""
 
     @abstractmethod
     def norms(self, g: Shard, v_squared: Tensor | None, groups: Sequence[GroupSettings],
@@ -123,6 +126,9 @@ class OwnAscent(Ascent):
         self._own.stop_listening()
         self._gradient = None
 
+    def put_back(self) -> None:
+        self._own.listen(self._gradient)
+
     def norms(self, g: Shard, v_squared: Tensor | None, groups: Sequence[GroupSettings],
               loss_scale: float) -> tuple[Tensor, Tensor, ScaleOf]:
         own, gradient = self._own, self._own.take_gradient()
@@ -136,9 +142,8 @@ class OwnAscent(Ascent):
         return g_squared, v_squared, scale_of
 
     def perturb(self, g: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
-        gradient, self._gradient = self._gradient, None
-        assert gradient is not None
-        return self._own.perturb(gradient, scale_of, rounding, keep_clean).to(self._shards.device)
+        assert self._gradient is not None
+        return self._own.perturb(self._gradient, scale_of, rounding, keep_clean).to(self._shards.device)
 
     def restore(self) -> None:
         self._own.restore()

@@ -37,7 +37,7 @@ class SecondEvaluation(Protocol):
     def edit_gradients(self) -> None:
         """Let the user change the gradient that the wrapper has just averaged."""
 
-    def check(self) -> None:
+    def check(self, in_step: bool = True) -> None:
         """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet."""
 
     def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> AbstractContextManager[None]:
@@ -249,14 +249,21 @@ class Update:
         g_squared, v_squared, scale_of = ascent.norms(g, self._state.v_squared, groups, loss_scale)
         # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
         if not torch.isfinite(g_squared).item():
+            ascent.stop_listening()
             nothing = torch.zeros(4, dtype=torch.float64, device=shards.device)
             return Gradients(g, None, g_squared, v_squared, moved=nothing[:3], loss_rise=nothing[3:])
-        with self._replay.perturbed(shards, put_back=lambda: self._give(g, g_squared)):
+
+        def put_back() -> None:
+            self._give(g, g_squared)
+            ascent.put_back()
+
+        with self._replay.perturbed(shards, put_back):
             moved = ascent.perturb(g, scale_of, self._rounding(), keep_clean)
             self._replay.evaluate()
             self._replay.edit_gradients()
             g_s = shards.take_gradient(survives_evaluation=keep_clean)
             loss_rise = self._replay.loss_rise(shards.device)
+        ascent.stop_listening()
         return Gradients(g, g_s, g_squared, v_squared, moved, loss_rise)
 
     def _give(self, gradient: Shard, squared: Tensor) -> None:
@@ -286,12 +293,12 @@ class Update:
             share: the weight of the micro-batch's loss in the window's.
 
         Raises:
-            LookSAMReplayError: it cannot be evaluated again. The window is given up: weights and RNG are as before the
-                backward, and its gradient is dropped.
+            LookSAMReplayError: it cannot be evaluated again. All is as before its backward, unless another rank alone
+                failed: what the window had so far is kept, and its forward and backward may be tried once more.
         """
         so_far = self._so_far
         try:
-            self._replay.check()
+            self._replay.check(in_step=False)
             self._replay.edit_gradients()
             if so_far is not None and so_far.g_s is None:  # an overflow: the update will be skipped
                 found = replace(so_far, g=self._shards.take_gradient(survives_evaluation=True))
@@ -301,7 +308,7 @@ class Update:
             if found.g_s is not None:
                 self._ascent.restore()
         except Exception:
-            self.give_up_window()
+            self._give_up_micro_batch()
             raise
         self._so_far = found if so_far is None else so_far.plus(found)
         self._replay.forget()
@@ -309,8 +316,14 @@ class Update:
     def give_up_window(self) -> None:
         """Forget what has been evaluated since the last update."""
         self._so_far, self._is_watched = None, False
+        if self.is_per_micro_batch:
+            self._give_up_micro_batch()
+        else:
+            self._ascent.stop_listening()
+            self._replay.forget()
+
+    def _give_up_micro_batch(self) -> None:
         self._ascent.stop_listening()
         if not self._replay.is_perturbed:  # or the ranks are apart, and only a checkpoint helps
-            if self.is_per_micro_batch:
-                self._shards.abort_evaluation()
+            self._shards.abort_evaluation()
             self._replay.forget()
