@@ -229,7 +229,7 @@ def test_the_page_of_keys_lists_each_with_its_default_and_its_words():
     assert words["rho_schedule"] == {*RhoSchedule.model_fields, *get_args(RhoSchedule.model_fields["type"].annotation)}
 
 
-ERRORS = ("LookSAMConfigError", "LookSAMReplayError", "LookSAMCheckpointError", "LookSAMVersionError", "UnknownLoss",
+ERRORS = ("LookSAMConfigError", "LookSAMReplayError", "LookSAMCheckpointError", "LookSAMVersionError",
           "ImportError", "FileExistsError", "_damaged")
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 

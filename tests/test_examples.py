@@ -104,7 +104,6 @@ def put(module: nn.Module, w: Tensor) -> None:
     torch.nn.utils.vector_to_parameters(w, module.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="a backward through a second engine is taken for the first one's")
 def test_gan() -> None:
     expected = oracles()
     for *weights, evaluations in run_on_ranks(RANKS, gan):

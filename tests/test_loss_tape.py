@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +16,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ds_looksam.errors import LookSAMReplayError
-from ds_looksam.replay.loss_path import UnknownLoss
-from ds_looksam.replay.recording import Recording
-from ds_looksam.replay.tape import LossTape
+from ds_looksam.replay.recording import RecordedCall
+from ds_looksam.replay.window import Backward, Window
 
 CLASSES = 5
 
@@ -43,34 +44,56 @@ Y = torch.tensor([0, 3, 2, -100, 4, 1])
 TEACHER = Model()  # its parameters require grad: users forget to freeze
 
 
-def recorded(model: nn.Module, form: Callable[[Any], Tensor]) -> Recording:
-    output = model(X)
-    tape = LossTape.start(model, output)
-    try:
-        loss = form(output)
-    finally:
-        tape.discard()
-    return tape.finish(loss)
+def recorded(model: nn.Module, form: Callable[[Any], Tensor]) -> Window:
+    """The window of one forward and ``engine.backward(form(its output))``."""
+    window = Window()
+    loss = form(window.add_forward(model, model, (X, ), {}, lambda *_: None))
+    window.add_backward(loss, Backward(is_boundary=True))
+    with window.not_recording():  # as in engine.step()
+        window.check(None)
+    return window
 
 
-def check_formed_again(model: nn.Module, form: Callable[[Any], Tensor]) -> Recording:
+def formed_again(window: Window, model: nn.Module) -> Tensor:
+    losses: list[Tensor] = []
+    with window.not_recording():
+        window.evaluate_again(model, lambda loss, how, retain_graph: losses.append(loss), None)
+    assert len(losses) == 1
+    return losses[0]
+
+
+def calls_of(window: Window) -> list[RecordedCall]:
+    return [step for step in window._steps(None) if isinstance(step, RecordedCall)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_on_torchs_stack() -> Iterator[None]:
+    yield
+    gc.collect()
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+
+
+def check_formed_again(model: nn.Module, form: Callable[[Any], Tensor]) -> Window:
     """Value and gradients of the replayed loss at other weights are those of the user's own code there."""
     torch.manual_seed(5)
-    recording = recorded(model, form)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.3)
-    torch.manual_seed(5)
-    expected = form(model(X))
-    gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
-    torch.manual_seed(6)  # the recording must bring its own random numbers
-    state = torch.get_rng_state()
-    got = recording.loss(model(X))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(got, expected)
-    for a, b in zip(torch.autograd.grad(got, list(model.parameters()), allow_unused=True), gradients, strict=True):
+    window = recorded(model, form)
+    with window.not_recording():
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.3)
+        torch.manual_seed(5)
+        expected = form(model(X))
+        gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+        torch.manual_seed(6)  # the recording must bring its own random numbers
+        got = formed_again(window, model)
+        assert torch.equal(got, expected)
+        got_gradients = torch.autograd.grad(got, list(model.parameters()), allow_unused=True)
+    for a, b in zip(got_gradients, gradients, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
-    return recording
+    window.forget()
+    assert torch._C._len_torch_function_stack() == 0
+    return window
 
 
 def label_smoothing(out):
@@ -155,19 +178,19 @@ def test_the_models_own_parameters_count(model):
 
 
 def test_only_what_the_loss_needs_is_called_again(model):
-    recording = recorded(model, metrics_in_between)
-    assert len(recording.calls) == 2  # cross_entropy, the division: not the metrics
+    window = recorded(model, metrics_in_between)
+    assert len(calls_of(window)) == 2  # cross_entropy, the division: not the metrics
 
 
 def test_a_teacher_is_not_evaluated_again(model):
-    recording = recorded(model, distillation)
-    assert not any("linear" in call.name for call in recording.calls)
+    window = recorded(model, distillation)
+    assert not any("linear" in call.name for call in calls_of(window))
 
 
 def test_parameters_outside_the_model_get_no_second_gradient(model):
     centers = nn.Parameter(torch.zeros(9))
-    recording = recorded(model, lambda out: (out["hidden"] - centers * 2).square().sum())
-    recording.loss(model(X)).backward()
+    window = recorded(model, lambda out: (out["hidden"] - centers * 2 + centers).square().sum())
+    formed_again(window, model).backward()
     assert centers.grad is None
     assert model.body.weight.grad is not None
 
@@ -241,12 +264,17 @@ def updates_statistics(out):
     return F.batch_norm(out["hidden"], RUNNING_MEAN, RUNNING_VAR, training=True).pow(3).mean()
 
 
+def functional_penalty(out, model=None):
+    def of_one(x):
+        return model(x)["logits"].sum()
+
+    return F.cross_entropy(out["logits"], Y) + torch.func.vmap(torch.func.grad(of_one))(X).square().mean()
+
+
 def hooked(out):
     out["logits"].register_hook(lambda gradient: gradient * 2)
     return F.cross_entropy(out["logits"], Y)
 
-
-FOREIGN_GRAPH = nn.Parameter(torch.ones(())) * 2
 
 REFUSED = {
     "custom function": (lambda out: Doubled.apply(out["logits"]).square().mean(), "autograd"),
@@ -255,16 +283,16 @@ REFUSED = {
     "data": (hidden_in_data, "read out to Python"),
     "batch norm": (updates_statistics, "batch_norm may update running statistics"),
     "hook": (hooked, "hook"),
-    "graph from elsewhere": (lambda out: FOREIGN_GRAPH * out["logits"].mean(), "neither from the model's output"),
-    "unrelated": (lambda out: nn.Parameter(torch.ones(())) * 2, "does not depend on"),
+    "unrelated": (lambda out: nn.Parameter(torch.ones(())) * 2, "does not come from"),
     "unseen": (lambda out: torch.ones((), requires_grad=True), "does not come from"),
+    "torch.func": (functional_penalty, "torch.func"),
 }
 
 
 @pytest.mark.parametrize(("form", "reason"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused(model, form, reason):
-    with pytest.raises(UnknownLoss, match=reason):
-        recorded(model, form)
+    with pytest.raises(LookSAMReplayError, match=reason):
+        recorded(model, form if form is not functional_penalty else lambda out: functional_penalty(out, model))
 
 
 def test_shapes_that_depend_on_the_output_are_refused(model):
@@ -272,45 +300,61 @@ def test_shapes_that_depend_on_the_output_are_refused(model):
         logits = out["logits"]
         return logits[logits > 0.1].sum()
 
-    recording = recorded(model, form)
+    window = recorded(model, form)
     with torch.no_grad():
         model.head.bias.add_(0.3)
     with pytest.raises(LookSAMReplayError, match="depend on the model's output"):
-        recording.loss(model(X))
+        formed_again(window, model)
 
 
 def test_labels_changed_since_are_refused(model):
     labels = Y.clone()
-    recording = recorded(model, lambda out: F.cross_entropy(out["logits"], labels))
+    window = recorded(model, lambda out: F.cross_entropy(out["logits"], labels))
     labels.zero_()
     with pytest.raises(LookSAMReplayError, match="changed in place"):
-        recording.check()
+        window.check(None)
 
 
 # The tape leaves nothing behind ---------------------------------------------------------------------------------------
 
 
 def test_modes_entered_and_left_around_the_tape(model):
+    window = Window()
     with torch.device("cpu"), torch.overrides.BaseTorchFunctionMode():
-        output = model(X)
-        tape = LossTape.start(model, output)
+        output = window.add_forward(model, model, (X, ), {}, lambda *_: None)
     loss = output["logits"].square().mean()
-    with tape.paused():
+    with window.not_recording():
         output["logits"].sum().item()
     with torch.overrides.BaseTorchFunctionMode():
-        recording = tape.finish(loss)
-    assert len(recording.calls) == 2
+        window.add_backward(loss, Backward(is_boundary=True))
+        window.check(None)
+    assert len(calls_of(window)) == 2
+    window.forget()
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_a_dropped_output_is_freed(model):
-    import weakref
-
-    output = model(X)
-    alive = weakref.ref(output["logits"])
-    tape = LossTape.start(model, output)
+def test_a_dropped_forward_is_freed(model):
+    """Its output, what was made of it, and its input."""
+    window = Window()
+    batch = X.clone()
+    output = window.add_forward(model, model, (batch, ), {}, lambda *_: None)
     metric = output["logits"].exp()
-    saved_for_backward = weakref.ref(metric)
-    del output, metric
-    assert alive() is None and saved_for_backward() is None
-    tape.discard()
+    metric.sum().item()
+    alive = [weakref.ref(t) for t in (batch, output["logits"], metric)]
+    del batch, output, metric
+    window.add_forward(model, model, (X, ), {}, lambda *_: None)  # the newest is kept
+    assert not any(ref() is not None for ref in alive)
+    window.forget()
+
+
+def test_a_loss_that_is_kept_keeps_nothing_of_its_window(model):
+    window = Window()
+    batch, labels = X.clone(), Y.clone()
+    loss = F.cross_entropy(window.add_forward(model, model, (batch, ), {}, lambda *_: None)["logits"], labels)
+    window.add_backward(loss, Backward(is_boundary=True))
+    loss.backward()
+    alive = weakref.ref(batch), weakref.ref(labels)
+    window.forget()
+    del batch, labels
+    gc.collect()
+    assert loss.grad_fn is not None and not any(ref() is not None for ref in alive)

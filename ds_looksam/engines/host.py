@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
@@ -68,6 +69,39 @@ class HostEngine(DeepSpeedEngine):
         # torch's LR schedulers want a method, and look for what they have put around it.
         guarded.__dict__.update(getattr(step, "__dict__", {}))
         self.optimizer.step = MethodType(guarded, self.optimizer)
+
+    def watch_zero_grad_of_optimizer(self) -> None:
+        """``engine.optimizer.zero_grad()`` is told of from now on, as ``engine.zero_grad()`` is."""
+        zero_grad = type(self.optimizer).zero_grad
+
+        def watched(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            zero_grad(optimizer, *args, **kwargs)
+            if not self._running_engine_step:
+                self.gradients_zeroed(by_optimizer=True)
+
+        self.optimizer.zero_grad = MethodType(watched, self.optimizer)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        if not self._running_engine_step:
+            self.gradients_zeroed(by_optimizer=False)
+
+    def gradients_zeroed(self, by_optimizer: bool) -> None:
+        """Called when the user has called ``engine.zero_grad()`` or ``engine.optimizer.zero_grad()``."""
+
+    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
+        """Whether zero_grad() has thrown away all that backwards had left since the last update. They mend ``p.grad``,
+        and DeepSpeed 0.19.8 has the gradient elsewhere: in stage 2 until the boundary's backward, which writes over
+        the last one (``is_complete``: that has run), in stage 3 until a counter is 0 that the optimizer's resets."""
+        if self.zero_offload_optimizer() is not None and self.zero_optimization_stage() < 3:
+            return False
+        in_wrapper = self.zero_optimization_stage() == 3 or isinstance(self.optimizer, BF16_Optimizer)
+        return by_optimizer if in_wrapper else is_complete or self.zero_optimization_stage() < 2
+
+    def gradients_are_gone(self) -> bool:
+        """Whether no parameter has a gradient, where that is the only place for one (``module.zero_grad()``)."""
+        return self.zero_optimization_stage() < 2 and self.zero_offload_optimizer() is None and not isinstance(
+            self.optimizer, BF16_Optimizer) and all(p.grad is None for p in self.module.parameters() if p.requires_grad)
 
     def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
         """Check DeepSpeed's parsed configuration, and make it that of the base optimizer. Called before anything else.
@@ -162,10 +196,10 @@ class HostEngine(DeepSpeedEngine):
     def direct_backward_begins(self) -> None:
         """Called when a backward reaches the output of a forward without ``engine.backward``."""
 
-    def backward_directly(self, loss: torch.Tensor) -> torch.Tensor:
+    def backward_directly(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
         """``loss.backward()``, as a user who has scaled the loss where fp16 asks for it."""
         self._manual_backward_expected = True
-        loss.backward()
+        loss.backward(retain_graph=retain_graph)
         return loss
 
     def finish_unmanaged_window(self) -> None:

@@ -68,6 +68,7 @@ class LookSAMEngine(HostEngine):
                               loss_scale=self.gradient_loss_scale)
         self.refuse_steps_of_optimizer(LookSAMReplayError(
             "optimizer.step() was called, which takes the base optimizer's step without LookSAM: call engine.step()"))
+        self.watch_zero_grad_of_optimizer()
         self._requires_grad = [p.requires_grad for p in self.module.parameters()]
         on_nvme = self.zero_nvme_offload_optimizer()
         local = self.use_node_local_storage()
@@ -166,10 +167,19 @@ class LookSAMEngine(HostEngine):
         return loss
 
     def direct_backward_begins(self) -> None:
+        if not self._replay.direct_backward_begins():
+            return
         self._refuse_per_micro_batch(self._evaluates_micro_batches_again and not self._replay.is_perturbed,
                                      "loss.backward()", "call engine.backward(loss)")
         self._update.gradient_is_there(is_seen=False)  # when it ends is not known
-        self._replay.direct_backward_begins()
+
+    def gradients_zeroed(self, by_optimizer: bool) -> None:
+        replay = self._replay
+        if self.zero_grad_drops(by_optimizer, replay.gradient_is_complete):
+            replay.window.forget_backwards()
+            self._update.gradient_is_there(is_seen=False)
+        elif replay.gradient_is_complete and not by_optimizer:  # a window was given up: also where DeepSpeed keeps it
+            self.optimizer.zero_grad()
 
     @property
     def _evaluates_micro_batches_again(self) -> bool:

@@ -1,9 +1,15 @@
-"""A recorded loss: the calls that made it out of a model's output, and how they are called again (see loss_tape.py)."""
+"""What ran in an accumulation window, as steps that can be run once more: forwards, and torch functions called on what
+they returned.
+
+Each step knows the steps before it that made or changed what it takes, and nothing knows the steps after it. So what
+no tensor of the user depends on any more (a validation batch, the loss that was skipped as NaN) is freed with that
+tensor, and a backward keeps what its loss was made of.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,36 +24,84 @@ from .snapshot import AutocastState, TorchRandomState
 GraphId = tuple[str, int] | None
 """What tells an autograd node from every other one without keeping it alive: its name and sequence number."""
 
-OUTPUT = "output"  # stands for the nodes of the model's output in a described graph
+OUTPUT = "output"  # stands for the nodes of a forward's output in a described graph
+_LEAF = "torch::autograd::AccumulateGrad"
 
 _SCALINGS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "div", "div_", "divide", "true_divide",
              "__truediv__", "__itruediv__", "neg", "neg_", "negative", "__neg__"}
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Stands for a tensor that depends on the model, in the arguments of a recorded call."""
+@dataclass(eq=False, kw_only=True)
+class Step:
+    """Something that made tensors. ``number``: its place in the window; ``needs``: what must have run before."""
 
-    number: int
+    number: int = 0
+    needs: list[Step] = field(default_factory=list)
+    apart: list[Apart] = field(default_factory=list)  # what stands for inputs that are not the model's
+    problem: str | None = None  # why it cannot be run again
+
+    def check(self) -> None:
+        """Raise LookSAMReplayError if what it was run with has been changed since."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Stands for a tensor that a step made, in the arguments of a later one."""
+
+    by: Step
+    index: int
 
 
 @dataclass(eq=False)
-class RecordedCall:
-    """One torch function call. ``args`` and ``kwargs`` hold :class:`Slot` in place of dependent tensors."""
+class Apart:
+    """Stands for a tensor that requires grad and does not come from the model: another model's output or parameter.
+
+    Its gradient was counted in the first evaluation; in the second one a detached tensor is in its place. ``norm`` is
+    kept of parameters, which ZeRO changes without telling their version counters.
+    """
+
+    tensor: Tensor
+    made_by: GraphId
+    norm: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Apart:
+        apart = tensor.detach()
+        return cls(apart, graph_id(tensor), _norm(apart) if isinstance(tensor, nn.Parameter) else None)
+
+
+class Values:
+    """The tensors of a second evaluation, by what made them in the first one."""
+
+    def __init__(self) -> None:
+        self.made: dict[Step, list[Tensor]] = {}
+        self.outputs: dict[Step, Any] = {}
+        self.nodes: set[GraphId] = set()  # of the forwards' outputs
+        self._apart: dict[Any, Tensor] = {}
+
+    def of(self, leaf: Any) -> Any:
+        if isinstance(leaf, Made):
+            return self.made[leaf.by][leaf.index]
+        if isinstance(leaf, Apart):
+            if leaf not in self._apart:
+                self._apart[leaf] = leaf.tensor.detach().requires_grad_()
+            return self._apart[leaf]
+        return leaf
+
+
+@dataclass(eq=False)
+class RecordedCall(Step):
+    """One torch function call. ``args`` and ``kwargs`` hold :class:`Made` and :class:`Apart` in place of tensors."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    constants: list[tuple[Tensor, int | None]]
     autocast: AutocastState
     grad_enabled: bool
-    random: TorchRandomState | None  # set if the call drew random numbers
-    reads: list[int] = field(default_factory=list)
-    results: list[int] = field(default_factory=list)
+    constants: list[tuple[Tensor, int | None]] = field(default_factory=list)
+    random: TorchRandomState | None = None  # set if the call drew random numbers
     shapes: list[torch.Size] = field(default_factory=list)
-    storages_read: set[int] = field(default_factory=set)
-    storages_written: set[int] = field(default_factory=set)
-    problem: str | None = None  # why it cannot be called again
+    through_engine: bool = False  # it registered the hooks of another engine's forward
 
     @property
     def name(self) -> str:
@@ -56,78 +110,54 @@ class RecordedCall:
     @property
     def is_scaling(self) -> bool:
         """Multiplies or divides one dependent one-element tensor by a constant."""
-        return (getattr(self.function, "__name__", "") in _SCALINGS and len(self.reads) == 1
+        dependent = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Made)]
+        return (getattr(self.function, "__name__", "") in _SCALINGS and len(dependent) == 1
                 and all(shape.numel() == 1 for shape in self.shapes))
 
-
-@dataclass(frozen=True)
-class Recording:
-    """The calls that made a loss out of a model's output."""
-
-    calls: list[RecordedCall]
-    root_slots: list[int]
-    loss_slot: int
-    graph: list[Any]
-
     def check(self) -> None:
-        """Raise LookSAMReplayError if a tensor that the loss was formed with has been changed in place since."""
-        for call in self.calls:
-            for tensor, version in call.constants:
-                if version_of(tensor) != version:
-                    raise LookSAMReplayError(
-                        f"an argument of {call.name} (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in "
-                        "place after the loss was formed with it, so the second evaluation would form another loss. "
-                        "Give each micro-batch its own tensors, or call engine.step(closure=...).")
+        for apart in self.apart:
+            if apart.norm is not None and not torch.equal(apart.norm, _norm(apart.tensor)):
+                raise LookSAMReplayError(
+                    f"a parameter that the loss was formed with (shape {tuple(apart.tensor.shape)}, in {self.name}) "
+                    "was changed after it, by another optimizer's step, say: the second evaluation would form another "
+                    "loss. Step this engine first, or call engine.step(closure=...), which takes it as it is now.")
+        for tensor, version in self.constants:
+            if version_of(tensor) != version:
+                raise LookSAMReplayError(
+                    f"an argument of {self.name} (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in place "
+                    "after the loss was formed with it, so the second evaluation would form another loss. Give each "
+                    "micro-batch its own tensors, or call engine.step(closure=...).")
 
-    def loss(self, output: Any) -> Tensor:
-        """The loss that the recorded calls make of ``output``.
-
-        Raises:
-            LookSAMReplayError: it is not the same function of the output; or as :meth:`check`.
-        """
-        self.check()
-        roots = output_tensors(output)
-        if len(roots) != len(self.root_slots):
-            raise LookSAMReplayError(f"the model returned {len(self.root_slots)} tensors in the first evaluation and "
-                                     f"{len(roots)} in the second")
-        root_nodes = {graph_id(t) for t in roots} - {None}
-        values = dict(zip(self.root_slots, roots, strict=True))
-        random, autocast, grad_enabled = TorchRandomState.capture(), AutocastState.capture(), torch.is_grad_enabled()
+    def run(self, values: Values) -> None:
+        args, kwargs = tree_map(values.of, (self.args, self.kwargs))
+        autocast = AutocastState.capture()
+        self.autocast.apply()
+        if self.random is not None:
+            self.random.restore()
         try:
-            for call in self.calls:
-                self._call_again(call, values)
+            with torch.set_grad_enabled(self.grad_enabled):
+                result = self.function(*args, **kwargs)
         finally:
-            random.restore()
             autocast.apply()
-            torch.set_grad_enabled(grad_enabled)
-        loss = values[self.loss_slot]
-        if graph_of(loss, root_nodes) != self.graph:
-            raise LookSAMReplayError("the second evaluation formed the loss by other operations than the first one: "
-                                     "set engine.loss_fn, or call engine.step(closure=...)")
-        return loss
-
-    def _call_again(self, call: RecordedCall, values: dict[int, Tensor]) -> None:
-        outside = {id(t) for t, _ in call.constants if t.requires_grad}
-
-        def value(leaf: Any) -> Any:
-            if isinstance(leaf, Slot):
-                return values[leaf.number]
-            # Not the model's: another optimizer's parameter, say. Its gradient was counted in the first evaluation.
-            return leaf.detach().requires_grad_() if id(leaf) in outside else leaf
-
-        args, kwargs = tree_map(value, (call.args, call.kwargs))
-        call.autocast.apply()
-        torch.set_grad_enabled(call.grad_enabled)
-        if call.random is not None:
-            call.random.restore()
-        result = call.function(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if [t.shape for t in made] != call.shapes:
+        if [t.shape for t in made] != self.shapes:
             raise LookSAMReplayError(
-                f"{call.name} returned shapes {[tuple(s) for s in call.shapes]} in the first evaluation and "
+                f"{self.name} returned shapes {[tuple(s) for s in self.shapes]} in the first evaluation and "
                 f"{[tuple(t.shape) for t in made]} in the second: they depend on the model's output. Set "
                 "engine.loss_fn, or call engine.step(closure=...).")
-        values.update(zip(call.results, made, strict=True))
+        values.made[self] = made
+
+
+def before(*steps: Step) -> list[Step]:
+    """``steps`` and all that they need, in the order in which they ran."""
+    found: set[Step] = set()
+    stack = list(steps)
+    while stack:
+        step = stack.pop()
+        if step not in found:
+            found.add(step)
+            stack += step.needs
+    return sorted(found, key=lambda step: step.number)
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -151,8 +181,7 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """The same for tensors that share memory. The address may be reused after it was freed: then calls are kept that
-    are not needed."""
+    """The same for live tensors that share memory."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse tensors have none
@@ -160,12 +189,17 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def graph_id(tensor: Tensor) -> GraphId:
-    node = tensor.grad_fn
+    return node_id(tensor.grad_fn)
+
+
+def node_id(node: Any) -> GraphId:
     return None if node is None else (node.name(), node._sequence_nr())
 
 
-def graph_of(loss: Tensor, until: set[GraphId]) -> list[Any]:
-    """The autograd graph of ``loss`` down to the nodes ``until``, as something that can be compared."""
+def graph_of(loss: Tensor, outputs: Iterable[GraphId], apart: Iterable[GraphId]) -> list[Any]:
+    """The autograd graph of ``loss`` down to the nodes ``outputs``, as something that can be compared. ``apart``: where
+    a leaf is in the second evaluation."""
+    outputs, apart = set(outputs), set(apart)
     numbers: dict[Any, int] = {}
     described: list[Any] = []
     stack = [loss.grad_fn]
@@ -174,9 +208,13 @@ def graph_of(loss: Tensor, until: set[GraphId]) -> list[Any]:
         if node is None or node in numbers:
             continue
         numbers[node] = len(numbers)
-        is_root = (node.name(), node._sequence_nr()) in until
-        described.append(OUTPUT if is_root else node.name())
-        if not is_root:
+        this = node_id(node)
+        described.append(_LEAF if this in apart else OUTPUT if this in outputs else node.name())
+        if described[-1] not in (_LEAF, OUTPUT):
             described.append([(numbers.get(upstream), number) for upstream, number in node.next_functions])
             stack.extend(upstream for upstream, _ in node.next_functions)
     return described
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)

@@ -23,10 +23,11 @@ from ..errors import LookSAMReplayError
 from ..ranks.agree import raised_everywhere
 from ..shards import GradientShards
 from .guard import refuse_state_dicts
-from .loss_path import UnknownLoss
+from .module_state import Isolation
 from .side_effects import without_side_effects
 from .snapshot import ModelSnapshot
-from .window import Backward, Forward, LossFn, MicroBatch, Window, loss_again
+from .tape import in_functorch
+from .window import Backward, LossFn, Window
 
 Closure = Callable[[], Any]
 
@@ -40,13 +41,14 @@ class Engine(Protocol):
     def gradient_accumulation_steps(self) -> int: ...
     def gradient_loss_scale(self) -> float: ...
     def is_gradient_accumulation_boundary(self) -> bool: ...
+    def gradients_are_gone(self) -> bool: ...
     def inside_no_sync(self) -> bool: ...
     def inside_coalesce(self) -> bool: ...
     def no_sync(self) -> AbstractContextManager[None]: ...
     def coalesce_grad_reduction(self) -> AbstractContextManager[None]: ...
     def running_again(self) -> AbstractContextManager[None]: ...
     def set_boundary_of_next_backward(self, is_boundary: bool) -> None: ...
-    def backward_directly(self, loss: Tensor) -> Tensor: ...
+    def backward_directly(self, loss: Tensor, retain_graph: bool = False) -> Tensor: ...
     def finish_unmanaged_window(self) -> None: ...
 
 
@@ -68,6 +70,7 @@ class Replay:
     Attributes:
         loss_fn, gradient_edit: the user's, see :class:`ds_looksam.LookSAMEngine`.
         window: what was recorded since the last update.
+        gradient_is_complete: the boundary's backward has run since.
     """
 
     def __init__(self, engine: Engine, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
@@ -75,6 +78,8 @@ class Replay:
         self.loss_fn: LossFn | None = None
         self.gradient_edit: Callable[[], None] | None = None
         self.window = Window()
+        self.gradient_is_complete = False
+        self._isolation = Isolation()
         self._engine, self._module = engine, module
         self._forward, self._backward, self._is_recorded = forward, backward, is_recorded
         self._where = Where.IDLE
@@ -82,7 +87,6 @@ class Replay:
         self._closure: Closure | None = None
         self._forwards = self._backwards = 0  # of the second evaluation, so far
         self._replayed = Window()  # of the second evaluation; only its loss
-        self._noted_direct_backward = False
 
     # The user's loop ------------------------------------------------------------------------------------------------
 
@@ -91,13 +95,11 @@ class Replay:
         if self._where is not Where.IDLE:
             self._refuse_unless_in_closure("forward")
             return self._forward_again(*inputs, **kwargs)
+        if self._is_recorded() and torch.is_grad_enabled():
+            return self.window.add_forward(self._module, self._forward, inputs, kwargs, self._note_backward,
+                                           self._isolation.before)
         with self.window.not_recording():
-            if not (self._is_recorded() and torch.is_grad_enabled()):
-                return self._forward(*inputs, **kwargs)
-            record = Forward.capture(self._module, inputs, kwargs)
-            output = self._forward(*inputs, **kwargs)
-        self.window.add_forward(record, self._module, output, self._note_direct_backward)
-        return output
+            return self._forward(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """The engine's backward: how ``loss`` was formed is remembered where the window may be evaluated again."""
@@ -105,46 +107,54 @@ class Replay:
             self._refuse_unless_in_closure("backward")
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         if self._is_recorded():
-            self.window.add_backward(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas))
-            self.window.add_loss(loss, self._share(scale_wrt_gas))
-        return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            self._record(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas), self._share(scale_wrt_gas))
+        self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
+        with self.window.not_recording():
+            return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
     def _backward_now(self, scale_wrt_gas: bool = True, direct: bool = False) -> Backward:
         engine = self._engine
         return Backward(engine.is_gradient_accumulation_boundary(), scale_wrt_gas, direct,
                         no_sync=engine.inside_no_sync(), coalesced=engine.inside_coalesce())
 
-    def _note_direct_backward(self, loss: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None,
-                              create_graph: bool = False, inputs: Any = None) -> None:
-        """The user called ``loss.backward()``, on what came out of a forward of a SAM step's window."""
-        self.window.add_backward(loss, self._backward_now(direct=True))
-        self.window.add_loss(loss, self._share(direct=True))
-        self._noted_direct_backward = True
-        if gradient is not None or create_graph or inputs is not None:
-            self.window.unmatched = UnknownLoss("Tensor.backward() was called with gradient, create_graph or inputs")
+    def _note_backward(self, loss: Tensor, by_engine: bool, problem: str | None) -> None:
+        """A backward that this engine did not begin is about to run over its output: ``loss.backward()``, or another
+        engine's ``backward``, which has divided the loss by its own accumulation steps."""
+        if by_engine and self._engine.gradient_loss_scale() != 1:
+            problem = "the loss went through the backward of another engine, which has a loss scale of its own"
+        self._record(loss, self._backward_now(scale_wrt_gas=not by_engine, direct=not by_engine),
+                     self._share(scale_wrt_gas=not by_engine, direct=True), problem)
+        self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
 
-    def direct_backward_begins(self) -> None:
-        """A backward has reached the output of a forward without ``engine.backward``."""
-        if not self._noted_direct_backward and self._is_recorded() and self._where is Where.IDLE:
-            self.window.unmatched = UnknownLoss("a backward was run by neither engine.backward(loss) nor "
-                                                "loss.backward() (torch.autograd.backward, say)")
-        self._noted_direct_backward = False
+    def _record(self, loss: Tensor, how: Backward, share: float, problem: str | None = None) -> None:
+        if self.window.backwards and self._engine.gradients_are_gone():
+            self.window.forget_backwards()
+        self.window.add_backward(loss, how, problem)
+        self.window.add_loss(loss, share)
+
+    def direct_backward_begins(self) -> bool:
+        """A gradient has reached the output of a forward without ``engine.backward``. False if none will reach
+        parameters: ``torch.autograd.grad`` or ``torch.func`` runs."""
+        if self._where is Where.IDLE and self._is_recorded():
+            return self.window.unknown_backward_begins()
+        return not in_functorch()
 
     @contextmanager
     def stepping(self, closure: Closure | None) -> Iterator[None]:
         """The user called ``engine.step(closure=...)``."""
         self.refuse("engine.step()")
-        self.window.stop_recording()
         self._closure = closure
         try:
-            yield
+            with self.window.not_recording():
+                yield
         finally:
             self._closure = None
 
     def forget(self) -> None:
         """The window's update is over, its weights are published: nothing of it is kept."""
         self._unmark()
-        self.window = Window()
+        self.window.forget()
+        self.gradient_is_complete = False
 
     def _unmark(self) -> None:
         for guard in self._guards:
@@ -178,7 +188,8 @@ class Replay:
 
     @contextmanager
     def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> Iterator[None]:
-        """While the weights are perturbed for a second evaluation. On leaving it RNG, buffers and flags are as before.
+        """While the weights are perturbed for a second evaluation. On leaving it the module and all generators are
+        as before.
 
         The weights are clean again only when the update publishes them; until :meth:`forget` they stay marked.
 
@@ -195,7 +206,8 @@ class Replay:
             self._where = Where.PERTURBED
             self._guards = self._guards or refuse_state_dicts(self._module, lambda m: self.refuse(
                 f"{type(m).__name__}.state_dict()"))
-            yield
+            with self._isolation.second_evaluation(self._module, self.window.before):
+                yield
         except Exception as error:
             # Any other BaseException ends the process: restoring is collective, and the other ranks may not be told.
             self._leave(error, shards, put_back)
@@ -229,10 +241,11 @@ class Replay:
         self._where = Where.EVALUATING
         try:
             with self._engine.running_again(), torch.enable_grad(), without_side_effects(self._module):
+                self._announce_next_backward()
                 if self._closure is not None:
                     self._call_closure(self._closure)
                 else:
-                    self._run_again(self.window.micro_batches)
+                    self._run_again()
                 self._engine.finish_unmanaged_window()
         finally:
             self._where = Where.PERTURBED
@@ -248,45 +261,51 @@ class Replay:
         rise = torch.tensor(torch.nan) if before is None or after is None else after - before
         return rise.to(device, torch.float64).reshape(1)
 
-    def _run_again(self, micro_batches: list[MicroBatch]) -> None:
+    def _run_again(self) -> None:
         engine = self._engine
-        coalesced = any(micro_batch.backward.coalesced for micro_batch in micro_batches)
+
+        def backward(loss: Tensor, how: Backward, retain_graph: bool) -> None:
+            with engine.no_sync() if how.no_sync else nullcontext():
+                self._backward_again(loss, retain_graph, how.scale_wrt_gas, how.direct)
+
+        coalesced = any(how.coalesced for how in self.window.backwards)
         with engine.coalesce_grad_reduction() if coalesced else nullcontext():
-            for micro_batch in micro_batches:
-                args, kwargs = micro_batch.forward.inputs()
-                loss = loss_again(micro_batch, self._forward_again(*args, **kwargs), self.loss_fn)
-                backward = micro_batch.backward
-                with engine.no_sync() if backward.no_sync else nullcontext():
-                    self._backward_again(loss, scale_wrt_gas=backward.scale_wrt_gas, direct=backward.direct)
+            self.window.evaluate_again(self._forward_again, backward, self.loss_fn)
 
     def _call_closure(self, closure: Closure) -> None:
         closure()
-        if self._backwards != self.window.backwards:
+        expected = len(self.window.backwards)
+        if self._backwards != expected:
             raise LookSAMReplayError(
                 f"engine.step(closure=...): the closure called engine.backward() {self._backwards} times, the window "
-                f"had {self.window.backwards}. It must evaluate the whole accumulation window.")
+                f"had {expected}. It must evaluate the whole accumulation window.")
 
     def _forward_again(self, *inputs: Any, **kwargs: Any) -> Any:
-        recorded = self.window.micro_batches
+        recorded = self.window.forwards
         if self._forwards < len(recorded):
-            forward = recorded[self._forwards].forward
-            forward.mode.apply(self._module)
-            forward.random.restore()
+            recorded[self._forwards].mode.apply(self._module)
+            recorded[self._forwards].random.restore()
         self._forwards += 1
         with self._inside():
             return self._forward(*inputs, **kwargs)
 
     def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,
                         direct: bool = False) -> Tensor:
-        recorded = self.window.micro_batches
-        if self._backwards < len(recorded):
-            self._engine.set_boundary_of_next_backward(recorded[self._backwards].backward.is_boundary)
         self._backwards += 1
         self._replayed.add_loss(loss, self._share(scale_wrt_gas, direct))
         with self._inside():
             if direct:
-                return self._engine.backward_directly(loss)
-            return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+                self._engine.backward_directly(loss, retain_graph)
+            else:
+                loss = self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        self._announce_next_backward()
+        return loss
+
+    def _announce_next_backward(self) -> None:
+        """Also to what runs before it: the hooks of a ``torch.autograd.grad`` in the loss reduce at the boundary."""
+        recorded = self.window.backwards
+        if self._backwards < len(recorded):
+            self._engine.set_boundary_of_next_backward(recorded[self._backwards].is_boundary)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

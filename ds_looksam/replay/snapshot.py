@@ -116,18 +116,17 @@ class ComputeMode:
 
 @dataclass
 class ModelSnapshot:
-    """Everything of the model but its optimized weights: buffers, flags, gradients of parameters nobody optimizes."""
+    """Generators, flags, and gradients of parameters that nobody optimizes. See also module_state.py."""
 
     module: nn.Module
     random: RandomState
     mode: ComputeMode
-    buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
     outside_gradients: list[tuple[nn.Parameter, Tensor | None]] = field(default_factory=list)
 
     @classmethod
     def take(cls, module: nn.Module, optimized: Iterable[nn.Parameter]) -> ModelSnapshot:
-        """Copies the buffers (BatchNorm-like running statistics), and sets aside ``.grad`` of trainable parameters
-        that are not in ``optimized``, so that the replay does not add to them."""
+        """Sets aside ``.grad`` of trainable parameters that are not in ``optimized``, so that the replay does not add
+        to them."""
         mode = ComputeMode.capture(module)
         known = {id(p) for p in optimized}
         outside = []
@@ -137,18 +136,9 @@ class ModelSnapshot:
                     known.add(id(p))  # once, where it is tied
                     outside.append((p, p.grad))
                     p.grad = None
-        return cls(module=module,
-                   random=RandomState.capture(),
-                   mode=mode,
-                   buffers=[(owner, name, buffer, buffer.detach().clone()) for owner, _ in mode.training
-                            for name, buffer in owner._buffers.items() if buffer is not None],
-                   outside_gradients=outside)
+        return cls(module=module, random=RandomState.capture(), mode=mode, outside_gradients=outside)
 
     def restore(self) -> None:
-        with torch.no_grad():
-            for owner, name, buffer, saved in self.buffers:
-                buffer.copy_(saved)
-                owner._buffers[name] = buffer
         for p, gradient in self.outside_gradients:
             p.grad = gradient
         self.mode.apply(self.module)

@@ -1,16 +1,16 @@
-"""A loss formed outside the model, formed again from another output: the calls between the two are recorded.
+"""Sees what a loop makes of the model's outputs, from the first forward of an accumulation window to its update.
 
 The ordinary loop is ``outputs = engine(x); loss = criterion(outputs, y); engine.backward(loss)``: what turns the output
-into the loss is the user's code, and LookSAM needs its value at w + eps too. Between the engine's forward and backward
-a :class:`LossTape` sees every torch function, and keeps those whose arguments depend on the model's output or on its
-parameters, with all other arguments as they were. :meth:`~ds_looksam.replay.recording.Recording.loss`
-calls them again.
+into the loss is the user's code, and LookSAM needs its value at w + eps too. A :class:`LossTape` sees every torch
+function, and keeps those whose arguments depend on the outputs or on the model's parameters, with all other arguments
+as they were (recording.py). It also sees every backward and tells which of them are this model's: those whose graph
+reaches an output of a forward of the window, or a parameter of the model.
 
-That is the user's loss at w + eps if every dependence on the output went through a recorded call. What can break this
-is noticed, and makes the recording unusable (:class:`~ds_looksam.replay.loss_path.UnknownLoss`) instead of wrong:
+The recorded calls make the user's loss at w + eps if every dependence on the output went through one of them. What can
+break this is noticed, and makes the loss one that cannot be formed again, instead of a wrong one:
 
 - values read out to Python (``.item()``, ``if loss > 3``) before the loss was complete, but for constant factors;
-- tensors whose graph was made elsewhere: a custom ``autograd.Function`` (its backward is its own), another model;
+- tensors whose graph reaches the model by other ways: a custom ``autograd.Function`` (its backward is its own);
 - tensors changed by something that is not a torch function, or that were there before the forward;
 - shapes that depend on values, and any other difference between the two autograd graphs.
 """
@@ -18,6 +18,7 @@ is noticed, and makes the recording unusable (:class:`~ds_looksam.replay.loss_pa
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,30 +30,32 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .loss_path import UnknownLoss
-from .recording import (
-    OUTPUT,
-    GraphId,
-    RecordedCall,
-    Recording,
-    Slot,
-    graph_id,
-    graph_of,
-    output_tensors,
-    storage_of,
-    version_of,
-)
+from .recording import Apart, GraphId, Made, RecordedCall, Step, before, graph_id, node_id, storage_of, version_of
 from .snapshot import AutocastState, TorchRandomState
 
 
 @dataclass
 class _Known:
-    """A live tensor that depends on the model: its slot, and what it looked like when a recorded call last made it."""
+    """A live tensor that depends on a step, and what it looked like when a step last made or changed it."""
 
-    slot: int
+    made: Made
     version: int | None
     made_by: GraphId
+    changed_by: Step | None = None
+    is_input: bool = False  # its value does not depend on the model
+    in_engine: bool = False  # an engine's backward begins with it
 
+
+@dataclass
+class _ReadOut:
+    """A value was read out to Python. It may decide what is done with the ``forwards`` it depends on from then on."""
+
+    number: int
+    name: str
+    forwards: weakref.WeakSet[Step]
+
+
+_GRADIENT_OF: Any = vars(torch._C.TensorBase)["grad"].__get__
 
 # Functions that change running statistics without telling autograd's version counters.
 _UPDATE_STATISTICS = {"batch_norm", "instance_norm"}
@@ -68,147 +71,224 @@ _ABOUT_NO_VALUES = {
 }
 
 
-class LossTape(TorchFunctionMode):
-    """Records while it is on; made by :meth:`start`, ended by :meth:`finish` or :meth:`discard`.
+def in_functorch() -> bool:
+    """Whether torch.func.grad, vmap or the like is running: its tensors stand for others."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
-    It lies at the bottom of torch's stack of function modes, so that the user's own modes may be entered and left
-    around it in any order.
+
+class LossTape(TorchFunctionMode):
+    """Records while it is on. It lies at the bottom of torch's stack of function modes, so that the user's own modes
+    may be entered and left around it in any order.
+
+    Args:
+        on_backward: called before each backward of this model that ``engine.backward`` did not begin, with the loss,
+            whether another engine's ``backward`` began it, and what cannot be repeated of it.
     """
 
-    def __init__(self, module: nn.Module, output: Any, on_backward: Callable[..., None] | None = None) -> None:
+    def __init__(self, module: nn.Module, on_backward: Callable[[Tensor, bool, str | None], None]) -> None:
         super().__init__()
-        self._module = module
         self._on_backward = on_backward
-        self._own_parameters: set[int] | None = None
+        self._own_parameters = {id(p) for p in module.parameters()}
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._calls: list[RecordedCall] = []
-        self._read_out: tuple[int, str] | None = None  # (number of calls before it, function)
-        self._numbers = itertools.count()
-        self._roots = output_tensors(output)
-        self._root_nodes = {graph_id(t) for t in self._roots} - {None}
-        self._root_slots = [self._learn(t).slot for t in self._roots]
-        self._roots = []  # a forward whose output is dropped must be freed with it
-
-    @classmethod
-    def start(cls, module: nn.Module, output: Any, on_backward: Callable[..., None] | None = None) -> LossTape:
-        """A tape that records from here on what is made of ``output``, an output of ``module``.
-
-        ``on_backward`` is called with the arguments of ``loss.backward()``, before it, for a loss that depends on it.
-        """
-        tape = cls(module, output, on_backward)
-        _push_at_bottom(tape)
-        return tape
+        self._apart: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._roots: dict[GraphId, weakref.ref[Step]] = {}
+        self._read_outs: list[_ReadOut] = []
+        self._newest: weakref.ref[Step] | None = None
+        self._numbers = itertools.count(1)
+        self._ended = False
+        self.in_backward = self.in_grad = False  # one that it has told of; torch.autograd.grad
+        _push_at_bottom(self)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Nothing is recorded inside."""
-        was_on = _remove(self)
+        was_on = self._take_off()
         try:
             yield
         finally:
-            if was_on:
+            if was_on and not self._ended:
                 _push_at_bottom(self)
 
     def discard(self) -> None:
-        _remove(self)
+        self._ended = True
+        self._take_off()
 
-    def finish(self, loss: Tensor) -> Recording:
-        """Stop recording. Must be called before the backward of ``loss``.
+    def _take_off(self) -> bool:
+        """Off torch's stack, wherever it lies there. False if it was not on it."""
+        modes = _pop_all()
+        for m in modes:
+            if m is not self:
+                torch._C._push_on_torch_function_stack(m)
+        return any(m is self for m in modes)
 
-        Raises:
-            UnknownLoss: ``loss`` cannot be formed again; the message says why.
+    def number(self) -> int:
+        return next(self._numbers)
+
+    def known(self, tensor: Tensor) -> Made | None:
+        """What made a tensor that depends on the model, or None."""
+        known = self._known.get(tensor)
+        return None if known is None or known.is_input else known.made
+
+    def needs_of(self, tensor: Tensor) -> list[Step]:
+        known = self._known[tensor]
+        return [known.made.by] + ([known.changed_by] if known.changed_by is not None else [])
+
+    def add_forward(self, step: Step, inputs: list[Tensor], outputs: list[Tensor]) -> list[GraphId]:
+        """Record from here on what is made of ``outputs``. ``inputs`` are those that require grad.
+
+        Returns:
+            The nodes of the outputs.
         """
-        self.discard()
+        own_nodes = {graph_id(t) for t in inputs} | {None}
+        for i, t in enumerate([*inputs, *outputs]):
+            if i >= len(inputs) or t not in self._known:
+                self._known[t] = _Known(Made(step, i), version_of(t), graph_id(t), is_input=i < len(inputs))
+        nodes = [node for node in map(graph_id, outputs) if node not in own_nodes]
+        self._roots = {node: ref for node, ref in self._roots.items() if ref() is not None}
+        self._newest = weakref.ref(step)
+        self._roots.update(dict.fromkeys(nodes, self._newest))
+        return nodes
+
+    def reached(self, tensor: Tensor) -> tuple[set[Step], bool]:
+        """The forwards whose outputs the graph of ``tensor`` reaches, and whether it reaches a parameter of the model
+        past them."""
+        forwards: set[Step] = set()
+        own, seen, stack = id(tensor) in self._own_parameters, set(), [tensor.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            root = self._roots.get(node_id(node))
+            forward = None if root is None else root()
+            if forward is not None:
+                forwards.add(forward)
+                continue
+            own = own or id(getattr(node, "variable", None)) in self._own_parameters
+            stack += [upstream for upstream, _ in node.next_functions]
+        return forwards, own
+
+    def trace(self, loss: Tensor) -> tuple[Made | None, list[Step], str | None]:
+        """What made ``loss``, the steps that it needs, and why it cannot be formed again. Before its backward."""
         known = self._known.get(loss)
         if known is None:
-            raise UnknownLoss("the loss given to backward() does not come from the model's output by torch functions")
-        self._check_known(loss, known, "the loss given to backward()")
-        calls = self._needed_for(known.slot, storage_of(loss))
-        for call in calls:
-            if call.problem is not None:
-                raise UnknownLoss(call.problem)
-        if self._read_out is not None:
-            position, name = self._read_out
-            after = set(self._calls[position:])
-            late = next((call for call in calls if call in after and not call.is_scaling), None)
-            if late is not None:
-                raise UnknownLoss(
-                    f"a value that depends on the model's output was read out to Python ({name}) before the loss was "
-                    f"complete ({late.name} came later): what your code did with it cannot be seen. Read it after "
-                    "the loss is formed")
-        graph = graph_of(loss, self._root_nodes)
-        if OUTPUT not in graph:
-            raise UnknownLoss("the loss given to backward() does not depend on the output of the model")
-        return Recording(calls, self._root_slots, known.slot, graph)
+            return None, [], "the loss given to backward() does not come from the model's output by torch functions"
+        problem = self._unlike(loss, known, "the loss given to backward()")
+        steps = before(*self.needs_of(loss))
+        problem = problem or next((step.problem for step in steps if step.problem is not None), None)
+        for read_out in self._read_outs:
+            if problem is None and any(step in read_out.forwards for step in steps):
+                late = next((step for step in steps if step.number > read_out.number
+                             and not getattr(step, "is_scaling", False)), None)
+                if late is not None:
+                    name = getattr(late, "name", "a forward")
+                    problem = (f"a value that depends on the model's output was read out to Python ({read_out.name}) "
+                               f"before the loss was complete ({name} came later): what your code did with it cannot "
+                               "be seen. Read it after the loss is formed")
+        return known.made, steps, problem
 
     # Recording ------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
                            kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
+        if function == _GRADIENT_OF or in_functorch():  # a gradient is a constant in a loss
+            return function(*args, **kwargs)
+        if function is Tensor.backward or function is torch.autograd.backward:
+            return self._backward(function, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         in_slices = [part for s in tree_leaves(args) if isinstance(s, slice) for part in (s.start, s.stop, s.step)]
-        if any(isinstance(part, Tensor) and part in self._known for part in in_slices):
-            self._note_read_out("slice")
+        for part in in_slices:
+            if isinstance(part, Tensor) and part in self._known:
+                self._note_read_out("slice", [part])
         if not any(self._depends_on_model(t) for t in tensors):
             return function(*args, **kwargs)
-        if function is Tensor.backward:
-            if self._on_backward is not None:
-                self._on_backward(*args, **kwargs)
-            return function(*args, **kwargs)
 
+        name = getattr(function, "__name__", "")
         call = self._describe(function, args, kwargs, tensors)
         versions = [version_of(t) for t in tensors]
         random = TorchRandomState.capture()
-        result = function(*args, **kwargs)
+        if function is torch.autograd.grad:
+            with self._noting("in_grad"):
+                result = function(*args, **kwargs)
+        else:
+            result = function(*args, **kwargs)
         if not random.is_current():
             call.random = random
 
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         changed = [t for t, version in zip(tensors, versions, strict=True) if version_of(t) != version]
-        if not made and not changed:
-            name = getattr(function, "__name__", "")
-            if name in _HOOKS:
-                call.problem = f"a hook on the gradient was registered outside of the model ({call.name})"
-                call.results = call.reads
-                self._calls.append(call)
-            elif name not in _ABOUT_NO_VALUES:
-                self._note_read_out(call.name)
-            return result
-        self._take_in(call, made, changed)
+        if made or changed:
+            self._take_in(call, made, changed)
+        elif name in _HOOKS:
+            self._take_in_hook(call, *args, **kwargs)
+        elif name not in _ABOUT_NO_VALUES:
+            self._note_read_out(call.name, tensors)
         return result
 
-    def _depends_on_model(self, tensor: Tensor) -> bool:
-        return tensor in self._known or (tensor.requires_grad and (torch.is_grad_enabled() or self._is_own(tensor)))
+    def _backward(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A backward that ``engine.backward`` did not begin: is it this model's?"""
+        losses = [t for t in tree_leaves(args[:1]) if isinstance(t, Tensor)]
+        ours = [t for t in losses if any(self.reached(t))]
+        if not ours:
+            return function(*args, **kwargs)
+        problem = None
+        given = [*args[1:2], *(kwargs.get(key) for key in ("gradient", "grad_tensors", "inputs"))]
+        if len(losses) > 1 or kwargs.get("create_graph") or any(x is not None for x in given):
+            problem = f"{function.__qualname__}() was called with several losses, gradient, create_graph or inputs"
+        known = self._known.get(ours[0])
+        by_engine = known is not None and known.in_engine
+        if known is not None and not by_engine and any(getattr(step, "through_engine", False)
+                                                       for step in before(known.made.by)):
+            problem = problem or ("loss.backward() went through the output of another DeepSpeed engine, which divides "
+                                  "the gradient there by its accumulation steps: call engine.backward(loss)")
+        self._on_backward(ours[0], by_engine, problem)
+        with self._noting("in_backward"):
+            return function(*args, **kwargs)
 
-    def _is_own(self, tensor: Tensor) -> bool:
-        if self._own_parameters is None:
-            self._own_parameters = {id(p) for p in self._module.parameters()}
-        return id(tensor) in self._own_parameters
+    @contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        setattr(self, name, True)
+        try:
+            yield
+        finally:
+            setattr(self, name, False)
+
+    def _depends_on_model(self, tensor: Tensor) -> bool:
+        known = self._known.get(tensor)
+        return id(tensor) in self._own_parameters if known is None else not known.is_input
 
     def _describe(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
                   tensors: list[Tensor]) -> RecordedCall:
-        constants = [(t, version_of(t)) for t in tensors if t not in self._known and not self._is_own(t)]
-        call = RecordedCall(function, args, kwargs, constants, AutocastState.capture(), torch.is_grad_enabled(),
-                            random=None)
+        call = RecordedCall(function, args, kwargs, AutocastState.capture(), torch.is_grad_enabled(),
+                            number=self.number())
 
         def stand_in(leaf: Any) -> Any:
-            known = self._known.get(leaf) if isinstance(leaf, Tensor) else None
-            return leaf if known is None else Slot(known.slot)
+            if not isinstance(leaf, Tensor) or id(leaf) in self._own_parameters:
+                return leaf
+            known = self._known.get(leaf)
+            if known is not None:
+                return known.made
+            if not leaf.requires_grad:
+                call.constants.append((leaf, version_of(leaf)))
+                return leaf
+            apart = self._apart.get(leaf)
+            if apart is None:
+                apart = self._apart[leaf] = Apart.of(leaf)
+            call.apart.append(apart)
+            call.constants.append((apart.tensor, version_of(apart.tensor)))
+            return apart
 
         call.args, call.kwargs = tree_map(stand_in, (args, kwargs))
         for t in tensors:
             known = self._known.get(t)
             if known is not None:
-                call.reads.append(known.slot)
-                call.storages_read.add(storage_of(t))
-                try:
-                    self._check_known(t, known, f"an argument of {call.name}")
-                except UnknownLoss as reason:
-                    call.problem = str(reason)
-            elif t.grad_fn is not None:
-                call.problem = (f"an argument of {call.name} has an autograd graph that comes neither from the model's "
-                                f"output nor from torch functions called since ({t.grad_fn.name()})")
+                call.needs += self.needs_of(t)
+                call.problem = call.problem or self._unlike(t, known, f"an argument of {call.name}")
+            elif t.grad_fn is not None and any(self.reached(t)):
+                call.problem = (f"an argument of {call.name} has an autograd graph that reaches the model, but was not "
+                                f"made by torch functions called on its output ({t.grad_fn.name()}): by a custom "
+                                "autograd.Function or torch.func, say")
         return call
 
     def _take_in(self, call: RecordedCall, made: list[Tensor], changed: list[Tensor]) -> None:
@@ -219,62 +299,59 @@ class LossTape(TorchFunctionMode):
             if t not in self._known:
                 call.problem = (f"{call.name} changes a tensor in place that was there before the model's forward "
                                 f"(shape {tuple(t.shape)})")
-            call.storages_written.add(storage_of(t))
+                self._known[t] = _Known(Made(call, -1), None, None)
+        if call.problem is not None:  # it is not called again, and what it was called with can go
+            call.args, call.kwargs, call.needs, call.constants, call.apart = (), {}, [], [], []
+        call.shapes = [t.shape for t in made]
+        for i, t in enumerate(made):
+            self._known[t] = _Known(Made(call, i), version_of(t), graph_id(t))
         if changed:  # their views and bases look different now too
+            written = {storage_of(t) for t in changed}
             for t, known in self._known.items():
-                if storage_of(t) in call.storages_written:
-                    known.version, known.made_by = version_of(t), graph_id(t)
-        for t in made:
-            call.results.append(self._learn(t).slot)
-            call.shapes.append(t.shape)
-        for t in changed:
-            if t not in self._known:
-                call.results.append(self._learn(t).slot)
-                call.shapes.append(t.shape)
-        self._calls.append(call)
+                if storage_of(t) in written:
+                    known.version, known.made_by, known.changed_by = version_of(t), graph_id(t), call
 
-    def _learn(self, tensor: Tensor) -> _Known:
+    def _take_in_hook(self, call: RecordedCall, tensor: Tensor, hook: Callable[..., Any], *args: Any) -> None:
+        """DeepSpeed's own hooks tell an engine that a backward has begun; another one may change the gradient."""
         known = self._known.get(tensor)
-        if known is None:
-            known = self._known[tensor] = _Known(next(self._numbers), None, None)
-        known.version, known.made_by = version_of(tensor), graph_id(tensor)
-        return known
+        source = getattr(hook, "__module__", "")
+        if source == "deepspeed.runtime.engine":
+            if known is not None:
+                known.in_engine = True
+            return
+        if source.startswith("deepspeed."):
+            call.through_engine = True
+        else:
+            call.problem = f"a hook on the gradient was registered outside of the model ({call.name})"
+            call.needs = []
+        for t, other in self._known.items():
+            if t is tensor:
+                other.changed_by = call
 
-    def _check_known(self, tensor: Tensor, known: _Known, what: str) -> None:
+    def _unlike(self, tensor: Tensor, known: _Known, what: str) -> str | None:
         if graph_id(tensor) != known.made_by:
             by = "nothing" if tensor.grad_fn is None else tensor.grad_fn.name()
-            raise UnknownLoss(f"{what} was made by an autograd node that no torch function made ({by}), such as a "
-                              "custom autograd.Function")
+            return (f"{what} was made by an autograd node that no torch function made ({by}), such as a custom "
+                    "autograd.Function or a layer of another model under ZeRO stage 3")
         if version_of(tensor) != known.version:
-            raise UnknownLoss(f"{what} was changed in place by something that is not a torch function")
+            return f"{what} was changed in place by something that is not a torch function"
+        return None
 
-    def _note_read_out(self, name: str) -> None:
-        self._read_out = len(self._calls), name
-
-    def _needed_for(self, slot: int, storage: int) -> list[RecordedCall]:
-        """The calls that decide the value in ``slot``, in their order."""
-        slots, storages, needed = {slot}, {storage}, []
-        for call in reversed(self._calls):
-            if not (slots.isdisjoint(call.results) and storages.isdisjoint(call.storages_written)):
-                needed.append(call)
-                slots.update(call.reads)
-                storages.update(call.storages_read)
-        return needed[::-1]
+    def _note_read_out(self, name: str, tensors: list[Tensor]) -> None:
+        """What comes of parameters alone is taken for a value of the newest forward."""
+        steps = before(*(step for t in tensors if t in self._known for step in self.needs_of(t)))
+        forwards = weakref.WeakSet(step for step in steps if not isinstance(step, RecordedCall))
+        newest = None if self._newest is None else self._newest()
+        if not forwards and newest is not None:
+            forwards.add(newest)
+        self._read_outs = [r for r in self._read_outs if r.forwards]
+        self._read_outs.append(_ReadOut(self.number(), name, forwards))
 
 
 def _push_at_bottom(mode: TorchFunctionMode) -> None:
     above = _pop_all()
     for m in [mode, *above]:
         torch._C._push_on_torch_function_stack(m)
-
-
-def _remove(mode: TorchFunctionMode) -> bool:
-    """Take ``mode`` off torch's stack, wherever it lies. False if it was not on it."""
-    modes = _pop_all()
-    for m in modes:
-        if m is not mode:
-            torch._C._push_on_torch_function_stack(m)
-    return any(m is mode for m in modes)
 
 
 def _pop_all() -> list[Any]:

@@ -1,21 +1,34 @@
-"""Remembers the micro-batches of an accumulation window, so that they can be evaluated again at w + eps."""
+"""Remembers the forwards and backwards of an accumulation window, so that it can be evaluated again at w + eps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import Tensor, nn
 
 from ..errors import LookSAMReplayError
-from .loss_path import LossPath, UnknownLoss, follow, mark, model_loss, trace
-from .recording import Recording
+from .inputs import Watched, rebuilt
+from .module_state import Before
+from .recording import (
+    OUTPUT,
+    Apart,
+    GraphId,
+    Made,
+    RecordedCall,
+    Step,
+    Values,
+    before,
+    graph_id,
+    graph_of,
+    output_tensors,
+)
 from .snapshot import ComputeMode, RandomState
-from .tape import LossTape
+from .tape import LossTape, in_functorch
 
 LossFn = Callable[..., Tensor]
 
@@ -30,36 +43,39 @@ def ways_out(with_closure: bool = True) -> str:
             "trainer.model_wrapped.loss_fn, from a TrainerCallback's on_train_begin.)")
 
 
-@dataclass
-class Forward:
-    """One forward of the user's loop and all that is needed to run it again."""
+@dataclass(eq=False)
+class Forward(Step):
+    """One forward of the user's loop and all that is needed to run it again. ``args`` and ``kwargs`` hold
+    :class:`Made` and :class:`Apart` in place of tensors that require grad."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    watched: Watched
     random: RandomState
     mode: ComputeMode
-    input_versions: list[tuple[Tensor, int]]
+    before: Before | None = None  # where no backward has come before it
+    n_outputs: int = 0
+    nodes: list[GraphId] = field(default_factory=list)
 
-    @classmethod
-    def capture(cls, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_inference()]
-        return cls(args, kwargs, RandomState.capture(), ComputeMode.capture(module),
-                   [(t, t._version) for t in tensors])
+    def check(self) -> None:
+        self.watched.check()
 
-    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The recorded inputs, detached: the replay must not reach what lies upstream of them.
+    def inputs(self, values: Values) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The recorded inputs, in containers of their own. What lies upstream of them is not reached by a replay, but
+        for other forwards of the same window."""
+        args, kwargs = rebuilt((self.args, self.kwargs), values.of)
+        return args, kwargs
 
-        Raises:
-            LookSAMReplayError: an input was changed in place since the forward.
-        """
-        for tensor, version in self.input_versions:
-            if tensor._version != version:
-                raise LookSAMReplayError(
-                    f"an input of the model (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in place after "
-                    "its forward, so the second evaluation would see another micro-batch. Give each forward its own "
-                    "tensors.")
-        return tree_map_only(Tensor, lambda t: t.detach().requires_grad_() if t.requires_grad else t,
-                             (self.args, self.kwargs))
+    def run(self, values: Values, forward: Callable[..., Any]) -> None:
+        args, kwargs = self.inputs(values)
+        output = forward(*args, **kwargs)
+        tensors = output_tensors(output)
+        if len(tensors) != self.n_outputs:
+            raise LookSAMReplayError(f"the model returned {self.n_outputs} tensors in the first evaluation and "
+                                     f"{len(tensors)} in the second")
+        values.outputs[self] = output
+        values.nodes |= {graph_id(t) for t in tensors} - {None}  # now: what is done in place gives tensors other nodes
+        values.made[self] = [*(values.of(apart) for apart in self.apart), *tensors]
 
 
 @dataclass(frozen=True)
@@ -81,108 +97,207 @@ class Backward:
     coalesced: bool = False
 
 
-@dataclass
-class MicroBatch:
-    """One forward and the backward that followed it. ``loss`` tells how it came out of the forward's output, or why
+@dataclass(eq=False)
+class RecordedBackward(Step):
+    """One backward, the forwards that its graph reaches, and what made its loss: None where ``problem`` tells why
     that is not known."""
 
-    forward: Forward
-    backward: Backward
-    loss: LossPath | Recording | UnknownLoss
+    how: Backward
+    forwards: list[Forward]
+    loss: Made | None
+    graph: list[Any]
+
+    def form_loss(self, values: Values, loss_fn: LossFn | None) -> Tensor:
+        """The loss of the second evaluation, formed as the user formed the first one."""
+        if loss_fn is not None:
+            args, kwargs = self.forwards[0].inputs(values)
+            loss = loss_fn(values.outputs[self.forwards[0]], *args, **kwargs)
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+                raise LookSAMReplayError("engine.loss_fn must return a one-element tensor that requires grad, "
+                                         f"got {type(loss).__name__}")
+            return loss
+        assert self.loss is not None
+        loss = values.of(self.loss)
+        if graph_of(loss, values.nodes, ()) != self.graph:
+            raise LookSAMReplayError("the second evaluation formed the loss by other operations than the first one: "
+                                     "set engine.loss_fn, or call engine.step(closure=...)")
+        return loss
 
 
-@dataclass
 class Window:
     """The forwards and backwards since the last update. Empty, and not filled, in a window without a SAM step."""
 
-    micro_batches: list[MicroBatch] = field(default_factory=list)
-    backwards: int = 0
-    last_forward: Forward | None = None
-    forwards_since_backward: int = 0
-    unmatched: UnknownLoss | None = None
-    tape: LossTape | None = None
-    loss: Tensor | None = None  # of the micro-batches so far, see add_loss
+    def __init__(self) -> None:
+        self.forget()
 
-    def add_forward(self, forward: Forward, module: torch.nn.Module, output: Any,
-                    on_backward: Callable[..., None]) -> None:
-        """Remember a forward. Its inputs are kept by the graph of its loss, so one whose loss is dropped (metrics,
-        an evaluation without no_grad) is forgotten with it; only the newest is held here. What is made of its output
-        is recorded from here on, and ``on_backward`` called with the arguments of a ``loss.backward()``."""
-        mark(output, forward)
-        self.last_forward = forward
-        self.forwards_since_backward += 1
-        self.stop_recording()
-        self.tape = LossTape.start(module, output, on_backward)
+    def forget(self) -> None:
+        """Nothing of a window outlives its update, nor gradients that were thrown away."""
+        tape: LossTape | None = getattr(self, "_tape", None)
+        if tape is not None:
+            tape.discard()
+        self._tape: LossTape | None = None
+        self._newest: Forward | None = None  # the others are kept by what was made of them
+        self.forget_backwards()
 
-    def add_backward(self, loss: Tensor, backward: Backward) -> None:
-        """Match a backward with its forward. Problems are kept, and told by :meth:`check`, at the boundary."""
-        self.backwards += 1
-        # A direct backward is seen by the tape itself, which cannot be taken off while it is being called.
-        tape = self.tape if backward.direct else self.stop_recording()
-        forward = self.last_forward
-        path: LossPath | Recording | UnknownLoss
-        try:
-            forward, path = trace(loss)
-        except UnknownLoss as reason:
-            path = reason
-            if self.forwards_since_backward != 1:
-                self.unmatched = UnknownLoss(f"{self.forwards_since_backward} forwards of the engine came before one "
-                                             f"backward(), and {reason}")
-            elif tape is not None:
-                try:
-                    path = tape.finish(loss)
-                except UnknownLoss as reason_of_tape:
-                    path = reason_of_tape
-        if forward is not None:
-            self.micro_batches.append(MicroBatch(forward, backward, path))
-        self.last_forward, self.forwards_since_backward = None, 0
+    def forget_backwards(self) -> None:
+        """Their gradients were thrown away; forwards may still be trained."""
+        self._backwards: list[RecordedBackward] = []
+        self._problem: str | None = None
+        self.loss: Tensor | None = None  # of the micro-batches so far, see add_loss
+
+    @property
+    def backwards(self) -> list[Backward]:
+        """How they were run, in the user's order."""
+        return [backward.how for backward in self._backwards]
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """Those that a backward reached, in the user's order."""
+        steps = before(*self._backwards, *(f for backward in self._backwards for f in backward.forwards))
+        return [step for step in steps if isinstance(step, Forward)]
+
+    @property
+    def before(self) -> Before | None:
+        """The module before the first of :attr:`forwards`."""
+        return next((forward.before for forward in self.forwards), None)
+
+    # The first evaluation -------------------------------------------------------------------------------------------
+
+    def add_forward(self, module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+                    on_backward: Callable[[Tensor, bool, str | None], None],
+                    before: Callable[[nn.Module], Before] | None = None) -> Any:
+        """Run a forward and remember it, as long as a tensor depends on it. What is made of its output is recorded from
+        here on, and ``on_backward`` called for a backward that ``engine.backward`` did not begin (LossTape).
+        ``before`` remembers the module's state."""
+        if in_functorch():  # its output is a value like any other, or refused where it gets into the loss
+            with self.not_recording():
+                return run(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            if self._tape is None:
+                self._tape = LossTape(module, on_backward)
+            tape, inputs, apart, needs = self._tape, [], [], []
+
+            def keep(leaf: Any) -> Any:
+                if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                    return leaf
+                made = tape.known(leaf)
+                if made is None:
+                    apart.append(Apart(leaf.detach(), graph_id(leaf), None))
+                    inputs.append(leaf)
+                    return apart[-1]
+                needs.extend(tape.needs_of(leaf))
+                return made
+
+            watched = Watched((args, kwargs))
+            kept_args, kept_kwargs = rebuilt((args, kwargs), keep)
+            forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
+                              apart=apart, number=tape.number(), needs=needs,
+                              before=before(module) if before is not None and not self._backwards else None)
+        with self.not_recording():
+            output = run(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            outputs = output_tensors(output)
+            forward.n_outputs, forward.nodes = len(outputs), tape.add_forward(forward, inputs, outputs)
+        self._newest = forward
+        return output
+
+    def add_backward(self, loss: Tensor, how: Backward, problem: str | None = None) -> None:
+        """Remember a backward of this engine that is about to run. What is wrong is told by :meth:`check`, at the
+        boundary."""
+        if self._tape is None:
+            self._problem = "no forward of the engine was seen in this window before a backward"
+            return
+        with torch._C.DisableTorchFunction():
+            forwards = [f for f in self._tape.reached(loss)[0] if isinstance(f, Forward)]
+            made, steps, reason = self._tape.trace(loss)
+            graph: list[Any] = []
+            if reason is None:
+                recorded = [step for step in steps if isinstance(step, Forward)]
+                graph = graph_of(loss, {node for f in recorded for node in f.nodes},
+                                 {apart.made_by for step in steps for apart in step.apart})
+                if OUTPUT not in graph:
+                    reason = "the loss given to backward() does not depend on the output of the model"
+            if not forwards and self._newest is not None:
+                forwards = [self._newest]
+            backward = RecordedBackward(how, forwards, made, graph, number=self._tape.number(), needs=steps,
+                                        problem=problem or reason)
+        self._backwards.append(backward)
 
     def add_loss(self, loss: Tensor, share: float) -> None:
         """Add up the window's loss, float64 0-dim on the loss's device; ``share``: this micro-batch's weight in it."""
         part = loss.detach().to(torch.float64, copy=True).sum() * share
         self.loss = part if self.loss is None else self.loss + part
 
+    def unknown_backward_begins(self) -> bool:
+        """A gradient has reached an output of the model without ``engine.backward``. False if it goes to no parameter.
+        """
+        if in_functorch() or (self._tape is not None and self._tape.in_grad):
+            return False
+        if self._tape is None or not self._tape.in_backward:
+            self._problem = ("a backward was run by neither engine.backward(loss) nor loss.backward(), or over a "
+                             "forward of an earlier window")
+        return True
+
     def not_recording(self) -> AbstractContextManager[None]:
         """What is called inside is not part of how the user forms the loss."""
-        return nullcontext() if self.tape is None else self.tape.paused()
+        return nullcontext() if self._tape is None else self._tape.paused()
 
-    def stop_recording(self) -> LossTape | None:
-        tape, self.tape = self.tape, None
-        if tape is not None:
-            tape.discard()
-        return tape
+    # The second evaluation ------------------------------------------------------------------------------------------
 
-    def check(self, loss_fn: LossFn | None, with_closure: bool) -> None:
+    def check(self, loss_fn: LossFn | None, with_closure: bool = True) -> None:
         """Raise LookSAMReplayError if the window cannot be evaluated again. ``with_closure``: that may do it instead.
         """
-        reasons = [self.unmatched] if self.unmatched else []
-        if not self.micro_batches:
-            reasons.append(UnknownLoss("no backward was seen in this window"))
-        if len({mb.backward.coalesced for mb in self.micro_batches}) > 1:
-            reasons.append(UnknownLoss("only some of the window's backwards ran inside coalesce_grad_reduction()"))
+        reasons = [self._problem]
+        if not self._backwards:
+            reasons.append("no backward was seen in this window")
+        if len({how.coalesced for how in self.backwards}) > 1:
+            reasons.append("only some of the window's backwards ran inside coalesce_grad_reduction()")
+        for backward in self._backwards:
+            if loss_fn is None:
+                reasons.append(backward.problem)
+            elif len(backward.forwards) != 1:
+                reasons.append(f"engine.loss_fn is given the output of one forward, and {len(backward.forwards)} come "
+                               "before one backward")
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is not None:
+            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reason}. {ways_out(with_closure)}")
+        for step in self._steps(loss_fn):
+            step.check()
+
+    def _steps(self, loss_fn: LossFn | None) -> list[Step]:
+        """What the second evaluation runs, in the user's order."""
         if loss_fn is None:
-            reasons += [mb.loss for mb in self.micro_batches if isinstance(mb.loss, UnknownLoss)]
-        if reasons:
-            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reasons[0]}. "
-                                     f"{ways_out(with_closure)}")
-        for micro_batch in self.micro_batches:
-            micro_batch.forward.inputs()
-            if loss_fn is None and isinstance(micro_batch.loss, Recording):
-                micro_batch.loss.check()
+            return before(*self._backwards)
+        return sorted([*before(*(f for backward in self._backwards for f in backward.forwards)), *self._backwards],
+                      key=lambda step: step.number)
 
+    def evaluate_again(self, forward: Callable[..., Any], backward: Callable[[Tensor, Backward, bool], None],
+                       loss_fn: LossFn | None) -> None:
+        """Run the window's forwards, the forming of each loss, and its backwards in the user's order.
 
-def loss_again(micro_batch: MicroBatch, output: Any, loss_fn: LossFn | None) -> Tensor:
-    """The loss of a replayed forward, formed as the user formed the first one."""
-    if loss_fn is not None:
-        args, kwargs = micro_batch.forward.inputs()
-        loss = loss_fn(output, *args, **kwargs)
-        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
-            raise LookSAMReplayError("engine.loss_fn must return a one-element tensor that requires grad, "
-                                     f"got {type(loss).__name__}")
-        return loss
-    if isinstance(micro_batch.loss, Recording):
-        return micro_batch.loss.loss(output)
-    replayed = model_loss(output)
-    if replayed is None or isinstance(micro_batch.loss, UnknownLoss):
-        raise LookSAMReplayError(f"the model returned no loss in the second evaluation. {ways_out()}")
-    return follow(micro_batch.loss, replayed)
+        Args:
+            forward: called with the inputs, returns the output.
+            backward: called with the loss, how its backward was run, and whether its graph is still needed.
+            loss_fn: forms the loss instead of the recorded calls.
+        """
+        steps, values = self._steps(loss_fn), Values()
+
+        def needs(step: Step) -> Sequence[Step]:
+            return step.forwards if isinstance(step, RecordedBackward) and loss_fn is not None else step.needs
+
+        uses = Counter(need for step in steps for need in needs(step))
+        for step in steps:
+            if isinstance(step, Forward):
+                step.run(values, forward)
+            elif isinstance(step, RecordedCall):
+                step.run(values)
+            elif isinstance(step, RecordedBackward):
+                loss = step.form_loss(values, loss_fn)
+                kept = any(uses[need] > 1 for need in needs(step))
+                backward(loss, step.how, kept)
+                del loss
+            for need in needs(step):  # its part of the graph is freed as early as in the user's loop
+                uses[need] -= 1
+                if not uses[need]:
+                    values.made.pop(need, None)
+                    values.outputs.pop(need, None)

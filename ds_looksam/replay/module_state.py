@@ -1,0 +1,205 @@
+"""What a forward changes in its module: buffers, frozen parameters (a momentum teacher), and Python attributes.
+
+The second evaluation starts from the state that the first one started from, so that both see the same hidden state,
+counter, queue or teacher; afterwards the module is left as the first one left it.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import logger
+from torch import Tensor, nn
+
+from .snapshot import submodules
+
+Restore = Callable[[], None]
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward", "trainer", "_trainer", "_fabric"}
+_OF_DEEPSPEED = ("ds_", "_ds", "_external_params", "_original_parameters", "applied_pre_backward", "pre_bwd_fn",
+                 "post_bwd_fn")
+_NOT_ENTERED = {"torch", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"}
+_LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
+_DEPTH = 4
+
+
+class ModuleState:
+    """One module's state at one moment.
+
+    Args:
+        frozen: parameters that nobody optimizes and that are to be copied.
+    """
+
+    def __init__(self, module: nn.Module, frozen: Iterable[nn.Parameter] = ()) -> None:
+        modules = submodules(module)
+        self._buffers = [(m, name, buffer, buffer.detach().clone()) for m in modules
+                         for name, buffer in m._buffers.items() if buffer is not None]
+        self.frozen = [(p, p.detach().clone()) for p in frozen]
+        self._attributes = [(m, self._attributes_of(m)) for m in modules]
+        self._opaque: list[tuple[str, Any, str]] = []
+        self._bytes_left, self._known = _LIMIT, set[int]()
+        self._contents = [restore for m, attributes in self._attributes for name, value in attributes.items()
+                          for restore in self._contents_of(value, f"{type(m).__name__}.{name}", _DEPTH)]
+
+    def restore(self) -> list[str]:
+        """Put it back. Returns the names of what was changed since and cannot be."""
+        with torch.no_grad():
+            for owner, name, buffer, saved in self._buffers:
+                buffer.copy_(saved)
+                owner._buffers[name] = buffer
+            for p, saved in self.frozen:
+                p.data.copy_(saved)
+        for m, saved_attributes in self._attributes:
+            for name in self._attributes_of(m).keys() - saved_attributes.keys():
+                del vars(m)[name]
+            vars(m).update(saved_attributes)
+        for restore in self._contents:
+            restore()
+        return [name for name, value, look in self._opaque if _look_of(value) != look]
+
+    @staticmethod
+    def _attributes_of(module: nn.Module) -> dict[str, Any]:
+        """Without torch's own, and DeepSpeed's counters on modules."""
+        attributes = vars(module)
+        return {name: attributes[name] for name in attributes.keys() - _OF_EVERY_MODULE
+                if not name.startswith(_OF_DEEPSPEED)}
+
+    def _contents_of(self, value: Any, name: str, depth: int) -> Iterator[Restore]:
+        """What puts back the contents of ``value`` and of all that is in it."""
+        if value is None or isinstance(value, (bool, int, float, str, bytes, type, nn.Module, nn.Parameter)):
+            return
+        if not depth or id(value) in self._known:
+            return
+        self._known.add(id(value))
+        inner: Iterable[Any] = ()
+        if isinstance(value, (Tensor, np.ndarray)):
+            yield from self._copy_of(value)
+        elif isinstance(value, torch.Generator):
+            yield partial(_set_state, value, value.get_state())
+        elif isinstance(value, np.random.Generator):
+            yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+        elif isinstance(value, np.random.RandomState):
+            yield partial(value.set_state, value.get_state())
+        elif isinstance(value, random.Random):
+            yield partial(value.setstate, value.getstate())
+        elif isinstance(value, (tuple, frozenset)):
+            inner = value
+        elif isinstance(value, (dict, set, list, deque)):
+            inner = list(value.values() if isinstance(value, dict) else value)
+            yield partial(_refill, value, copy.copy(value))
+        elif isinstance(value, (Iterator, io.IOBase)):
+            self._opaque.append((name, value, _look_of(value)))
+        elif hasattr(value, "__dict__") and not callable(value) and _is_entered(type(value).__module__):
+            inner = list(vars(value).values())
+            yield partial(_refill, vars(value), dict(vars(value)))
+        for item in inner:
+            yield from self._contents_of(item, name, depth - 1)
+
+    def _copy_of(self, value: Any) -> Iterator[Restore]:
+        self._bytes_left -= value.nbytes
+        if self._bytes_left < 0:
+            return
+        if isinstance(value, np.ndarray):
+            yield partial(np.copyto, value, value.copy())
+        elif not value.is_inference() and value.layout == torch.strided:
+            yield partial(value.data.copy_, value.detach().clone())
+
+
+def _is_entered(module: str) -> bool:
+    """Whether the attributes of an object are looked at whose class is from there."""
+    package = module.partition(".")[0]
+    return package in ("types", "collections") or package not in {*_NOT_ENTERED, *sys.stdlib_module_names}
+
+
+def _set_state(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(items)
+
+
+@dataclass
+class Before:
+    """A module before a forward: its state, and the frozen parameters that were not copied, with their norms."""
+
+    state: ModuleState
+    watched: list[nn.Parameter]
+    norms: list[Tensor]
+
+
+class Isolation:
+    """Keeps the second evaluation's traces out of a module, and learns which frozen parameters its forward changes.
+
+    A forward may change them without a trace in their version counters (``p.data.mul_``), and copies of a large frozen
+    model would not fit. So they are copied at first if they are no more than twice what is trained; once a second
+    evaluation has come, only those are that were seen to change, by comparison or by their norms in fp64.
+    """
+
+    def __init__(self) -> None:
+        self._changing: set[nn.Parameter] | None = None  # None: not known yet
+        self._said: set[str] = set()
+
+    def before(self, module: nn.Module) -> Before:
+        """To be called before the first forward that is trained, see :meth:`second_evaluation`."""
+        parameters = list(module.parameters())
+        # ZeRO-3 gathers and releases its own again, and has the values elsewhere.
+        frozen = [p for p in parameters if not p.requires_grad and not hasattr(p, "ds_id")]
+        copied = self._changing
+        if copied is None:
+            limit = max(_LIMIT, 2 * sum(p.nbytes for p in parameters if p.requires_grad))
+            copied = set(frozen) if sum(p.nbytes for p in frozen) <= limit else set()
+        watched = [p for p in frozen if p not in copied]
+        return Before(ModuleState(module, [p for p in frozen if p in copied]), watched, _norms(watched))
+
+    @contextmanager
+    def second_evaluation(self, module: nn.Module, before: Before | None) -> Iterator[None]:
+        """Inside, the module goes on from ``before``, as the first evaluation did; afterwards it is as that left it."""
+        if before is not None:
+            self._learn(before)
+        after = ModuleState(module, self._changing or ())
+        if before is not None:
+            before.state.restore()
+        try:
+            yield
+        finally:
+            for name in after.restore():
+                self._say(f"{name} was advanced by the second evaluation of a SAM step too, and cannot be put back")
+
+    def _learn(self, before: Before) -> None:
+        changed = {p for p, saved in before.state.frozen if not torch.equal(p.detach(), saved)}
+        late = {p for p, a, b in zip(before.watched, before.norms, _norms(before.watched), strict=True)
+                if not torch.equal(a, b)}
+        if late:
+            self._say("the model's forward has changed parameters that are not trained. In this SAM step the second "
+                      "evaluation goes on from the changed ones, from the next step on from those before")
+        self._changing = (self._changing or set()) | changed | late
+
+    def _say(self, message: str) -> None:
+        """Once."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(f"LookSAM: {message}")
+
+
+def _norms(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return list(torch._foreach_norm([p.detach() for p in parameters], 2, torch.float64)) if parameters else []
+
+
+def _look_of(value: Any) -> str:
+    try:
+        return f"{value!r} {value.tell() if isinstance(value, io.IOBase) and not value.closed else ''}"
+    except OSError:  # a pipe has no position
+        return repr(value)
