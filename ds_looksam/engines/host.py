@@ -101,7 +101,10 @@ class HostEngine(DeepSpeedEngine):
     def gradients_are_gone(self) -> bool:
         """Whether no parameter has a gradient, where that is the only place for one (``module.zero_grad()``)."""
         return self.zero_optimization_stage() < 2 and self.zero_offload_optimizer() is None and not isinstance(
-            self.optimizer, BF16_Optimizer) and all(p.grad is None for p in self.module.parameters() if p.requires_grad)
+            self.optimizer, BF16_Optimizer) and all(
+                # Stage 1 moves them to grad_accum where they are accumulated in another dtype than the model's.
+                p.grad is None and getattr(p, "grad_accum", None) is None
+                for p in self.module.parameters() if p.requires_grad)
 
     def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
         """Check DeepSpeed's parsed configuration, and make it that of the base optimizer. Called before anything else.
