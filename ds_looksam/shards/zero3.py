@@ -39,6 +39,16 @@ class Zero3Shards(GradientShards):
                                      strict=True)
         ]
         self._clean: dict[int, torch.Tensor] = {}
+        self._clear_padding()
+
+    def _clear_padding(self) -> None:
+        """DeepSpeed 0.19.8 leaves there what was in memory: a nan, perhaps, which would be in every sum."""
+        for segments, *flats in zip(self.layout(), self._zero.fp32_partitioned_groups_flat,
+                                    self._zero.fp16_partitioned_groups_flat, strict=True):
+            ends = [0, *(s.start + s.numel for s in segments)]
+            for lo, hi in zip(ends, [*(s.start for s in segments), None], strict=True):
+                for flat in flats:
+                    flat.data[lo:hi].zero_()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.fp16_groups for p in group]
@@ -116,7 +126,7 @@ class Zero3Shards(GradientShards):
         coordinator.release_backward_leftovers()
         # A trace that was being recorded ends in the middle of the model; a complete one is replayed from its start
         # by the next forward.
-        if not coordinator.is_complete_trace():
+        if coordinator.is_record_trace():
             coordinator._invalidate_trace()
         self._start_window()
         self.end_window()
