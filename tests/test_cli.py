@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from ds_looksam.cli import main
+from ds_looksam.cli import main, plot
 from ds_looksam.config.rounding import rounding_warning
 from ds_looksam.config.support import REFUSED
 from ds_looksam.config.support_table import SUPPORTED
@@ -244,6 +244,12 @@ def test_plot_draws_every_run(tmp_path, capsys):
     assert main(["plot", str(runs[0]), "--out", str(png)]) == 0
     one = image.imread(png)
     assert three.shape == one.shape and (three != one).any(), "a run was not drawn"
+
+
+def test_axes_of_a_plot(tmp_path):
+    first, _ = plot.read(write_run(tmp_path / "run", 24))
+    assert {name: x(first) for name, x in plot.AXES.items()} == {
+        "updates": 10, "gradient evaluations": 12, "minutes of training": 0.5}
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "is not there"), ("", "has no rows"), (HEADER, "has no rows"),
