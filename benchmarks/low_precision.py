@@ -1,6 +1,7 @@
 """Measures what low precision does to LookSAM: the tables in docs/low-precision.md.
 
     python benchmarks/low_precision.py perturbation        # how far a ViT's rounded weights really move, by rho, dtype
+    python benchmarks/low_precision.py rounding            # how far, in a run from bf16 weights, by "rounding" and lr
     python benchmarks/low_precision.py v --data-dir DIR    # training with g_v kept in bf16 beside fp32 (Fashion-MNIST)
 
 One process on the CPU; minutes.
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -63,6 +66,39 @@ def perturbation_table(models: list[str], batch: int) -> None:
             print("| " + " | ".join(row) + " |", flush=True)
 
 
+def moved_along_eps(rho: float, lr: float, rounding: str, steps: int = 30) -> list[float]:
+    """ratio * cosine of each SAM step of a run that starts from bf16 weights, as every bf16 run of DeepSpeed does."""
+    import deepspeed
+    from torch import nn
+
+    import ds_looksam  # noqa: F401 - the import is what a user writes
+
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 256).bfloat16(), torch.randint(10, (64, ))
+    model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 10))
+    params = {"k": 1, "rho": rho, "rounding": rounding, "torch_adam": True, "lr": lr}
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
+        "train_batch_size": 64, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "LookSAM", "params": params}})
+    found = []
+    for _ in range(steps):
+        engine.backward(nn.functional.cross_entropy(engine(x).float(), y))
+        engine.step()
+        found.append(float(engine.looksam.perturbation_ratio * engine.looksam.perturbation_cosine))
+    engine.destroy()
+    return found
+
+
+def rounding_table() -> None:
+    print("| rho | lr | `\"nearest\"` | `\"stochastic\"` |\n|---|---|---|---|")
+    for rho, lr in product((0.01, 0.046), (1e-6, 1e-5, 1e-3)):
+        cells = []
+        for rounding in ("nearest", "stochastic"):
+            found = torch.tensor(moved_along_eps(rho, lr, rounding))
+            cells.append(f"{found.mean():.3f} ± {found.std() / len(found)**0.5:.3f}")
+        print("| " + " | ".join([f"{rho:g}", f"{lr:g}", *cells]) + " |", flush=True)
+
+
 def train(v_dtype: str, seed: int, data_dir: Path, updates: int) -> dict[str, float]:
     """A small ViT in bf16 with ZeRO stage 1; test loss and accuracy, and how v was kept."""
     import deepspeed
@@ -105,24 +141,29 @@ def _batch(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def v_table(data_dir: Path, updates: int, seeds: int) -> None:
+    print("| seed | v_dtype | bytes of v | test loss | test accuracy | perturbation ratio, cosine |")
+    print("|---|---|---|---|---|---|")
+    for seed in range(seeds):
+        for v_dtype in ("fp32", "bf16"):
+            row = train(v_dtype, seed, data_dir, updates)
+            print(f"| {seed} | {v_dtype} | {row['bytes']:.0f} | {row['loss']:.4f} | {row['accuracy']:.4f} | "
+                  f"{row['ratio']:.2f}, {row['cosine']:.2f} |", flush=True)
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
     import os
 
     os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        print("| seed | v_dtype | bytes of v | test loss | test accuracy | perturbation ratio, cosine |")
-        print("|---|---|---|---|---|---|")
-        for seed in range(seeds):
-            for v_dtype in ("fp32", "bf16"):
-                row = train(v_dtype, seed, data_dir, updates)
-                print(f"| {seed} | {v_dtype} | {row['bytes']:.0f} | {row['loss']:.4f} | {row['accuracy']:.4f} | "
-                      f"{row['ratio']:.2f}, {row['cosine']:.2f} |", flush=True)
+        yield
         leave()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["perturbation", "v"])
+    parser.add_argument("what", choices=["perturbation", "rounding", "v"])
     parser.add_argument("--models", nargs="+", default=["S/32", "B/16"], help="ViT sizes (default: S/32 B/16)")
     parser.add_argument("--batch", type=int, default=8, help="random images for the gradient")
     parser.add_argument("--data-dir", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
@@ -131,8 +172,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "perturbation":
         perturbation_table(args.models, args.batch)
-    else:
-        v_table(args.data_dir, args.updates, args.seeds)
+        return
+    with one_rank():
+        if args.what == "rounding":
+            rounding_table()
+        else:
+            v_table(args.data_dir, args.updates, args.seeds)
 
 
 if __name__ == "__main__":

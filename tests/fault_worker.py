@@ -35,7 +35,8 @@ TIMEOUT = 45.0
 
 def case_for(world: int, stage: int) -> Case:
     return Case(model="straddling", world=world, stage=stage, k=2, updates=UPDATES, accumulation=2, two_groups=True,
-                params={"torch_adam": True}, config=json.loads(os.environ.get("CONFIG", "{}")))
+                ascent=os.environ.get("ASCENT", "global"), params={"torch_adam": True},
+                config=json.loads(os.environ.get("CONFIG", "{}")))
 
 
 def die() -> None:

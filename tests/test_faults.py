@@ -38,13 +38,13 @@ class Job:
 
 
 def run_job(folder: Path, stage: int, fault: str = "none", fault_rank: int = -1,
-            config: dict[str, Any] | None = None) -> Job:
+            config: dict[str, Any] | None = None, ascent: str = "global") -> Job:
     """Run the ranks to their ends. Fails if a rank goes on for longer than the process group's timeout allows."""
     folder.mkdir(exist_ok=True)
     name = f"{fault}-{time.monotonic_ns()}"
     logs = [folder.parent / f"{name}-{rank}.log" for rank in range(WORLD)]
     environment = os.environ | {"STORE": str(folder.parent / f"{name}.store"), "PYTHONUNBUFFERED": "1",
-                                "CONFIG": json.dumps(config or {}),
+                                "CONFIG": json.dumps(config or {}), "ASCENT": ascent,
                                 "PYTHONPATH": str(Path(__file__).parent.parent)}
     processes = [subprocess.Popen(
         [sys.executable, "-m", "tests.fault_worker", str(rank), str(WORLD), str(folder), str(stage), fault,
@@ -70,18 +70,18 @@ def run_job(folder: Path, stage: int, fault: str = "none", fault_rank: int = -1,
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, torch.Tensor]]:
+def undisturbed() -> dict[tuple[int, str], dict[str, torch.Tensor]]:
     return {}
 
 
-def _reference(undisturbed: dict[int, dict[str, torch.Tensor]], stage: int,
-               factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    if stage not in undisturbed:
+def _reference(undisturbed: dict[tuple[int, str], dict[str, torch.Tensor]], stage: int,
+               factory: pytest.TempPathFactory, ascent: str = "global") -> dict[str, torch.Tensor]:
+    if (stage, ascent) not in undisturbed:
         folder = factory.mktemp("undisturbed") / "checkpoints"
-        job = run_job(folder, stage)
+        job = run_job(folder, stage, ascent=ascent)
         assert job.codes == [0] * WORLD, job.outputs
-        undisturbed[stage] = torch.load(folder / "weights-0.pt")
-    return undisturbed[stage]
+        undisturbed[stage, ascent] = torch.load(folder / "weights-0.pt")
+    return undisturbed[stage, ascent]
 
 
 def _check(job: Job, kind: str, rank: int) -> None:
@@ -162,8 +162,8 @@ def _each(faults: list[tuple[str, int, tuple[int, ...]]]) -> list[tuple[str, int
 
 
 def _disturb(kind: str, rank: int, stage: int, folder: Path, reference: dict[str, torch.Tensor],
-             config: dict[str, Any] | None = None) -> None:
-    job = run_job(folder, stage, kind, rank, config)
+             config: dict[str, Any] | None = None, ascent: str = "global") -> None:
+    job = run_job(folder, stage, kind, rank, config, ascent)
     _check(job, kind, rank)
     emergency = folder / "emergency"
     if kind == "raise-replay" and rank == -1:
@@ -177,7 +177,7 @@ def _disturb(kind: str, rank: int, stage: int, folder: Path, reference: dict[str
     saved = STRIKE - 2 if being_saved or being_written else STRIKE
     assert (folder / "latest").read_text() == f"global_step{saved}"
     (folder / "filler").unlink(missing_ok=True)
-    again = run_job(folder, stage, config=config)
+    again = run_job(folder, stage, config=config, ascent=ascent)
     assert again.codes == [0] * WORLD, again.outputs
     assert all(f"resumed at {saved}" in output for output in again.outputs)
     for r in range(WORLD):
@@ -190,7 +190,7 @@ def _disturb(kind: str, rank: int, stage: int, folder: Path, reference: dict[str
 @pytest.mark.parametrize(("kind", "rank", "stage"), _each(FAULTS))
 def test_a_job_started_again_ends_as_if_nothing_had_happened(
         kind: str, rank: int, stage: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
-        undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
+        undisturbed: dict[tuple[int, str], dict[str, torch.Tensor]]) -> None:
     _disturb(kind, rank, stage, tmp_path / "checkpoints", _reference(undisturbed, stage, tmp_path_factory))
 
 
@@ -198,8 +198,21 @@ def test_a_job_started_again_ends_as_if_nothing_had_happened(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("kind", "rank", "stage"), _each(MORE_FAULTS))
 def test_every_fault(kind: str, rank: int, stage: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
-                     undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
+                     undisturbed: dict[tuple[int, str], dict[str, torch.Tensor]]) -> None:
     _disturb(kind, rank, stage, tmp_path / "checkpoints", _reference(undisturbed, stage, tmp_path_factory))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("ascent", "stage"), [("rank", 0), ("rank", 2), ("micro_batch", 1), ("global_micro_batch", 3)])
+@pytest.mark.parametrize(("kind", "rank"), [("kill-first", 1), ("kill-replay", 1), ("raise-replay", 1),
+                                            ("raise-replay", -1), ("save-on-term-replay", 0), ("inf-first", 1),
+                                            ("inf-replay", 0)])
+def test_ascent_groups(kind: str, rank: int, ascent: str, stage: int, tmp_path: Path,
+                       tmp_path_factory: pytest.TempPathFactory,
+                       undisturbed: dict[tuple[int, str], dict[str, torch.Tensor]]) -> None:
+    reference = _reference(undisturbed, stage, tmp_path_factory, ascent)
+    _disturb(kind, rank, stage, tmp_path / "checkpoints", reference, ascent=ascent)
 
 
 @pytest.mark.faults
@@ -207,7 +220,7 @@ def test_every_fault(kind: str, rank: int, stage: int, tmp_path: Path, tmp_path_
 @pytest.mark.parametrize(("kind", "decoupled"), [("kill-first", True), ("kill-replay", True), ("kill-writer", True),
                                                  ("kill-replay", False)])
 def test_deepspeeds_own_writers(kind: str, decoupled: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
-                                undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
+                                undisturbed: dict[tuple[int, str], dict[str, torch.Tensor]]) -> None:
     """Resumed with the same JSON, and to the bit the run without ``checkpoint.writer``."""
     config = {"checkpoint": {"writer": {"type": "python", "decoupled": decoupled}}}
     _disturb(kind, 1, 3, tmp_path / "checkpoints", _reference(undisturbed, 3, tmp_path_factory), config)
@@ -217,7 +230,7 @@ def test_deepspeeds_own_writers(kind: str, decoupled: bool, tmp_path: Path, tmp_
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_full_disk(stage: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
-                     undisturbed: dict[int, dict[str, torch.Tensor]]) -> None:
+                     undisturbed: dict[tuple[int, str], dict[str, torch.Tensor]]) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
     if os.geteuid() != 0 or subprocess.run(

@@ -258,6 +258,8 @@ RUNS = {
     "compute_loss override": Run(loss="focal", stage=3),
     "compute_loss_func": Run(loss="function", accumulation=1),
     "numeric alpha": Run(stage=0, params={"alpha": 0.7}),
+    "stage 1, ascent rank": Run(stage=1, bf16=True, params={"ascent": "rank"}),
+    "stage 2, ascent micro_batch": Run(params={"ascent": "micro_batch"}),
 }
 
 
@@ -363,10 +365,10 @@ def train_with_accelerate(run: Run) -> Any:
     return result
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_accelerate_equals_own_loop(stage: int) -> None:
+@pytest.mark.parametrize(("stage", "ascent"), [(1, "global"), (3, "global"), (2, "rank"), (3, "global_micro_batch")])
+def test_accelerate_equals_own_loop(stage: int, ascent: str) -> None:
     # Accelerate lets DeepSpeed divide by the accumulation, our loop does it itself: exact, as it is a power of two.
-    run = Run(stage=stage, loss="focal", dropout=0.0, params={"alpha": "calibrated"})
+    run = Run(stage=stage, loss="focal", dropout=0.0, params={"alpha": "calibrated", "ascent": ascent})
     results = run_on_ranks(2, train_with_accelerate, run)
     expected = run_on_ranks(2, train_with_own_loop, run, [torch.get_rng_state()] * 2)
     for (weights, evaluations), (own_weights, _) in zip(results, expected, strict=True):

@@ -18,12 +18,15 @@ import pytest
 
 from .covering import cases
 from .fuzz import rounding_tolerance
+from .inside import shards
+from .ranks import run_on_ranks
 from .training import (
     DTYPES,
     Case,
     check_against_oracle,
     compare_with_oracle,
     distance,
+    engine_for,
     error_to_nearest,
     run_oracle,
 )
@@ -94,6 +97,20 @@ def test_low_precision_accumulation(case: Case) -> None:
     _, error, _ = compare_with_oracle(case)
     allowed = rounding_tolerance(case) + (ROUNDED_NORM if has_rounded_norm(case) else 0)
     assert error <= allowed, f"relative error {error:.2e} > {allowed:.1e} for {case}"
+
+
+def padding_of_stage_3(case: Case) -> float:
+    with engine_for(case) as engine:
+        flats = shards(engine).master_weights()
+        for flat, segments in zip(flats, shards(engine).layout(), strict=True):
+            for s in segments:
+                flat[s.start:s.start + s.numel].zero_()
+        return sum(float(flat.abs().sum()) for flat in flats)
+
+
+def test_padding_holds_nothing() -> None:
+    """Where a nan may have been, of whatever lay in that memory before."""
+    assert run_on_ranks(4, padding_of_stage_3, Case(stage=3, world=4, precision="bf16")) == [0.0] * 4
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

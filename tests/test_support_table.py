@@ -82,6 +82,19 @@ def with_ulysses() -> None:
         groups.mesh_device = None  # DeepSpeed keeps it for the life of the process
 
 
+def with_ulysses_and_own_perturbations() -> None:
+    import deepspeed.runtime.sequence_parallel.parallel_state_sp as mpu
+    from deepspeed.utils import groups
+
+    if mpu._SEQUENCE_PARALLEL_GROUP is None:
+        mpu.initialize_sequence_parallel(2)
+    params = Case(ascent="rank").json()["optimizer"]["params"]
+    try:
+        initialize({"optimizer": {"type": "LookSAM", "params": params}}, world=2, mpu=mpu)
+    finally:
+        groups.mpu = None
+
+
 def with_expert() -> None:
     from deepspeed.utils import groups
 
@@ -158,6 +171,7 @@ CALLS: dict[str, tuple[int, Callable[[], None]]] = {
     "MoE layers": (1, with_moe),
     "allreduce = False": (1, with_expert),
     "sequence_parallel_size": (2, with_ulysses),
+    "with Ulysses": (2, with_ulysses_and_own_perturbations),
     "tensor parallelism": (2, with_mpu),
     "sparse gradients": (1, with_sparse_embedding),
     "deepspeed.initialize(optimizer=...)": (1, with_client_optimizer),

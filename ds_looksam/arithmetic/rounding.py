@@ -34,6 +34,11 @@ def rounding_seed(*numbers: int) -> int:
     return seed
 
 
+def seed_for(dtype: torch.dtype, rounding: int | None, *numbers: int) -> int | None:
+    """A seed of its own for a tensor that is rounded to ``dtype``; None where that is not rounded at random."""
+    return None if rounding is None or dtype not in CUT else rounding_seed(rounding, *numbers)
+
+
 def rounding_keys(seed: int, first: int) -> tuple[int, int]:
     """What :func:`random_bits_` takes for the elements from index ``first`` on: two numbers that int32 holds."""
     mixed = _mix(seed)

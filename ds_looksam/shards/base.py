@@ -25,7 +25,7 @@ from torch.distributed import Work
 
 from ..arithmetic.eager import EAGER, Passes, Shard, squared_norm
 from ..arithmetic.layout import LayerMap, Segment
-from ..arithmetic.rounding import rounding_seed
+from ..arithmetic.rounding import seed_for
 from .own import OwnModel, ScaleOf
 
 Publish = Callable[[int], Work | None]
@@ -207,7 +207,7 @@ class GradientShards(ABC):
         def scale(lo: int, hi: int) -> Tensor:
             return scale_of(index, start + lo, start + hi)
 
-        seed = None if rounding is None else rounding_seed(rounding, index, start)
+        seed = seed_for(out.dtype, rounding, index, start)
         with torch.no_grad():
             return self.passes.add_perturbation(weights, gradient, scale, out, seed).to(self.device)
 

@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..arithmetic.eager import Passes, Shard
 from ..arithmetic.layout import LayerMap, Segment
-from ..arithmetic.rounding import rounding_seed
+from ..arithmetic.rounding import seed_for
 
 ScaleOf = Callable[[int, int, int], Tensor]
 """(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
@@ -121,7 +121,7 @@ class OwnModel:
         with torch.no_grad():
             for i, (w, g) in enumerate(zip(flats, gradient, strict=True)):
                 if w.numel() > 0:
-                    seed = None if rounding is None else rounding_seed(rounding, i)
+                    seed = seed_for(w.dtype, rounding, i)
                     moved += self._passes().add_perturbation(w, g, partial(scale_of, i), w, seed)
         return moved
 

@@ -41,6 +41,16 @@ class Zero3Shards(GradientShards):
         self._clean: dict[int, torch.Tensor] = {}
         for name in ("set_fp32_grad_for_param", "set_local_grad_for_param", "update_fp32_grad_for_param_vectorized"):
             setattr(optimizer, name, self._noting_changes(getattr(optimizer, name)))
+        self._clear_padding()
+
+    def _clear_padding(self) -> None:
+        """DeepSpeed 0.19.8 leaves there what was in memory: a nan, perhaps, which would be in every sum."""
+        for segments, *flats in zip(self.layout(), self._zero.fp32_partitioned_groups_flat,
+                                    self._zero.fp16_partitioned_groups_flat, strict=True):
+            ends = [0, *(s.start + s.numel for s in segments)]
+            for lo, hi in zip(ends, [*(s.start for s in segments), None], strict=True):
+                for flat in flats:
+                    flat.data[lo:hi].zero_()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for group in self._zero.fp16_groups for p in group]

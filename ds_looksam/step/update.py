@@ -316,11 +316,8 @@ class Update:
     def give_up_window(self) -> None:
         """Forget what has been evaluated since the last update."""
         self._so_far, self._is_watched = None, False
-        if self.is_per_micro_batch:
-            self._give_up_micro_batch()
-        else:
-            self._ascent.stop_listening()
-            self._replay.forget()
+        self._ascent.stop_listening()
+        self._replay.forget()
 
     def _give_up_micro_batch(self) -> None:
         self._ascent.stop_listening()
