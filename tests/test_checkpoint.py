@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from .checkpoints import Outcome, Stretch, run_stretch
 from .ranks import run_on_ranks
-from .training import Case, Result
+from .training import Case, Result, distance
 
 
 def same_bits(got: Result, expected: Result) -> None:
@@ -75,3 +76,18 @@ def test_late_resume_on_a_cpu_adam_is_bit_exact(case: Case, tmp_path: Path) -> N
     resumed = run_on_ranks(2, run_stretch, case, Stretch(start=31, stop=40, load={"load_dir": str(tmp_path)}))
     for got, expected in zip(resumed, whole, strict=True):
         same_bits(got, expected)
+
+
+OLD = Path(__file__).parent / "data" / "checkpoint-0.1"
+"""Written by version 0.1.0, in mid-cycle at update 7 of 12; beside it the weights with which that run ended."""
+
+
+def test_a_checkpoint_of_0_1_goes_on() -> None:
+    case = Case(base="SGD")
+    load = {"load_dir": str(OLD), "tag": "of-0.1"}
+    results = run_on_ranks(case.world, run_stretch, case, Stretch(start=7, load=load))
+    expected = load_file(OLD / "weights_at_12.safetensors")
+    for result in results:
+        assert result.extra.kinds == ["reuse", "reuse", "sam", "reuse", "reuse"] and result.updates == 12
+        # The same bits on the release of torch that wrote it; another may add up in another order, at 6e-8 an update.
+        assert distance(result.weights, expected) <= 1e-6
