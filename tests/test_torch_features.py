@@ -54,10 +54,13 @@ def test_autocast(stage: int, zero: dict[str, Any]) -> None:
         assert result.evaluations == reference.evaluations
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_autocast_tightly(stage: int) -> None:
+@pytest.mark.parametrize("stage, ascent, accumulation", [
+    (0, "global", 1), (2, "global", 1), (3, "global", 1),
+    (2, "rank", 2), (0, "micro_batch", 2), (1, "micro_batch", 2), (3, "global_micro_batch", 2),
+])
+def test_autocast_tightly(stage: int, ascent: str, accumulation: int) -> None:
     """On one rank, against an oracle whose gradients are those of bf16 autocast too."""
-    case = Case(stage=stage, world=1, config=AUTOCAST, updates=7)
+    case = Case(stage=stage, world=1, config=AUTOCAST, updates=7, ascent=ascent, accumulation=accumulation)
     _, expected = run_oracle(case, autocast=torch.bfloat16)
     (result, ) = run_on_ranks(1, train_with_autocast, case)
     # Where the two round a value differently, one bf16 unit of one activation in some thousand.
