@@ -17,6 +17,8 @@ from .ranks import run_on_ranks
 BUILD_OPTIONS = ("adam_w_mode", "torch_adam")
 """Parameters of a base optimizer that choose its class, and are no hyper-parameters of its groups."""
 
+LINEAR = nn.functional.linear
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -203,6 +205,7 @@ def forget_process_wide_settings() -> None:
     from deepspeed.utils import groups
 
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+    nn.functional.linear = LINEAR  # ZeRO stage 3 puts its own there, and leaves it
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
