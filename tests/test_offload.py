@@ -96,7 +96,7 @@ def perturb_elsewhere(case: Case) -> tuple[list[float], list[float]]:
         sums = []
         for device in ("cpu", "meta"):
             wrapper.fp16_partitioned_groups_flat = [w.to(device) for w in wrapper.fp16_partitioned_groups_flat]
-            sums.append(shards.perturb_weights(gradient, lambda *_: torch.tensor(1e-3)).tolist())
+            sums.append(shards.perturb_weights(gradient, lambda *_: torch.tensor(1e-3), None).tolist())
         return sums[0], sums[1]
 
 
