@@ -280,6 +280,8 @@ class LossTape(TorchFunctionMode):
             return apart
 
         call.args, call.kwargs = tree_map(stand_in, (args, kwargs))
+        call.generators = [(leaf, leaf.get_state()) for leaf in tree_leaves((args, kwargs))
+                           if isinstance(leaf, torch.Generator)]
         for t in tensors:
             known = self._known.get(t)
             if known is not None:
