@@ -10,6 +10,7 @@ import copy
 import io
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,13 @@ _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: 
 _DEPTH = 4
 
 
+def _attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Without torch's own, and DeepSpeed's counters on modules."""
+    attributes = vars(module)
+    return {name: attributes[name] for name in attributes.keys() - _OF_EVERY_MODULE
+            if not name.startswith(_OF_DEEPSPEED)}
+
+
 class ModuleState:
     """One module's state at one moment.
 
@@ -46,7 +54,7 @@ class ModuleState:
         self._buffers = [(m, name, buffer, buffer.detach().clone()) for m in modules
                          for name, buffer in m._buffers.items() if buffer is not None]
         self.frozen = [(p, p.detach().clone()) for p in frozen]
-        self._attributes = [(m, self._attributes_of(m)) for m in modules]
+        self._attributes = [(m, _attributes_of(m)) for m in modules]
         self._opaque: list[tuple[str, Any, str]] = []
         self._bytes_left, self._known = _LIMIT, set[int]()
         self._contents = [restore for m, attributes in self._attributes for name, value in attributes.items()
@@ -61,19 +69,12 @@ class ModuleState:
             for p, saved in self.frozen:
                 p.data.copy_(saved)
         for m, saved_attributes in self._attributes:
-            for name in self._attributes_of(m).keys() - saved_attributes.keys():
+            for name in _attributes_of(m).keys() - saved_attributes.keys():
                 del vars(m)[name]
             vars(m).update(saved_attributes)
         for restore in self._contents:
             restore()
         return [name for name, value, look in self._opaque if _look_of(value) != look]
-
-    @staticmethod
-    def _attributes_of(module: nn.Module) -> dict[str, Any]:
-        """Without torch's own, and DeepSpeed's counters on modules."""
-        attributes = vars(module)
-        return {name: attributes[name] for name in attributes.keys() - _OF_EVERY_MODULE
-                if not name.startswith(_OF_DEEPSPEED)}
 
     def _contents_of(self, value: Any, name: str, depth: int) -> Iterator[Restore]:
         """What puts back the contents of ``value`` and of all that is in it."""
@@ -129,6 +130,88 @@ def _set_state(generator: torch.Generator, state: Tensor) -> None:
 def _refill(container: Any, items: Any) -> None:
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(items)
+
+
+class Attributes:
+    """A module's attributes at one moment, and what is in those that are containers or objects: for what a loop, or a
+    forward that is not evaluated again, sets between two forwards that are.
+
+    Tensors are held weakly (some models keep attention maps there), but for attributes set ``since`` another moment.
+    """
+
+    def __init__(self, module: nn.Module, since: Attributes | None = None) -> None:
+        self._of = {m: {name: _Held.of(value) for name, value in _attributes_of(m).items()}
+                    for m in submodules(module)}
+        self._kept = [] if since is None else [held.get() for _, _, held in self._changes(since)]
+
+    def set_changes_since(self, before: Attributes) -> None:
+        """Give the module the attributes that it has here and had not ``before``."""
+        for m, name, held in self._changes(before):
+            held.put(m, name)
+
+    def _changes(self, before: Attributes) -> Iterator[tuple[nn.Module, str, _Held]]:
+        nothing = _Held(None, None)
+        for m, attributes in self._of.items():
+            for name, held in attributes.items():
+                if not held.is_same(before._of.get(m, {}).get(name, nothing)):
+                    yield m, name, held
+
+
+@dataclass(frozen=True)
+class _Held:
+    """``value``, and its ``contents`` if it has any, with weak references to tensors."""
+
+    value: Any
+    contents: dict[Any, Any] | list[Any] | None
+
+    @classmethod
+    def of(cls, value: Any) -> _Held:
+        inner = _inside(value)
+        if inner is None:
+            return cls(_weak(value), None)
+        if isinstance(inner, dict):
+            return cls(value, {key: _weak(item) for key, item in inner.items()})
+        return cls(value, [_weak(item) for item in inner])
+
+    def get(self) -> Any:
+        """None also where it is gone."""
+        return _strong(self.value)
+
+    def is_same(self, other: _Held) -> bool:
+        if self.value is not other.value or self.contents is None or other.contents is None:
+            return self.value is other.value
+        mine, others = list(_pairs(self.contents)), list(_pairs(other.contents))
+        return len(mine) == len(others) and all(a == c and b is d for (a, b), (c, d) in zip(mine, others, strict=True))
+
+    def put(self, module: nn.Module, name: str) -> None:
+        value = self.get()
+        if value is None and self.value is not None:
+            return
+        if isinstance(self.contents, dict):
+            _refill(_inside(value), {key: _strong(item) for key, item in self.contents.items()})
+        elif self.contents is not None:
+            _refill(value, [_strong(item) for item in self.contents])
+        vars(module)[name] = value
+
+
+def _inside(value: Any) -> Any:
+    """The container that ``value`` is, or that holds its attributes; None if there is none."""
+    if isinstance(value, (dict, set, list, deque)):
+        return value
+    is_plain = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and not callable(value)
+    return vars(value) if is_plain and _is_entered(type(value).__module__) else None
+
+
+def _pairs(contents: Any) -> Iterable[tuple[Any, Any]]:
+    return contents.items() if isinstance(contents, dict) else enumerate(contents)
+
+
+def _weak(value: Any) -> Any:
+    return weakref.ref(value) if isinstance(value, Tensor) else value
+
+
+def _strong(value: Any) -> Any:
+    return value() if isinstance(value, weakref.ref) else value
 
 
 @dataclass
