@@ -184,7 +184,81 @@ def averaged(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-LOSSES = {f.__name__: (f, Knobs) for f in (attributes_set, contents_set, evaluated_in_between, fails_then_again)}
+class Auxiliary(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body[:2](x)
+        self.auxiliary = hidden.square().mean()
+        return self.body[2](hidden)
+
+
+def auxiliary(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(m(x), y) + inside(m).auxiliary
+
+
+class Queued(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.queue
+
+
+def buffer_set(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    inside(m).queue.fill_(float(i))
+    return plain(m, i, x, y)
+
+
+def buffer_rebound(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    inside(m).queue = torch.full((3, ), float(i))
+    return plain(m, i, x, y)
+
+
+def watched_by_hooks(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    weight = inside(m).body[0].weight
+    handle = weight.register_hook(lambda g: 3 * g)
+    HANDLES.append(handle)
+    return plain(m, i, x, y)
+
+
+HANDLES: list[Any] = []
+
+
+def clip_value(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    mod = inside(m)
+    if not hasattr(mod, "hooked"):
+        mod.hooked = True
+        mod.body[0].weight.register_hook(lambda g: 3 * g)
+        mod.body[2].register_full_backward_hook(lambda module, gin, gout: (gin[0] * 0.5, ))
+    return plain(m, i, x, y)
+
+
+def node_hook(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    out = m(x)
+    out.grad_fn.register_prehook(lambda g: (g[0] * (1 + i), ))
+    return F.mse_loss(out, y)
+
+
+def param_swapped_mean(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    """Reads the model's weights into the loss without grad."""
+    out = m(x)
+    return F.mse_loss(out, y) / (1 + inside(m).body[0].weight.detach().norm())
+
+
+def multinomial(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    out = m(x)
+    action = torch.multinomial(out.detach().float().softmax(-1).round(decimals=1) * 0 + 1, 1, generator=torch.Generator().manual_seed(3 + i))
+    return -(out.log_softmax(-1).gather(1, action) * y[:, :1]).mean()
+
+
+def saved_on_cpu(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return plain(m, i, x, y)
+
+
+LOSSES = {"auxiliary": (auxiliary, Auxiliary), "buffer_set": (buffer_set, Queued), "buffer_rebound": (buffer_rebound, Queued)}
+LOSSES |= {f.__name__: (f, Net) for f in (clip_value, node_hook, param_swapped_mean, multinomial, saved_on_cpu)}
+LOSSES |= {f.__name__: (f, Knobs) for f in (attributes_set, contents_set, evaluated_in_between, fails_then_again)}
 LOSSES |= {f.__name__: (f, Net) for f in (hook_for_one_forward, submodule_swapped, layer_frozen, generator_in_loss, inner_loop,
     checkpointed, deep_copied, compiled, empty, penalised, retained, averaged)}
 LOSSES |= {"normed": (plain, Normed), "generators_in_inputs": (generators_in_inputs, Noisy)}

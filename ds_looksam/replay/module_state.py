@@ -150,11 +150,15 @@ class Attributes:
             held.put(m, name)
 
     def _changes(self, before: Attributes) -> Iterator[tuple[nn.Module, str, _Held]]:
-        nothing = _Held(None, None)
+        nothing = _Held(_Held)  # like no attribute
         for m, attributes in self._of.items():
             for name, held in attributes.items():
                 if not held.is_same(before._of.get(m, {}).get(name, nothing)):
                     yield m, name, held
+
+
+class _Weak(weakref.ref[Tensor]):
+    """Not one of the user's own weak references."""
 
 
 @dataclass(frozen=True)
@@ -162,36 +166,37 @@ class _Held:
     """``value``, and its ``contents`` if it has any, with weak references to tensors."""
 
     value: Any
-    contents: dict[Any, Any] | list[Any] | None
+    contents: dict[Any, Any] | list[Any] | None = None
 
     @classmethod
     def of(cls, value: Any) -> _Held:
         inner = _inside(value)
         if inner is None:
-            return cls(_weak(value), None)
-        if isinstance(inner, dict):
-            return cls(value, {key: _weak(item) for key, item in inner.items()})
-        return cls(value, [_weak(item) for item in inner])
+            return cls(_weak(value))
+        return cls(value, {key: _weak(item) for key, item in inner.items()} if isinstance(inner, dict) else
+                   [_weak(item) for item in inner])
 
     def get(self) -> Any:
         """None also where it is gone."""
         return _strong(self.value)
 
     def is_same(self, other: _Held) -> bool:
-        if self.value is not other.value or self.contents is None or other.contents is None:
-            return self.value is other.value
+        if not _is_same(self.value, other.value):
+            return False
         mine, others = list(_pairs(self.contents)), list(_pairs(other.contents))
-        return len(mine) == len(others) and all(a == c and b is d for (a, b), (c, d) in zip(mine, others, strict=True))
+        return len(mine) == len(others) and all(a == c and _is_same(b, d)
+                                                for (a, b), (c, d) in zip(mine, others, strict=True))
 
     def put(self, module: nn.Module, name: str) -> None:
-        value = self.get()
-        if value is None and self.value is not None:
+        """What is gone is left as it is."""
+        everything = [self.value, *(item for _, item in _pairs(self.contents))]
+        if any(isinstance(item, _Weak) and item() is None for item in everything):
             return
         if isinstance(self.contents, dict):
-            _refill(_inside(value), {key: _strong(item) for key, item in self.contents.items()})
+            _refill(_inside(self.value), {key: _strong(item) for key, item in self.contents.items()})
         elif self.contents is not None:
-            _refill(value, [_strong(item) for item in self.contents])
-        vars(module)[name] = value
+            _refill(self.value, [_strong(item) for item in self.contents])
+        vars(module)[name] = self.get()
 
 
 def _inside(value: Any) -> Any:
@@ -203,15 +208,19 @@ def _inside(value: Any) -> Any:
 
 
 def _pairs(contents: Any) -> Iterable[tuple[Any, Any]]:
-    return contents.items() if isinstance(contents, dict) else enumerate(contents)
+    return contents.items() if isinstance(contents, dict) else enumerate(contents or ())
 
 
 def _weak(value: Any) -> Any:
-    return weakref.ref(value) if isinstance(value, Tensor) else value
+    return _Weak(value) if isinstance(value, Tensor) else value
 
 
 def _strong(value: Any) -> Any:
-    return value() if isinstance(value, weakref.ref) else value
+    return value() if isinstance(value, _Weak) else value
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, _Weak) and isinstance(b, _Weak) and a() is not None and a() is b())
 
 
 @dataclass

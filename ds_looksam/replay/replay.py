@@ -289,8 +289,9 @@ class Replay:
             this.random.restore()
             if self._closure is None:  # which sets them itself
                 structure = this.structure.applied()
-                if self._forwards:
-                    this.entered.set_changes_since(recorded[self._forwards - 1].left)
+                left = recorded[self._forwards - 1].left if self._forwards else None
+                if left is not None:
+                    this.entered.set_changes_since(left)
         self._forwards += 1
         with self._inside(), structure:
             return self._forward(*inputs, **kwargs)

@@ -54,7 +54,7 @@ class Forward(Step):
     random: RandomState
     mode: ComputeMode
     structure: Structure
-    entered: Attributes  # with the module's attributes like this
+    entered: Attributes
     before: Before | None = None  # where no backward has come before it
     left: Attributes | None = None
     n_outputs: int = 0
@@ -195,7 +195,8 @@ class Window:
             watched = Watched((args, kwargs))
             kept_args, kept_kwargs = rebuilt((args, kwargs), keep)
             forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
-                              Structure(module), Attributes(module, since=self._left), apart=apart, number=tape.number(), needs=needs,
+                              Structure(module), Attributes(module, since=self._left),
+                              apart=apart, number=tape.number(), needs=needs,
                               before=before(module) if before is not None and not self._backwards else None)
         with self.not_recording():
             output = run(*args, **kwargs)
