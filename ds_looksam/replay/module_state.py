@@ -23,6 +23,7 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from .recording import version_of
 from .snapshot import submodules
 
 Restore = Callable[[], None]
@@ -133,21 +134,43 @@ def _refill(container: Any, items: Any) -> None:
 
 
 class Attributes:
-    """A module's attributes at one moment, and what is in those that are containers or objects: for what a loop, or a
-    forward that is not evaluated again, sets between two forwards that are.
+    """A module's attributes and buffers at one moment, and what is in attributes that are containers or objects: for
+    what a loop, or a forward that is not evaluated again, sets between two forwards that are.
 
-    Tensors are held weakly (some models keep attention maps there), but for attributes set ``since`` another moment.
+    Tensors are held weakly (some models keep attention maps there), but for attributes set ``since`` another moment;
+    buffers written since are copied.
     """
 
     def __init__(self, module: nn.Module, since: Attributes | None = None) -> None:
-        self._of = {m: {name: _Held.of(value) for name, value in _attributes_of(m).items()}
-                    for m in submodules(module)}
-        self._kept = [] if since is None else [held.get() for _, _, held in self._changes(since)]
+        modules = submodules(module)
+        self._of = {m: {name: _Held.of(value) for name, value in _attributes_of(m).items()} for m in modules}
+        self._buffers = {(m, name): (_Weak(buffer), version_of(buffer)) for m in modules
+                         for name, buffer in m._buffers.items() if buffer is not None}
+        self._kept: list[Any] = []
+        self._copies: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        if since is not None:
+            self._kept = [held.get() for _, _, held in self._changes(since)]
+            for m, name in self._written(since):
+                buffer = m._buffers[name]
+                assert buffer is not None
+                self._copies[m, name] = buffer, buffer.detach().clone()
 
     def set_changes_since(self, before: Attributes) -> None:
-        """Give the module the attributes that it has here and had not ``before``."""
+        """Give the module the attributes and buffers that it has here and had not ``before``."""
         for m, name, held in self._changes(before):
             held.put(m, name)
+        for m, name in self._written(before):
+            if (m, name) in self._copies:
+                buffer, value = self._copies[m, name]
+                with torch.no_grad():
+                    buffer.copy_(value)
+                m._buffers[name] = buffer
+
+    def _written(self, before: Attributes) -> list[tuple[nn.Module, str]]:
+        nothing = None, None
+        return [key for key, (buffer, version) in self._buffers.items()
+                if version != before._buffers.get(key, nothing)[1]
+                or not _is_same(buffer, before._buffers.get(key, nothing)[0])]
 
     def _changes(self, before: Attributes) -> Iterator[tuple[nn.Module, str, _Held]]:
         nothing = _Held(_Held)  # like no attribute

@@ -139,7 +139,8 @@ class Window:
         if tape is not None:
             tape.discard()
         self._tape: LossTape | None = None
-        self._left: Attributes | None = None  # by the latest forward
+        self._left: Attributes | None = None  # by the last forward
+        self._trained: Attributes | None = None  # left by the last one that a backward reached
         self._newest: Forward | None = None  # the others are kept by what was made of them
         self.forget_backwards()
 
@@ -195,7 +196,7 @@ class Window:
             watched = Watched((args, kwargs))
             kept_args, kept_kwargs = rebuilt((args, kwargs), keep)
             forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
-                              Structure(module), Attributes(module, since=self._left),
+                              Structure(module), Attributes(module, since=self._trained or self._left),
                               apart=apart, number=tape.number(), needs=needs,
                               before=before(module) if before is not None and not self._backwards else None)
         with self.not_recording():
@@ -227,6 +228,7 @@ class Window:
                 forwards = [self._newest]
             backward = RecordedBackward(how, forwards, made, graph, number=self._tape.number(), needs=steps,
                                         problem=problem or reason)
+            self._trained = max(forwards, key=lambda forward: forward.number).left if forwards else None
         self._backwards.append(backward)
 
     def add_loss(self, loss: Tensor, share: float) -> None:
