@@ -117,7 +117,6 @@ def test_ways_to_accumulate_with_offload(way: str, stage: int) -> None:
 
 REFUSED = {
     "gradient": lambda loss: loss.backward(gradient=torch.tensor(2.0)),
-    "autograd": lambda loss: torch.autograd.backward([loss]),
 }
 
 
