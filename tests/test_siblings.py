@@ -20,8 +20,8 @@ from ds_looksam import LookSAMReplayError
 
 from .ranks import run_on_ranks
 from .test_loops import Net, batches
-from .training import Case, engine_for, master_weights
-from .twin import ALPHA, LR, RHO, K, Twin
+from .training import master_weights
+from .twin import Twin, engine_of
 
 TARGETS: dict[Any, Tensor] = {}
 
@@ -218,18 +218,11 @@ WAYS_OUT: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], Callab
 }
 
 
-def engine_of(build: Callable[[], nn.Module], stage: int, accumulation: int, ascent: str = "global",
-              world: int = 1) -> Any:
-    case = Case(stage=stage, accumulation=accumulation, world=world, base="SGD", k=K, rho=RHO, alpha=ALPHA,
-                ascent=ascent, options={"lr": LR, "momentum": 0.0, "weight_decay": 0.0})
-    return engine_for(case, module=build())
-
-
 def train(name: str, stage: int, accumulation: int, ascent: str, world: int) -> None:
     loss, build = SITUATIONS[name]
     twin, rank = Twin(build), torch.distributed.get_rank()
     TARGETS.clear()
-    with engine_of(build, stage, accumulation, ascent, world) as engine:
+    with engine_of(build, stage, accumulation, ascent=ascent, world=world) as engine:
         for window in batches(world * accumulation):
             for i, (x, y) in enumerate(window[rank * accumulation:(rank + 1) * accumulation]):
                 engine.backward(loss(engine, i, x.float(), y.float()))
@@ -280,7 +273,7 @@ def test_a_loss_fn_is_the_way_out(name: str, reason: str, stage: int) -> None:
 def accumulation_changes(ascent: str) -> None:
     """set_train_batch_size between two windows."""
     twin = Twin(Net)
-    with engine_of(Net, 2, 2, ascent) as engine:
+    with engine_of(Net, 2, 2, ascent=ascent) as engine:
         for n, window in enumerate(batches(2)):
             window = window[:1 + n // 2] if ascent == "global" else window[:1]
             engine.set_train_batch_size(4 * len(window))
