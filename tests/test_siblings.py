@@ -144,6 +144,12 @@ def failures(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
     return plain(m, i, x, y)
 
 
+def two_in_one_loss(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    first = attributes(m, i, x, y)
+    inside(m).queue = torch.full((3, ), 1.0 + i)
+    return first + attributes(m, i + 1, 2 * x, y)
+
+
 # Random numbers -------------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +212,8 @@ def auxiliary(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
 
 
 SITUATIONS: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module]]] = {
-    **{f.__name__: (f, Knobs) for f in (attributes, buffer_in_place, buffer_rebound, inference, failures)},
+    **{f.__name__: (f, Knobs) for f in (attributes, buffer_in_place, buffer_rebound, inference, failures,
+                                        two_in_one_loss)},
     **{f.__name__: (f, Net) for f in (hook, submodule, frozen_layer, generator_in_loss, hooks_on_gradients, inner_loop,
                                       checkpointed, copy_as_teacher, empty)},
     "normed": (plain, Normed), "generators_in_inputs": (generators_in_inputs, Noisy),
