@@ -73,9 +73,10 @@ def frozen(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def engine_of(build: Callable[[], nn.Module], stage: int, accumulation: int = 1, looksam: bool = True) -> Iterator[Any]:
+def engine_of(build: Callable[[], nn.Module], stage: int, accumulation: int = 1, looksam: bool = True,
+              ascent: str = "global", world: int = 1) -> Iterator[Any]:
     """The engine that a :class:`Twin` is the twin of."""
-    case = Case(stage=stage, accumulation=accumulation, world=1, base="SGD", k=K, rho=RHO, alpha=ALPHA,
-                options={"lr": LR, "momentum": 0.0, "weight_decay": 0.0})
+    case = Case(stage=stage, accumulation=accumulation, world=world, base="SGD", k=K, rho=RHO, alpha=ALPHA,
+                ascent=ascent, options={"lr": LR, "momentum": 0.0, "weight_decay": 0.0})
     with engine_for(case, looksam, module=build()) as engine:
         yield engine

@@ -145,7 +145,7 @@ class LookSAMEngine(HostEngine):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; in a window that ends in a SAM step the inputs and the RNG state are remembered."""
-        if not self._replay.is_perturbed:
+        if not self._replay.is_perturbed and torch.is_grad_enabled():
             self._update.window_runs()
         return self._replay.forward(*inputs, **kwargs)
 

@@ -1,12 +1,14 @@
 """What a forward was called with, kept so that it can be called again.
 
-Containers are copied, since loops refill them and models pop from them; tensors and arrays are not, but watched.
+Containers and generators are copied, since loops refill them and models pop and draw from them; tensors and arrays are
+not, but watched.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 from ..errors import LookSAMReplayError
 from .recording import Apart, Made, version_of
 
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (dict, list, tuple, set, frozenset, Mapping)
 
 
 def rebuilt(value: Any, of_leaf: Callable[[Any], Any], known: dict[int, Any] | None = None) -> Any:
-    """``value`` with the containers in it copied and ``of_leaf(x)`` for each tensor (or what stands for one), array and
-    iterator, in an order that is the same every time.
+    """``value`` with the containers and generators in it copied and ``of_leaf(x)`` for each tensor (or what stands for
+    one), array and iterator, in an order that is the same every time.
 
     Containers are dicts, lists, tuples and what derives from them, dataclasses, and objects that hold tensors or
     containers in their attributes (``UserDict``, a batch class). Modules, classes and functions are left alone.
@@ -33,6 +36,9 @@ def rebuilt(value: Any, of_leaf: Callable[[Any], Any], known: dict[int, Any] | N
         return of_leaf(value)
     if id(value) in known:  # shared, or a circle
         return known[id(value)]
+    if isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom):
+        new = known[id(value)] = _copy_of_generator(value)
+        return new
 
     def inner(item: Any) -> Any:
         return rebuilt(item, of_leaf, known)
@@ -53,6 +59,12 @@ def rebuilt(value: Any, of_leaf: Callable[[Any], Any], known: dict[int, Any] | N
     for name, item in attributes(value).items():
         object.__setattr__(new, name, inner(item))  # also where the class is frozen
     return new
+
+
+def _copy_of_generator(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return torch.Generator(generator.device).set_state(generator.get_state())
+    return copy.deepcopy(generator)
 
 
 def attributes(value: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import copy
 import io
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from .recording import version_of
 from .snapshot import submodules
 
 Restore = Callable[[], None]
@@ -32,6 +34,13 @@ _OF_DEEPSPEED = ("ds_", "_ds", "_external_params", "_original_parameters", "appl
 _NOT_ENTERED = {"torch", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"}
 _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
 _DEPTH = 4
+
+
+def _attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Without torch's own, and DeepSpeed's counters on modules."""
+    attributes = vars(module)
+    return {name: attributes[name] for name in attributes.keys() - _OF_EVERY_MODULE
+            if not name.startswith(_OF_DEEPSPEED)}
 
 
 class ModuleState:
@@ -46,7 +55,7 @@ class ModuleState:
         self._buffers = [(m, name, buffer, buffer.detach().clone()) for m in modules
                          for name, buffer in m._buffers.items() if buffer is not None]
         self.frozen = [(p, p.detach().clone()) for p in frozen]
-        self._attributes = [(m, self._attributes_of(m)) for m in modules]
+        self._attributes = [(m, _attributes_of(m)) for m in modules]
         self._opaque: list[tuple[str, Any, str]] = []
         self._bytes_left, self._known = _LIMIT, set[int]()
         self._contents = [restore for m, attributes in self._attributes for name, value in attributes.items()
@@ -61,19 +70,12 @@ class ModuleState:
             for p, saved in self.frozen:
                 p.data.copy_(saved)
         for m, saved_attributes in self._attributes:
-            for name in self._attributes_of(m).keys() - saved_attributes.keys():
+            for name in _attributes_of(m).keys() - saved_attributes.keys():
                 del vars(m)[name]
             vars(m).update(saved_attributes)
         for restore in self._contents:
             restore()
         return [name for name, value, look in self._opaque if _look_of(value) != look]
-
-    @staticmethod
-    def _attributes_of(module: nn.Module) -> dict[str, Any]:
-        """Without torch's own, and DeepSpeed's counters on modules."""
-        attributes = vars(module)
-        return {name: attributes[name] for name in attributes.keys() - _OF_EVERY_MODULE
-                if not name.startswith(_OF_DEEPSPEED)}
 
     def _contents_of(self, value: Any, name: str, depth: int) -> Iterator[Restore]:
         """What puts back the contents of ``value`` and of all that is in it."""
@@ -129,6 +131,119 @@ def _set_state(generator: torch.Generator, state: Tensor) -> None:
 def _refill(container: Any, items: Any) -> None:
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(items)
+
+
+class Attributes:
+    """A module's attributes and buffers at one moment, and what is in attributes that are containers or objects: for
+    what a loop, or a forward that is not evaluated again, sets between two forwards that are.
+
+    Tensors are held weakly (some models keep attention maps there), but for attributes set ``since`` another moment;
+    buffers written since are copied.
+    """
+
+    def __init__(self, module: nn.Module, since: Attributes | None = None) -> None:
+        modules = submodules(module)
+        self._of = {m: {name: _Held.of(value) for name, value in _attributes_of(m).items()} for m in modules}
+        self._buffers = {(m, name): (_Weak(buffer), version_of(buffer)) for m in modules
+                         for name, buffer in m._buffers.items() if buffer is not None}
+        self._kept: list[Any] = []
+        self._copies: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        if since is not None:
+            self._kept = [held.get() for _, _, held in self._changes(since)]
+            for m, name in self._written(since):
+                buffer = m._buffers[name]
+                assert buffer is not None
+                self._copies[m, name] = buffer, buffer.detach().clone()
+
+    def set_changes_since(self, before: Attributes) -> None:
+        """Give the module the attributes and buffers that it has here and had not ``before``."""
+        for m, name, held in self._changes(before):
+            held.put(m, name)
+        for m, name in self._written(before):
+            if (m, name) in self._copies:
+                buffer, value = self._copies[m, name]
+                with torch.no_grad():
+                    buffer.copy_(value)
+                m._buffers[name] = buffer
+
+    def _written(self, before: Attributes) -> list[tuple[nn.Module, str]]:
+        nothing = None, None
+        return [key for key, (buffer, version) in self._buffers.items()
+                if version != before._buffers.get(key, nothing)[1]
+                or not _is_same(buffer, before._buffers.get(key, nothing)[0])]
+
+    def _changes(self, before: Attributes) -> Iterator[tuple[nn.Module, str, _Held]]:
+        nothing = _Held(_Held)  # like no attribute
+        for m, attributes in self._of.items():
+            for name, held in attributes.items():
+                if not held.is_same(before._of.get(m, {}).get(name, nothing)):
+                    yield m, name, held
+
+
+class _Weak(weakref.ref[Tensor]):
+    """Not one of the user's own weak references."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """``value``, and its ``contents`` if it has any, with weak references to tensors."""
+
+    value: Any
+    contents: dict[Any, Any] | list[Any] | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> _Held:
+        inner = _inside(value)
+        if inner is None:
+            return cls(_weak(value))
+        return cls(value, {key: _weak(item) for key, item in inner.items()} if isinstance(inner, dict) else
+                   [_weak(item) for item in inner])
+
+    def get(self) -> Any:
+        """None also where it is gone."""
+        return _strong(self.value)
+
+    def is_same(self, other: _Held) -> bool:
+        if not _is_same(self.value, other.value):
+            return False
+        mine, others = list(_pairs(self.contents)), list(_pairs(other.contents))
+        return len(mine) == len(others) and all(a == c and _is_same(b, d)
+                                                for (a, b), (c, d) in zip(mine, others, strict=True))
+
+    def put(self, module: nn.Module, name: str) -> None:
+        """What is gone is left as it is."""
+        everything = [self.value, *(item for _, item in _pairs(self.contents))]
+        if any(isinstance(item, _Weak) and item() is None for item in everything):
+            return
+        if isinstance(self.contents, dict):
+            _refill(_inside(self.value), {key: _strong(item) for key, item in self.contents.items()})
+        elif self.contents is not None:
+            _refill(self.value, [_strong(item) for item in self.contents])
+        vars(module)[name] = self.get()
+
+
+def _inside(value: Any) -> Any:
+    """The container that ``value`` is, or that holds its attributes; None if there is none."""
+    if isinstance(value, (dict, set, list, deque)):
+        return value
+    is_plain = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and not callable(value)
+    return vars(value) if is_plain and _is_entered(type(value).__module__) else None
+
+
+def _pairs(contents: Any) -> Iterable[tuple[Any, Any]]:
+    return contents.items() if isinstance(contents, dict) else enumerate(contents or ())
+
+
+def _weak(value: Any) -> Any:
+    return _Weak(value) if isinstance(value, Tensor) else value
+
+
+def _strong(value: Any) -> Any:
+    return value() if isinstance(value, _Weak) else value
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, _Weak) and isinstance(b, _Weak) and a() is not None and a() is b())
 
 
 @dataclass

@@ -100,6 +100,7 @@ class RecordedCall(Step):
     grad_enabled: bool
     constants: list[tuple[Tensor, int | None]] = field(default_factory=list)
     random: TorchRandomState | None = None  # set if the call drew random numbers
+    generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)  # given to it, and their states
     shapes: list[torch.Size] = field(default_factory=list)
     through_engine: bool = False  # it registered the hooks of another engine's forward
 
@@ -134,11 +135,16 @@ class RecordedCall(Step):
         self.autocast.apply()
         if self.random is not None:
             self.random.restore()
+        generators = [(generator, generator.get_state()) for generator, _ in self.generators]
+        for generator, state in self.generators:
+            generator.set_state(state)
         try:
             with torch.set_grad_enabled(self.grad_enabled):
                 result = self.function(*args, **kwargs)
         finally:
             autocast.apply()
+            for generator, state in generators:
+                generator.set_state(state)
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if [t.shape for t in made] != self.shapes:
             raise LookSAMReplayError(

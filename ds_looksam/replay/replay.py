@@ -282,11 +282,18 @@ class Replay:
 
     def _forward_again(self, *inputs: Any, **kwargs: Any) -> Any:
         recorded = self.window.forwards
+        structure: AbstractContextManager[None] = nullcontext()
         if self._forwards < len(recorded):
-            recorded[self._forwards].mode.apply(self._module)
-            recorded[self._forwards].random.restore()
+            this = recorded[self._forwards]
+            this.mode.apply(self._module)
+            this.random.restore()
+            if self._closure is None:  # which sets them itself
+                structure = this.structure.applied()
+                left = recorded[self._forwards - 1].left if self._forwards else None
+                if left is not None:
+                    this.entered.set_changes_since(left)
         self._forwards += 1
-        with self._inside():
+        with self._inside(), structure:
             return self._forward(*inputs, **kwargs)
 
     def _backward_again(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,43 @@ class ComputeMode:
             vars(module).pop("forward", None)
         else:
             vars(module)["forward"] = self.own_forward
+
+
+_STRUCTURE = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
+              "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Structure:
+    """A module's submodules and hooks, and which of its parameters require grad, at one moment: loops register hooks
+    for one forward, swap a part, and freeze a layer for one micro-batch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = submodules(module)
+        self._contents = [(d, d.copy()) for m in modules for name in _STRUCTURE
+                          if isinstance(d := vars(m).get(name), dict)]
+        self._flags = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the module is as it was then."""
+        contents = [(d, d.copy()) for d, then in self._contents if d != then]
+        flags = [(p, p.requires_grad) for p, then in self._flags if p.requires_grad != then]
+        self._put(self._contents if contents else (), self._flags if flags else ())
+        try:
+            yield
+        finally:
+            self._put(contents, flags)
+
+    @staticmethod
+    def _put(contents: Iterable[tuple[dict[Any, Any], dict[Any, Any]]],
+             flags: Iterable[tuple[nn.Parameter, bool]]) -> None:
+        for d, then in contents:
+            if d != then:
+                d.clear()
+                d.update(then)
+        for p, flag in flags:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
 
 
 @dataclass

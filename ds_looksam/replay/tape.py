@@ -280,6 +280,8 @@ class LossTape(TorchFunctionMode):
             return apart
 
         call.args, call.kwargs = tree_map(stand_in, (args, kwargs))
+        call.generators = [(leaf, leaf.get_state()) for leaf in tree_leaves((args, kwargs))
+                           if isinstance(leaf, torch.Generator)]
         for t in tensors:
             known = self._known.get(t)
             if known is not None:
@@ -287,8 +289,8 @@ class LossTape(TorchFunctionMode):
                 call.problem = call.problem or self._unlike(t, known, f"an argument of {call.name}")
             elif t.grad_fn is not None and any(self.reached(t)):
                 call.problem = (f"an argument of {call.name} has an autograd graph that reaches the model, but was not "
-                                f"made by torch functions called on its output ({t.grad_fn.name()}): by a custom "
-                                "autograd.Function or torch.func, say")
+                                f"made by torch functions called on its output ({t.grad_fn.name()}): kept by the "
+                                "model or a hook, or made by a custom autograd.Function or torch.func, say")
         return call
 
     def _take_in(self, call: RecordedCall, made: list[Tensor], changed: list[Tensor]) -> None:

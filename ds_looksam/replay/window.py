@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import LookSAMReplayError
 from .inputs import Watched, rebuilt
-from .module_state import Before
+from .module_state import Attributes, Before
 from .recording import (
     OUTPUT,
     Apart,
@@ -27,7 +27,7 @@ from .recording import (
     graph_of,
     output_tensors,
 )
-from .snapshot import ComputeMode, RandomState
+from .snapshot import ComputeMode, RandomState, Structure
 from .tape import LossTape, in_functorch
 
 LossFn = Callable[..., Tensor]
@@ -53,7 +53,10 @@ class Forward(Step):
     watched: Watched
     random: RandomState
     mode: ComputeMode
+    structure: Structure
+    entered: Attributes
     before: Before | None = None  # where no backward has come before it
+    left: Attributes | None = None
     n_outputs: int = 0
     nodes: list[GraphId] = field(default_factory=list)
 
@@ -136,6 +139,8 @@ class Window:
         if tape is not None:
             tape.discard()
         self._tape: LossTape | None = None
+        self._left: Attributes | None = None  # by the last forward
+        self._trained: Attributes | None = None  # left by the last one that a backward reached
         self._newest: Forward | None = None  # the others are kept by what was made of them
         self.forget_backwards()
 
@@ -191,11 +196,13 @@ class Window:
             watched = Watched((args, kwargs))
             kept_args, kept_kwargs = rebuilt((args, kwargs), keep)
             forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
+                              Structure(module), Attributes(module, since=self._trained or self._left),
                               apart=apart, number=tape.number(), needs=needs,
                               before=before(module) if before is not None and not self._backwards else None)
         with self.not_recording():
             output = run(*args, **kwargs)
         with torch._C.DisableTorchFunction():
+            forward.left = self._left = Attributes(module)
             outputs = output_tensors(output)
             forward.n_outputs, forward.nodes = len(outputs), tape.add_forward(forward, inputs, outputs)
         self._newest = forward
@@ -221,6 +228,7 @@ class Window:
                 forwards = [self._newest]
             backward = RecordedBackward(how, forwards, made, graph, number=self._tape.number(), needs=steps,
                                         problem=problem or reason)
+            self._trained = max(forwards, key=lambda forward: forward.number).left if forwards else None
         self._backwards.append(backward)
 
     def add_loss(self, loss: Tensor, share: float) -> None:
