@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ds_looksam.step.monitor import PREFIX, STEP_KINDS
+from ds_looksam.step.monitor import ASCENTS, PREFIX, STEP_KINDS
 
 ROOT = Path(__file__).parent.parent
 Kept = dict[str, list[tuple[int, float]]]
@@ -79,11 +79,11 @@ def wandb(folder: Path) -> Iterator[tuple[str, int, float]]:
 def expected(said: list[tuple[int, dict[str, Any]]]) -> Kept:
     kept: Kept = defaultdict(list)
     for samples, status in said:
-        values = {**status, "step_kind": STEP_KINDS[status["step_kind"]],
+        values = {**status, "step_kind": STEP_KINDS[status["step_kind"]], "ascent": ASCENTS[status["ascent"]],
                   "rho": status["rho"][0], "alpha": status["alpha"][0]}
         for name in values.keys() - {"k", "first_sam_update"}:  # no measurements, and what they are does not change
             value = values[name]
-            host = name in ("updates", "evaluations", "step_kind", "rho", "alpha")
+            host = name in ("updates", "evaluations", "step_kind", "ascent", "rho", "alpha")
             if value is not None and (host or status["step_kind"] == "sam"):
                 kept[name].append((samples, value))
     return kept
