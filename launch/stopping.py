@@ -26,7 +26,9 @@ class StopSignals:
     def __init__(self) -> None:
         self.caught: str | None = None
         self.stopping = False
-        self._group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+        self._group = group
         self._answer: tuple[Any, torch.Tensor] | None = None
         for number in signal.SIGTERM, signal.SIGUSR1:
             signal.signal(number, self._catch)

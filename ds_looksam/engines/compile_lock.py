@@ -1,14 +1,15 @@
-"""A lock that a killed compilation left behind: torch's extension builder waits for it forever, without a word."""
+"""A lock that a killed compilation left behind: torch's extension builder waits for it forever, without a word. From 2.14
+on torch asks the operating system instead, which knows which locks are gone."""
 
 from __future__ import annotations
 
 import os
 import time
+import warnings
 from pathlib import Path
 
 import psutil
-from deepspeed.utils import logger
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 
 COMPILERS = {"ninja", "c++", "g++", "cc1plus", "nvcc", "cicc", "ptxas", "hipcc", "clang++", "ld"}
 OLD = 60.0
@@ -18,13 +19,13 @@ OLD = 60.0
 def warn_of_stale_locks() -> None:
     """Say which files under torch's folder of extensions block every later run on this host, once a host. Not
     collective."""
-    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) != 0 or not hasattr(cpp_extension, "FileBaton"):
         return
-    locks = stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
+    locks = stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()))
     if locks:
-        logger.warning(
+        warnings.warn(  # to stderr: DeepSpeed's logger writes between what the command line prints
             "a compilation of DeepSpeed's operators was killed here, and left a lock on which every run that needs the "
-            f"operator waits forever. No compiler is running: remove {' and '.join(map(str, locks))}")
+            f"operator waits forever. No compiler is running: remove {' and '.join(map(str, locks))}", stacklevel=3)
 
 
 def stale_locks(root: Path) -> list[Path]:

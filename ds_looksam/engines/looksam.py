@@ -232,6 +232,12 @@ class LookSAMEngine(HostEngine):
                      level=logging.WARNING)
         self._requires_grad = now
 
+    def destroy(self) -> None:
+        """As DeepSpeed's. A window that has no update yet is forgotten, and nothing of the user's is recorded any more.
+        """
+        self._replay.forget()
+        super().destroy()
+
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
