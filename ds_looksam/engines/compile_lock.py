@@ -1,5 +1,5 @@
-"""A lock that a killed compilation left behind: torch's extension builder waits for it forever, without a word. From 2.14
-on torch asks the operating system instead, which knows which locks are gone."""
+"""A lock that a killed compilation left behind: torch's extension builder waits for it forever, without a word. From
+2.14 on torch asks the operating system instead, which knows which locks are gone."""
 
 from __future__ import annotations
 

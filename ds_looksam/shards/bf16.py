@@ -30,7 +30,7 @@ from ..arithmetic.eager import Shard
 from ..arithmetic.layout import Segment
 from .base import GradientShards, ScaleOf
 from .own import OwnModel
-from .zero12 import start_gather
+from .zero12 import start_gather, zero_gradients
 
 
 class BF16Shards(GradientShards):
@@ -121,7 +121,7 @@ class BF16Shards(GradientShards):
 
     def _clear_gradients(self) -> None:
         """Without this the next evaluation would be added onto the last one."""
-        self._zero.zero_grad(set_to_none=True)
+        zero_gradients(self._zero)
 
     def _own_range(self, i: int) -> tuple[int, int]:
         size = self._zero.fp32_groups_flat_partition[i].numel()

@@ -102,7 +102,7 @@ class Zero12Shards(GradientShards):
         zero.previous_reduced_grads.clear()
         zero.params_already_reduced = [False] * len(zero.params_already_reduced)
         zero._release_ipg_buffers()
-        zero.zero_grad(set_to_none=True)
+        zero_gradients(zero)
         zero._backward_hook_state.backward_active_depth = 0
         zero._backward_hook_state.reset_for_new_step()
         self._start_window()
@@ -142,6 +142,11 @@ def fragments_like(fragments: list[Any], flat: Tensor) -> list[Any]:
         if getattr(fragment, "_zero_padding", False):
             view._zero_padding = True
     return views
+
+
+def zero_gradients(wrapper: Any) -> None:
+    """The class's zero_grad: the engine watches the wrapper's own for calls of the user, who throws a window away."""
+    type(wrapper).zero_grad(wrapper, set_to_none=True)
 
 
 def start_gather(whole: Tensor, own: Tensor, group: Any) -> Work | None:
