@@ -118,6 +118,19 @@ def test_bytes_sent(check, stage, extra, sent):
     assert value(out, "evaluations per update").startswith("1.25 ")
 
 
+@pytest.mark.parametrize(("stage", "ascent", "sent"), [
+    # As above; what benchmarks/traffic.py counts is in docs/costs.md.
+    (0, "rank", 2 * 3), (1, "rank", 2 * 3), (2, "rank", 2 * 2 * 3),
+    (0, "micro_batch", 3 * 2 * 3), (1, "micro_batch", 3 * 2 * 3), (2, "micro_batch", 2 * 2 * 3),
+    (0, "global_micro_batch", 3 * 2 * 3), (1, "global_micro_batch", 3 * 2 * 3 + 4 * 3),
+    (2, "global_micro_batch", 2 * 2 * 3 + 4 * 3), (3, "global_micro_batch", 2 * (3 + 2 * 3)),
+])
+def test_bytes_sent_by_ascent_mode(check, stage, ascent, sent):
+    _, out, _ = check("--world-size", "4", "--params", str(MIB), gradient_accumulation_steps=2,
+                      zero_optimization={"stage": stage}, optimizer=looksam(ascent=ascent))
+    assert value(out, "extra sent, SAM step") == f"{sent:.2f} MiB"
+
+
 WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 """What a rank sends in a ring, in units of (N - 1)/N of the payload."""
 
@@ -137,6 +150,9 @@ def test_bytes_sent_are_those_that_were_counted(check, stage):
     ({"stage": 1}, {}, ["1.00 MiB a rank, on the accelerator"] * 2),
     ({"stage": 3}, {}, ["1.00 MiB a rank, on the accelerator"] * 3),
     ({"stage": 2}, {"v_dtype": "bf16"}, [f"{size} a rank, on the accelerator" for size in ("512.00 KiB", "1.00 MiB")]),
+    ({"stage": 2}, {"ascent": "rank"}, ["1.00 MiB a rank, on the accelerator"] * 2 + ["4.00 MiB a rank, on the accelerator"]),
+    ({"stage": 2}, {"ascent": "micro_batch"},
+     ["1.00 MiB a rank, on the accelerator"] * 2 + ["4.00 MiB a rank, on the accelerator"] * 2),
     ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {},
      ["1.00 MiB a rank, in host memory (offload_optimizer)"] * 2),
 ], ids=str)  # yapf: disable

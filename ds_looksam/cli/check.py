@@ -10,6 +10,8 @@ but two scalars. Bytes are what one rank sends in a ring, (N - 1)/N of a payload
   stage 1     the same, and an all-gather of the weights
   stage 2     an all-reduce a micro-batch ("use_multi_rank_bucket_allreduce" false: half of that), and the all-gather
   stage 3     a reduce-scatter and two all-gathers of the weights a micro-batch; weights that stay gathered are not sent
+That is of "ascent": "global". "rank" and "micro_batch" gather nothing, "global_micro_batch" w + eps and w again a
+micro-batch, and both micro-batch modes reduce two gradients of each (docs/costs.md).
 Memory is counted in shards: all P parameters on stage 0, P/N of them on stages 1 to 3. Not counted: the inputs of the
 window that ends in a SAM step, which are kept until its end.
 """

@@ -52,7 +52,7 @@ def rows(checked: Checked, world_size: int, parameters: int | None) -> Iterator[
     yield "evaluations per update", f"{1 + 1 / settings.k:.4g} " + (
         "(every update is a SAM step)" if settings.k == 1 else f"(a SAM step, of two, every {settings.k} updates)")
     scale, per = (parameters, "") if parameters is not None else (1, " per parameter")
-    sent = bytes_sent(config, world_size)
+    sent = bytes_sent(config, settings.ascent, world_size)
     if world_size > 1:
         yield "extra sent, SAM step", _amount(sent * scale, per)
         yield "extra sent, on average", _amount(sent / settings.k * scale, per)
@@ -68,7 +68,7 @@ def default_of(run: Run, key: str) -> float | None:
     return argument.default if argument is not None and isinstance(argument.default, int | float) else None
 
 
-def bytes_sent(config: Any, world_size: int) -> float:
+def bytes_sent(config: Any, ascent: str, world_size: int) -> float:
     """By one rank in a SAM step beside what the same step of the base sends, in bytes per parameter of the model."""
     stage, micro_batches = int(config.zero_config.stage), config.gradient_accumulation_steps
     weight = BYTES[precision_of(config)]
@@ -78,12 +78,14 @@ def bytes_sent(config: Any, world_size: int) -> float:
     elif _accumulates_whole_fp32(config):
         gradient = FP32
     all_reduce = 2 if config.zero_config.use_multi_rank_bucket_allreduce or stage < 2 else 1
-    payload = {
-        0: all_reduce * gradient,
-        1: all_reduce * gradient + weight,
-        2: all_reduce * gradient * micro_batches + weight,
-        3: (gradient + 2 * weight) * micro_batches,
-    }[stage]
+    if stage == 3:
+        payload = (gradient + 2 * weight) * micro_batches
+    else:
+        # Stages 0 and 1 reduce once a window; in the micro-batch modes both gradients of every micro-batch.
+        reductions = micro_batches if stage == 2 else 2 * micro_batches - 1 if "micro_batch" in ascent else 1
+        # w + eps; for each micro-batch w again too.
+        publications = {"global": 1, "global_micro_batch": 2 * micro_batches}.get(ascent, 0) if stage > 0 else 0
+        payload = all_reduce * gradient * reductions + weight * publications
     return payload * (world_size - 1) / world_size
 
 
@@ -99,6 +101,13 @@ def memory(config: Any, settings: LookSAMConfig, world_size: int) -> Iterator[tu
         yield "during a SAM step: clean weights, and w + eps", where, 2 * FP32 * shard
     elif stage == 3 and precision_of(config) == "fp32" and not on_host:
         yield "during a SAM step: clean weights", where, FP32 * shard  # model and master are one tensor
+    here, own = "on the accelerator", FP32 if stage == 0 else BYTES[precision_of(config)]
+    if settings.ascent in ("rank", "micro_batch"):
+        yield "in a SAM step's window: the rank's own gradient", here, own
+    if settings.ascent == "micro_batch" and stage > 0:
+        yield "during a SAM step: clean weights of the whole model", here, own
+    if "micro_batch" in settings.ascent and config.gradient_accumulation_steps > 1:
+        yield "in a SAM step's window: the sums of g and g_s", where, 2 * FP32 * shard
 
 
 def _accumulates_whole_fp32(config: Any) -> bool:
