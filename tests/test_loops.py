@@ -149,10 +149,10 @@ def test_loops(name: str, stage: int, accumulation: int) -> None:
     run_on_ranks(1, run_loop, name, stage, accumulation)
 
 
-def zero_grad_instead_of_step(stage: int, accumulation: int, how: str) -> None:
+def zero_grad_instead_of_step(stage: int, accumulation: int, how: str, ascent: str = "global") -> None:
     """A window is given up by zero_grad(); with accumulation in its midst, where DeepSpeed drops the gradient there."""
     twin = Twin(Net)
-    with engine_of(Net, stage, accumulation) as engine:
+    with engine_of(Net, stage, accumulation, ascent=ascent) as engine:
         for window in batches(1):
             (x, y), = window
             x, y = x.float(), y.float()
@@ -172,6 +172,15 @@ def zero_grad_instead_of_step(stage: int, accumulation: int, how: str) -> None:
 ])
 def test_gradients_that_are_thrown_away_are_not_replayed(stage: int, accumulation: int, how: str) -> None:
     run_on_ranks(1, zero_grad_instead_of_step, stage, accumulation, how)
+
+
+@pytest.mark.parametrize("ascent", ["rank", "micro_batch", "global_micro_batch"])
+@pytest.mark.parametrize("stage, accumulation, how", [(0, 2, "engine"), (1, 2, "engine"), (1, 2, "module"),
+                                                      (0, 1, "optimizer"), (2, 1, "engine")])
+def test_nor_in_any_ascent_mode(stage: int, accumulation: int, how: str, ascent: str) -> None:
+    if how == "module" and ascent != "rank":
+        pytest.skip("the gradient is not in p.grad any more, so that module.zero_grad() shows nothing")
+    run_on_ranks(1, zero_grad_instead_of_step, stage, accumulation, how, ascent)
 
 
 # Batches that change --------------------------------------------------------------------------------------------------

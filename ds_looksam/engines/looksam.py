@@ -66,6 +66,7 @@ class LookSAMEngine(HostEngine):
                               is_recorded=lambda: status.next_is_sam)
         self._update = Update(settings, self._state, shards, self._replay, self._rho_factors, self._param_groups,
                               loss_scale=self.gradient_loss_scale)
+        self._replay.when_forgotten = self._update.forget_gradient
         self.refuse_steps_of_optimizer(LookSAMReplayError(
             "optimizer.step() was called, which takes the base optimizer's step without LookSAM: call engine.step()"))
         self.watch_zero_grad_of_optimizer()
@@ -164,6 +165,7 @@ class LookSAMEngine(HostEngine):
         with self.as_a_window_of_its_own():
             loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         self._update.micro_batch_is_done(1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
+        self._replay.gradient_is_complete = self.is_gradient_accumulation_boundary()
         return loss
 
     def direct_backward_begins(self) -> None:
@@ -176,8 +178,7 @@ class LookSAMEngine(HostEngine):
     def gradients_zeroed(self, by_optimizer: bool) -> None:
         replay = self._replay
         if self.zero_grad_drops(by_optimizer, replay.gradient_is_complete):
-            replay.window.forget_backwards()
-            self._update.gradient_is_there(is_seen=False)
+            replay.forget_backwards()
         elif replay.gradient_is_complete and not by_optimizer:  # a window was given up: also where DeepSpeed keeps it
             self.optimizer.zero_grad()
 

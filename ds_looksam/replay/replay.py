@@ -77,6 +77,7 @@ class Replay:
                  is_recorded: Callable[[], bool]) -> None:
         self.loss_fn: LossFn | None = None
         self.gradient_edit: Callable[[], None] | None = None
+        self.when_forgotten: Callable[[], None] = lambda: None
         self.window = Window()
         self.gradient_is_complete = False
         self._isolation = Isolation()
@@ -128,9 +129,14 @@ class Replay:
 
     def _record(self, loss: Tensor, how: Backward, share: float, problem: str | None = None) -> None:
         if self.window.backwards and self._engine.gradients_are_gone():
-            self.window.forget_backwards()
+            self.forget_backwards()
         self.window.add_backward(loss, how, problem)
         self.window.add_loss(loss, share)
+
+    def forget_backwards(self) -> None:
+        """The user has thrown away what backwards had left since the last update."""
+        self.window.forget_backwards()
+        self.when_forgotten()
 
     def direct_backward_begins(self) -> bool:
         """A gradient has reached the output of a forward without ``engine.backward``. False if none will reach

@@ -313,6 +313,12 @@ class Update:
         self._so_far = found if so_far is None else so_far.plus(found)
         self._replay.forget()
 
+    def forget_gradient(self) -> None:
+        """The user has thrown away the gradient of the window so far."""
+        self._so_far, self._is_watched = None, False
+        self._ascent.stop_listening()
+        self.window_runs()  # forwards may have been made already
+
     def give_up_window(self) -> None:
         """Forget what has been evaluated since the last update."""
         self._so_far, self._is_watched = None, False
