@@ -178,7 +178,7 @@ class LookSAMEngine(HostEngine):
     def gradients_zeroed(self, by_optimizer: bool) -> None:
         replay = self._replay
         if self.zero_grad_drops(by_optimizer, replay.gradient_is_complete):
-            replay.forget_backwards()
+            replay.forget_backwards(told=True)
         elif replay.gradient_is_complete and not by_optimizer:  # a window was given up: also where DeepSpeed keeps it
             self.optimizer.zero_grad()
 

@@ -77,7 +77,7 @@ class Replay:
                  is_recorded: Callable[[], bool]) -> None:
         self.loss_fn: LossFn | None = None
         self.gradient_edit: Callable[[], None] | None = None
-        self.when_forgotten: Callable[[], None] = lambda: None
+        self.when_forgotten: Callable[[bool], None] = lambda told: None
         self.window = Window()
         self.gradient_is_complete = False
         self._isolation = Isolation()
@@ -129,14 +129,15 @@ class Replay:
 
     def _record(self, loss: Tensor, how: Backward, share: float, problem: str | None = None) -> None:
         if self.window.backwards and self._engine.gradients_are_gone():
-            self.forget_backwards()
+            self.forget_backwards(told=False)
         self.window.add_backward(loss, how, problem)
         self.window.add_loss(loss, share)
 
-    def forget_backwards(self) -> None:
-        """The user has thrown away what backwards had left since the last update."""
+    def forget_backwards(self, told: bool) -> None:
+        """The user has thrown away what backwards had left since the last update. ``told``: by a call that we saw; else
+        ``p.grad`` is None."""
         self.window.forget_backwards()
-        self.when_forgotten()
+        self.when_forgotten(told)
 
     def direct_backward_begins(self) -> bool:
         """A gradient has reached the output of a forward without ``engine.backward``. False if none will reach

@@ -313,9 +313,12 @@ class Update:
         self._so_far = found if so_far is None else so_far.plus(found)
         self._replay.forget()
 
-    def forget_gradient(self) -> None:
-        """The user has thrown away the gradient of the window so far."""
-        self._so_far, self._is_watched = None, False
+    def forget_gradient(self, told: bool) -> None:
+        """The user has thrown away the gradient of the window so far. ``told``: by a call that was seen. That
+        ``p.grad`` is None says nothing of earlier micro-batches where their gradients were taken out one by one."""
+        if told or not self.is_per_micro_batch:
+            self._so_far = None
+        self._is_watched = False
         self._ascent.stop_listening()
         self.window_runs()  # forwards may have been made already
 
