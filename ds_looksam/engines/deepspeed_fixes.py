@@ -16,12 +16,16 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 
 def tag_for_muon(config_class: Any, model: torch.nn.Module) -> None:
-    """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize saw only "LookSAM" there."""
+    """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize saw only "LookSAM" there.
+
+    Shown by test_muon.py."""
     deepspeed.set_optimizer_flags(config_class, model)
 
 
 def keep_group_keys(given: list[Any], optimizer: torch.optim.Optimizer) -> None:
-    """Bring back what DeepSpeed drops of a user's param groups when it makes two of each, for Muon and for its Adam."""
+    """Bring back what DeepSpeed drops of a user's param groups when it makes two of each, for Muon and for its Adam.
+
+    Shown by test_muon.py with two groups."""
     for built in optimizer.param_groups:
         if "use_muon" in built:
             first = built["params"][0]
@@ -36,6 +40,8 @@ def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:
 
     They put a new one, made from its defaults, in its place, because it makes its state at construction, for parameters
     that are no longer those it steps. Every param group but one is lost with it, and what the groups brought.
+
+    Shown by test_bases.py with Adagrad.
     """
     if not isinstance(adagrad, torch.optim.Adagrad) or getattr(wrapper, "optimizer", adagrad) is adagrad:
         return
@@ -54,7 +60,8 @@ def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:
 @contextmanager
 def whole_pickles(checkpoint_engine: CheckpointEngine) -> Iterator[None]:
     """DeepSpeed 0.19.8 reads with ``checkpoint.writer`` by torch's default, weights_only, which refuses what it has
-    written. Inside it reads as it does without that key."""
+    written. Inside it reads as it does without that key. Shown by test_faults.py, resume with
+    a writer."""
     checkpoint_engine.load = TorchCheckpointEngine().load
     try:
         yield
@@ -65,7 +72,8 @@ def whole_pickles(checkpoint_engine: CheckpointEngine) -> Iterator[None]:
 @contextmanager
 def keeping_trust_ratios(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """ZeRO-3 gives every param group the keys of the first one when it loads a universal checkpoint. Afterwards which
-    groups have trust ratios is what this run's groups say (test_optimizers.py::test_universal...)."""
+    groups have trust ratios is what this run's groups say (test_optimizers.py,
+    test_groups_left_out_stay_left_out_after_a_universal_checkpoint)."""
     wanted = [group.get("trust_ratio") for group in optimizer.param_groups]
     yield
     for group, value in zip(optimizer.param_groups, wanted, strict=True):
@@ -80,6 +88,8 @@ def take_cpu_adam_steps_again(optimizer: torch.optim.Optimizer) -> None:
     does not follow the last one. So the steps after a load would differ in their last bits from those of the run that
     never stopped. Costs some microseconds for each step. Nothing to do for other optimizers, on an accelerator, or
     where groups have different betas (pow() each time then).
+
+    Shown by test_checkpoint.py, test_late_resume_on_a_cpu_adam_is_bit_exact.
     """
     update = _update_of(getattr(optimizer, "aux_optimizer", optimizer))  # of Muon, for what is no matrix
     betas = {tuple(group["betas"]) for group in optimizer.param_groups if "betas" in group}
