@@ -177,8 +177,10 @@ def _change(module: nn.Module, optimizer: Any, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["frozen", "unfrozen", "added"])
-def test_stage_0_follows_what_is_trained(what: str) -> None:
-    case = replace(CASE, stage=0)
+@pytest.mark.parametrize("case", [
+    replace(CASE, stage=0), replace(CASE, stage=0, world=1, ascent="rank"),
+    replace(CASE, stage=0, world=1, accumulation=1, ascent="micro_batch")], ids=lambda case: case.ascent)
+def test_stage_0_follows_what_is_trained(case: Case, what: str) -> None:
     twin = Twin(case)
     if what in ("unfrozen", "added"):
         twin.module.first.requires_grad_(False)
@@ -188,7 +190,7 @@ def test_stage_0_follows_what_is_trained(what: str) -> None:
         if update == 4:
             _change(twin.module, twin.base, what)
         twin.update(update)
-    assert distance(run_on_ranks(2, train_changing, case, what)[0], twin.weights()) <= TOLERANCE
+    assert distance(run_on_ranks(case.world, train_changing, case, what)[0], twin.weights()) <= TOLERANCE
 
 
 def warned_of_freezing(case: Case) -> list[str]:

@@ -7,7 +7,6 @@ sends nothing. Parameters of one group are handled as one flat tensor; ``p.grad`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -87,17 +86,18 @@ class WholeShards(GradientShards):
 
 
 class OwnWholeModel(OwnModel):
-    """On stage 0 the shards are the whole model, in a tensor for each parameter."""
+    """On stage 0 the shards are the whole model, in a tensor for each parameter. They follow what is trained, so
+    nothing of theirs is kept here."""
 
     def __init__(self, shards: WholeShards) -> None:
         super().__init__(lambda: [], [], shards.whole_groups, lambda: shards.passes)
         self._shards = shards
 
-    @cached_property
+    @property
     def layout(self) -> list[list[Segment]]:
         return self._shards.layout()
 
-    @cached_property
+    @property
     def layers(self) -> LayerMap:
         return self._shards.layers
 

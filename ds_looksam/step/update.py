@@ -284,6 +284,7 @@ class Update:
     def window_runs(self) -> None:
         """A forward of the user's loop begins."""
         if self._state.status.next_is_sam:
+            self._state.follow_changes()  # before anything is heard of the parameters
             self._ascent.listen()
 
     def micro_batch_is_done(self, share: float) -> None:
