@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -15,29 +16,49 @@ from unittest.mock import patch
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
-from ds_looksam import LookSAMConfig
+from ds_looksam import LookSAMConfig, LookSAMEngine
+from ds_looksam.cli import main
 from ds_looksam.cli.verify import Row, cases_of, is_right, own_cases, verify
 from ds_looksam.cli.verify_case import FAILED, RIGHT, SKIPPED, WRONG
+from ds_looksam.shards.replicated import ReplicatedShards
 
-from .ranks import run_on_ranks
+from .ranks import PRELOADED, run_on_ranks
 from .training import _let_cpu_compute_fp16
 
-ROOT = Path(__file__).parent.parent
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(PRELOADED)
+
+def as_a_rank(variables: dict[str, str], arguments: list[str], out: Path) -> None:
+    """A process that a launcher might have started. Forked: what takes longest is to import DeepSpeed."""
+    os.environ.update(variables)
+    with out.open("w") as file:
+        os.dup2(file.fileno(), 1)
+    sys.exit(main(["verify", *arguments]))
 
 
-def command(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run([sys.executable, *launcher, "-m", "ds_looksam", "verify", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, timeout=240, env=environment)
+def verified(folder: Path, *arguments: str, ranks: int = 0) -> tuple[int, str]:
+    """Exit code of the worst rank, and what rank 0 has on stdout. ``ranks``: 0: without a launcher's variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    processes = [CONTEXT.Process(target=as_a_rank, args=(
+        {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}, list(arguments), folder / str(rank)))
+        for rank in range(max(ranks, 1))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    return max(process.exitcode for process in processes), (folder / "0").read_text()
 
 
-def test_two_ranks_under_torchrun() -> None:
-    done = command("--quick", "--json", "--only", "stage 2, fp32$", ranks=2)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)  # nothing else is on stdout
+def test_two_ranks(tmp_path: Path) -> None:
+    """With the variables that torchrun sets."""
+    code, out = verified(tmp_path, "--quick", "--json", "--only", "stage 2, fp32$", ranks=2)
+    assert code == 0
+    result = json.loads(out)  # nothing else is on stdout
     assert result["right"] and "2 ranks" in result["where"]
     (row, ) = result["rows"]
     assert {name: check["status"] for name, check in row["checks"].items()} == {
@@ -46,10 +67,9 @@ def test_two_ranks_under_torchrun() -> None:
 
 def test_a_refused_json_alone(tmp_path: Path) -> None:
     path = write(tmp_path, zero_optimization={"stage": 2, "zero_quantized_weights": True})
-    done = command("--config", str(path))
-    assert done.returncode == 1, done.stderr
-    assert "FAILED: LookSAMConfigError" in done.stdout and "zero_quantized_weights" in done.stdout
-    assert "LookSAM is NOT shown to be right here" in done.stdout
+    code, out = verified(tmp_path, "--config", str(path))
+    assert code == 1 and "FAILED: LookSAMConfigError" in out and "zero_quantized_weights" in out
+    assert "LookSAM is NOT shown to be right here" in out
 
 
 # A user's JSON --------------------------------------------------------------------------------------------------------
@@ -124,92 +144,64 @@ def test_fp16(tmp_path: Path) -> None:
 # Broken on purpose ----------------------------------------------------------------------------------------------------
 
 
-def everywhere(name: str, change: Callable[[Any], Any]) -> Iterator[Any]:
+def everywhere(name: str, change: Callable[[Any], Any]) -> list[Any]:
     """Patches of a function in every module of the package that has it under this name."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("ds_looksam.") and callable(getattr(module, name, None)):
-            yield patch.object(module, name, change(getattr(module, name)))
+    return [patch.object(module, name, change(getattr(module, name))) for module in list(sys.modules.values())
+            if module.__name__.startswith("ds_looksam.") and callable(getattr(module, name, None))]
 
 
-def weaker_reuse() -> Iterator[Any]:
-    return everywhere("reuse_strength", lambda real: lambda *args: 0.95 * real(*args))
+def more_is_sent(real: Any) -> Any:
+    def sum_twice(sums: Tensor, group: Any) -> Tensor:
+        real(sums.new_zeros(1000), group)
+        return real(sums, group)
+    return sum_twice
 
 
-def norms_of_one_rank() -> Iterator[Any]:
-    return everywhere("sum_over_ranks", lambda real: lambda sums, group: sums * torch.distributed.get_world_size())
-
-
-def weights_stay_perturbed() -> Iterator[Any]:
-    from ds_looksam.shards.replicated import ReplicatedShards
-    yield patch.object(ReplicatedShards, "unperturb_local", lambda self: None)
-
-
-def beta_is_not_loaded() -> Iterator[Any]:
-    from ds_looksam import LookSAMEngine
-    real = LookSAMEngine.load_checkpoint
-
+def beta_is_not_loaded(real: Any) -> Any:
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = real(self, *args, **kwargs)
         self.looksam.beta = None
         return result
-
-    yield patch.object(LookSAMEngine, "load_checkpoint", load)
-
-
-def more_is_sent() -> Iterator[Any]:
-    def again(real: Any) -> Any:
-        def sum_twice(sums: Tensor, group: Any) -> Tensor:
-            real(sums.new_zeros(1000), group)
-            return real(sums, group)
-        return sum_twice
-
-    return everywhere("sum_over_ranks", again)
+    return load
 
 
-def one_perturbation_for_all() -> Iterator[Any]:
-    """As if "rank" did what "global" does."""
-    from ds_looksam.cli import verify_case
-    real = verify_case.in_groups
-    yield patch.object(verify_case, "in_groups", lambda ranks, ascent: real(ranks, "global"))
+def cannot_be_built(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("Ninja is required to load C++ extensions")
 
 
-def cpu_adam_cannot_be_built() -> Iterator[Any]:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
+BREAK: dict[str, Callable[[], list[Any]]] = {
+    "weaker reuse": lambda: everywhere("reuse_strength", lambda real: lambda *args: 0.95 * real(*args)),
+    "norms of one rank": lambda: everywhere(
+        "sum_over_ranks", lambda real: lambda sums, group: sums * torch.distributed.get_world_size()),
+    "weights stay perturbed": lambda: [patch.object(ReplicatedShards, "unperturb_local", lambda self: None)],
+    "beta is not loaded": lambda: [
+        patch.object(LookSAMEngine, "load_checkpoint", beta_is_not_loaded(LookSAMEngine.load_checkpoint))],
+    "more is sent": lambda: everywhere("sum_over_ranks", more_is_sent),
+    "one perturbation for all": lambda: everywhere("in_groups", lambda real: lambda ranks, _: real(ranks, "global")),
+    "no CPU Adam": lambda: [patch.object(DeepSpeedCPUAdam, "__init__", cannot_be_built)],
+}
 
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("Ninja is required to load C++ extensions")
 
-    yield patch.object(DeepSpeedCPUAdam, "__init__", fail)
-
-
-@contextmanager
-def broken(how: Callable[[], Iterator[Any]]) -> Iterator[None]:
+def verify_broken(what: str, case: str, folder: Path) -> list[Row]:
     with ExitStack() as stack:
-        patches = list(how())
+        patches = BREAK[what]()
         assert patches, "there is nothing of this name to break"
         for one in patches:
             stack.enter_context(one)
-        yield
-
-
-def verify_broken(how: Callable[[], Iterator[Any]], case: str, folder: Path) -> list[Row]:
-    with broken(how):
         return verify([one for one in own_cases() if one.name == case], folder)
 
 
-@pytest.mark.parametrize("how, case, check, status", [
-    (weaker_reuse, "stage 2, fp32", "weights", WRONG),
-    (norms_of_one_rank, "stage 1, fp32", "weights", WRONG),
-    (norms_of_one_rank, "stage 3, bf16", "weights", WRONG),
-    (weights_stay_perturbed, "stage 0, fp32", "weights", WRONG),
-    (beta_is_not_loaded, "stage 2, fp32", "resume", WRONG),
-    (more_is_sent, "stage 3, fp32", "sends", WRONG),
-    (one_perturbation_for_all, "stage 1, bf16, ascent rank", "weights", WRONG),
-    (cpu_adam_cannot_be_built, "stage 2, fp32, offload", "weights", FAILED),
+@pytest.mark.parametrize("what, case, check, status", [
+    ("weaker reuse", "stage 2, fp32", "weights", WRONG),
+    ("norms of one rank", "stage 3, bf16", "weights", WRONG),
+    ("weights stay perturbed", "stage 0, fp32", "weights", WRONG),
+    ("beta is not loaded", "stage 2, fp32", "resume", WRONG),
+    ("more is sent", "stage 3, fp32", "sends", WRONG),
+    ("one perturbation for all", "stage 1, bf16, ascent rank", "weights", WRONG),
+    ("no CPU Adam", "stage 2, fp32, offload", "weights", FAILED),
 ])
-def test_what_is_broken_is_seen(how: Callable[[], Iterator[Any]], case: str, check: str, status: str,
-                                tmp_path: Path) -> None:
-    (row, ) = rows = run_on_ranks(2, verify_broken, how, case, tmp_path)[0]
+def test_what_is_broken_is_seen(what: str, case: str, check: str, status: str, tmp_path: Path) -> None:
+    (row, ) = rows = run_on_ranks(2, verify_broken, what, case, tmp_path)[0]
     assert row.status == status and row.checks[check].status == status, row
     assert not is_right(rows)
     if status == FAILED:

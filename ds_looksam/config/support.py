@@ -14,6 +14,7 @@ from deepspeed.runtime.config import DtypeEnum
 from ..optimizers import LAYERWISE_OPTIMIZERS
 from .base_optimizers import base_class, is_tested_with_zero, torch_optimizers
 from .params import LookSAMConfig
+from .rounding import DTYPES, precision_of
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,12 @@ class Run:
         return self.offload != "none"
 
     def offload_option(self, *names: str) -> bool:
-        return self.zero.offload_optimizer is not None and any(getattr(self.zero.offload_optimizer, n) for n in names)
-
-    @property
-    def ratio(self) -> float:
-        return 1.0 if self.zero.offload_optimizer is None else self.zero.offload_optimizer.ratio
+        return any(getattr(self.zero.offload_optimizer, name, False) for name in names)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's weights."""
-        return (torch.bfloat16 if self.config.bfloat16_config.enabled else
-                torch.float16 if self.config.float16_config.enabled else torch.float32)
+        return DTYPES[precision_of(self.config)]
 
     @property
     def grad_accum_dtype(self) -> torch.dtype | None:
@@ -74,11 +70,6 @@ class Run:
         """Whether DeepSpeed wraps the base in its BF16_Optimizer."""
         return (self.stage == 1 and self.dtype == torch.bfloat16 and self.grad_accum_dtype == torch.float32
                 and self.offload != "cpu")
-
-    @property
-    def clips(self) -> bool:
-        clipping = self.config.gradient_clipping
-        return isinstance(clipping, int | float) and clipping > 0
 
     @property
     def base_class(self) -> type[torch.optim.Optimizer] | None:
@@ -171,7 +162,7 @@ REFUSED = (
             config=_zero(3, offload_param=_NVME)),
     Refused(f"{_OFFLOAD}.ratio", "below 1", "leave it at 1.0", why="a second optimizer updates the part that stays on "
             "the accelerator, out of the LR scheduler's sight",
-            json=lambda run: run.stage == 3 and run.offloaded and run.ratio != 1.0, alone=True,
+            json=lambda run: run.stage == 3 and run.offloaded and run.zero.offload_optimizer.ratio != 1.0, alone=True,
             config=_zero(3, offload_optimizer={**_CPU, "ratio": 0.5})),
     Refused(f"{_OFFLOAD}.pipeline_read, pipeline_write", "", "leave them off",
             why="results were not always those without",
@@ -325,7 +316,7 @@ DEMANDED = (
     Refused("zero_optimization.compute_grad_norm", "false with gradient_clipping, offload_optimizer or gradients of a "
             "bf16 model in fp32", 'leave it out, or set "gradient_clipping": 0.0 (DeepSpeed\'s default is 1.0)',
             json=lambda run: (run.stage > 0 and not run.zero.compute_grad_norm
-                              and (run.offloaded or run.has_bf16_optimizer or run.clips)),
+                              and (run.offloaded or run.has_bf16_optimizer or run.config.gradient_clipping != 0)),
             config=_zero(1, compute_grad_norm=False)),
     Refused("zero_optimization.legacy_stage1", "", "leave it out", json=lambda run: run.zero.legacy_stage1,
             config=_zero(1, legacy_stage1=True)),
@@ -335,8 +326,7 @@ DEMANDED = (
             config=_zero(3, offload_optimizer={"device": "nvme"})),
     Refused("managed_gradient_accumulation", "false with zero_optimization.overlap_comm at stages 0 and 1",
             "leave overlap_comm off, or use stage 2",
-            json=lambda run: (run.stage < 2 and run.zero.overlap_comm
-                              and not run.config.managed_gradient_accumulation),
+            json=lambda run: (run.stage < 2 and run.zero.overlap_comm and not run.config.managed_gradient_accumulation),
             config={**_zero(1, overlap_comm=True), "managed_gradient_accumulation": False}),
     Refused("data_types.param_dtype", "that contradicts the blocks fp16 and bf16", "leave it out",
             json=lambda run: run.config.param_dtype is not None and dtype_named(run.config.param_dtype) != run.dtype,
