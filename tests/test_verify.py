@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
-import multiprocessing
-import os
-import socket
+import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -25,39 +24,21 @@ from ds_looksam.cli.verify import Row, cases_of, is_right, own_cases, verify
 from ds_looksam.cli.verify_case import FAILED, RIGHT, SKIPPED, WRONG
 from ds_looksam.shards.replicated import ReplicatedShards
 
-from .ranks import PRELOADED, run_on_ranks
+from .ranks import run_on_ranks
 from .training import _let_cpu_compute_fp16
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(PRELOADED)
-
-def as_a_rank(variables: dict[str, str], arguments: list[str], out: Path) -> None:
-    """A process that a launcher might have started. Forked: what takes longest is to import DeepSpeed."""
-    os.environ.update(variables)
-    with out.open("w") as file:
-        os.dup2(file.fileno(), 1)
-    sys.exit(main(["verify", *arguments]))
+ROOT = Path(__file__).parent.parent
 
 
-def verified(folder: Path, *arguments: str, ranks: int = 0) -> tuple[int, str]:
-    """Exit code of the worst rank, and what rank 0 has on stdout. ``ranks``: 0: without a launcher's variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    processes = [CONTEXT.Process(target=as_a_rank, args=(
-        {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}, list(arguments), folder / str(rank)))
-        for rank in range(max(ranks, 1))]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    return max(process.exitcode for process in processes), (folder / "0").read_text()
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit code of ``ds-looksam verify`` on a process group that is there and stays, and what it has on stdout."""
+    with patch("deepspeed.comm.destroy_process_group"), redirect_stdout(io.StringIO()) as out:
+        return main(["verify", *arguments]), out.getvalue()
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    """With the variables that torchrun sets."""
-    code, out = verified(tmp_path, "--quick", "--json", "--only", "stage 2, fp32$", ranks=2)
-    assert code == 0
+def test_two_ranks() -> None:
+    (code, out), other = run_on_ranks(2, command, "--quick", "--json", "--only", "stage 2, fp32$")
+    assert code == 0 and other == (0, "")
     result = json.loads(out)  # nothing else is on stdout
     assert result["right"] and "2 ranks" in result["where"]
     (row, ) = result["rows"]
@@ -65,11 +46,15 @@ def test_two_ranks(tmp_path: Path) -> None:
         "weights": RIGHT, "resume": RIGHT, "sends": RIGHT}
 
 
-def test_a_refused_json_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [
+    [], pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], marks=pytest.mark.grid)])
+def test_a_refused_json_as_a_program(launcher: list[str], tmp_path: Path) -> None:
     path = write(tmp_path, zero_optimization={"stage": 2, "zero_quantized_weights": True})
-    code, out = verified(tmp_path, "--config", str(path))
-    assert code == 1 and "FAILED: LookSAMConfigError" in out and "zero_quantized_weights" in out
-    assert "LookSAM is NOT shown to be right here" in out
+    done = subprocess.run([sys.executable, *launcher, "-m", "ds_looksam", "verify", "--config", str(path)], cwd=ROOT,
+                          text=True, capture_output=True, timeout=240)
+    assert done.returncode == 1, done.stderr
+    assert "FAILED: LookSAMConfigError" in done.stdout and "zero_quantized_weights" in done.stdout
+    assert "LookSAM is NOT shown to be right here" in done.stdout
 
 
 # A user's JSON --------------------------------------------------------------------------------------------------------
