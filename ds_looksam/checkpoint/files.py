@@ -114,11 +114,8 @@ def write_rank_file(folder: Path, rank: int, save_id: str, parts: list[tuple[Ran
 
 
 class RankFile:
-    """One rank's file, opened and checked but for its tensors, which :meth:`read` checks.
-
-    Raises:
-        LookSAMCheckpointError: it is missing, truncated or damaged, or of another save or another rank.
-    """
+    """One rank's file, opened and checked but for its tensors, which :meth:`read` checks. Raises
+    LookSAMCheckpointError: it is missing, truncated or damaged, or of another save or another rank."""
 
     def __init__(self, folder: Path, rank: int, save_id: str) -> None:
         self.path = folder / rank_file_name(rank)

@@ -47,11 +47,8 @@ class NamedLayout:
 
 def read_own_part(folder: Path, manifest: Manifest, here: NamedLayout, shards: GradientShards, device: torch.device,
                   where: str) -> Shard:
-    """This rank's elements of g_v, out of the files that ``manifest`` speaks of. Collective.
-
-    Raises:
-        LookSAMCheckpointError: on every rank, beginning with ``where``.
-    """
+    """This rank's elements of g_v, out of the files that ``manifest`` speaks of. Collective. Raises
+    LookSAMCheckpointError: on every rank, beginning with ``where``."""
     group = shards.process_group
     rank = 0 if group is None else dist.get_rank(group=group)
 

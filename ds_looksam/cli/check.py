@@ -77,11 +77,8 @@ def run(config: Path, world_size: int, params: int | None) -> int:
 
 
 def check(path: Path, world_size: int = 1) -> Checked:
-    """Read and validate a configuration as ``deepspeed.initialize`` does before it trains.
-
-    Raises:
-        LookSAMConfigError: the file is no JSON object, or DeepSpeed or LookSAM refuses what it says; with all of it.
-    """
+    """Read and validate a configuration as ``deepspeed.initialize`` does before it trains. Raises LookSAMConfigError:
+    the file is no JSON object, or DeepSpeed or LookSAM refuses what it says; with all of it."""
     given, problems = read_json(path)
     values, placeholders = without_placeholders(given, FILLED_IN.__contains__)
     if any(key.startswith("train_") for key in placeholders) and not any(key.startswith("train_") for key in values):
@@ -175,11 +172,8 @@ def _fails_later(run: Run, open_scheduler: bool) -> Iterator[str]:
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A JSON object, read as DeepSpeed reads it (Hjson: comments are allowed); and which keys it has twice.
-
-    Raises:
-        LookSAMConfigError: it is no JSON, or no object.
-    """
+    """A JSON object, read as DeepSpeed reads it (Hjson: comments are allowed); and which keys it has twice. Raises
+    LookSAMConfigError: it is no JSON, or no object."""
     problems: list[str] = []
 
     def note_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -42,11 +42,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read(run: Path) -> list[Row]:
-    """The rows of one run, a folder or the file itself.
-
-    Raises:
-        PlotError: there is no metrics.csv, or it is not one of launch/train.py's.
-    """
+    """The rows of one run, a folder or the file itself. Raises PlotError: there is no metrics.csv, or it is not one of
+    launch/train.py's."""
     path = run / "metrics.csv" if run.is_dir() else run
     if not path.is_file():
         raise PlotError(f"{path} is not there: give the folder of a run of launch/train.py, or its metrics.csv")

@@ -91,11 +91,8 @@ def is_right(rows: Sequence[Row]) -> bool:
 
 def verify(cases: Sequence[Case], folder: Path | None) -> list[Row]:
     """Try the cases on the process group that there is. ``folder``: seen by all ranks; None: nothing is resumed.
-    Collective; the same on every rank.
-
-    Raises:
-        Exception: what one rank alone raised, which leaves the others in another place.
-    """
+    Collective; the same on every rank. Raises Exception: what one rank alone raised, which leaves the others in another
+    place."""
     rows = []
     for number, case in enumerate(cases):
         row, start = Row(case.name), time.monotonic()
@@ -168,11 +165,8 @@ def _not_here(precision: str) -> str | None:
 
 def cases_of(path: Path) -> Iterator[Case]:
     """That of a user's JSON, which ``deepspeed.initialize`` may still refuse; in low precision a second one that the
-    rounding of so small a model does not hide.
-
-    Raises:
-        LookSAMConfigError: it is no JSON, or not one that trains with LookSAM.
-    """
+    rounding of so small a model does not hide. Raises LookSAMConfigError: it is no JSON, or not one that trains with
+    LookSAM."""
     given, _ = read_json(path)
     optimizer = given.get("optimizer", {})
     if optimizer.get("type") not in OPTIMIZER_TYPES:
@@ -203,10 +197,7 @@ def cases_of(path: Path) -> Iterator[Case]:
 
 def join() -> None:
     """Initialise the process group as this process was launched: alone, by torchrun, deepspeed or MPI. Collective.
-
-    Raises:
-        LookSAMConfigError: launched by MPI, but there is no mpi4py.
-    """
+    Raises LookSAMConfigError: launched by MPI, but there is no mpi4py."""
     if "RANK" not in os.environ:
         if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
             if importlib.util.find_spec("mpi4py") is None:

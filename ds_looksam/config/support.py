@@ -137,12 +137,10 @@ def _is_anything_enabled(block: Any) -> bool:
     return isinstance(block, dict) and (bool(block.get("enabled")) or any(map(_is_anything_enabled, block.values())))
 
 
-def _trained_dtypes(engine: Any) -> set[torch.dtype]:
-    return {p.dtype for p in engine.module.parameters() if p.requires_grad}
-
-
-def _computes_in_its_own_dtypes(engine: Any) -> bool:
-    return not engine.fp16_enabled() and not engine.bfloat16_enabled()
+def _trained_dtypes(engine: Any, stage: int) -> set[torch.dtype]:
+    """Those that the model computes in at this stage of ZeRO; none where the blocks fp16 and bf16 choose the dtype."""
+    chosen = engine.fp16_enabled() or engine.bfloat16_enabled() or engine.zero_optimization_stage() != stage
+    return set() if chosen else {p.dtype for p in engine.module.parameters() if p.requires_grad}
 
 
 def _zero(stage: int, **keys: Any) -> dict[str, Any]:
@@ -285,17 +283,15 @@ REFUSED = (
             model=lambda engine: any(getattr(module, "sparse", False) is True for module in engine.module.modules())),
     Refused("", "trained parameters that are complex", "train their real and imaginary parts, torch.view_as_real",
             why="DeepSpeed neither reduces nor partitions them",
-            model=lambda engine: any(dtype.is_complex for dtype in _trained_dtypes(engine))),
+            model=lambda engine: any(p.requires_grad and p.is_complex() for p in engine.module.parameters())),
     Refused("", "trained parameters that are not fp32, at stage 0 without `bf16` or `fp16`",
             'set "bf16": {"enabled": true}, call model.float(), or use ZeRO stage 1',
             why="there is no fp32 copy of them then, which LookSAM's arithmetic needs",
-            model=lambda engine: (engine.zero_optimization_stage() == 0 and _computes_in_its_own_dtypes(engine)
-                                  and any(not dtype.is_complex and dtype != torch.float32
-                                          for dtype in _trained_dtypes(engine)))),
+            model=lambda engine: any(not dtype.is_complex and dtype != torch.float32
+                                     for dtype in _trained_dtypes(engine, stage=0))),
     Refused("", "trained parameters of several dtypes at stage 3 without `bf16` or `fp16`",
             'set "bf16": {"enabled": true}, or call model.float()', why="DeepSpeed partitions one dtype",
-            model=lambda engine: (engine.zero_optimization_stage() == 3 and _computes_in_its_own_dtypes(engine)
-                                  and len(_trained_dtypes(engine)) > 1)),
+            model=lambda engine: len(_trained_dtypes(engine, stage=3)) > 1),
 )
 
 
