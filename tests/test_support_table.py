@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,22 +87,14 @@ def with_ulysses_and_own_perturbations() -> None:
     initialize(config={"optimizer": Case(ascent="rank").json()["optimizer"]}, world=2, mpu=mpu)
 
 
-class TwoWayModelParallel:
+def two_way_model_parallel() -> SimpleNamespace:
     """What LookSAM reads of a Megatron-like mpu."""
-
-    get_model_parallel_world_size = staticmethod(lambda: 2)
-    get_data_parallel_world_size = staticmethod(lambda: 1)
-    get_data_parallel_rank = staticmethod(lambda: 0)
-
-    def get_model_parallel_rank(self) -> int:
-        return torch.distributed.get_rank()
-
-    def get_model_parallel_group(self) -> Any:
-        return torch.distributed.group.WORLD
-
-    def get_data_parallel_group(self) -> Any:
-        self.own = [torch.distributed.new_group([rank]) for rank in range(2)]
-        return self.own[torch.distributed.get_rank()]
+    rank = torch.distributed.get_rank()
+    own = [torch.distributed.new_group([n]) for n in range(2)]
+    return SimpleNamespace(
+        get_model_parallel_rank=lambda: rank, get_model_parallel_world_size=lambda: 2, get_data_parallel_rank=lambda: 0,
+        get_data_parallel_world_size=lambda: 1, get_model_parallel_group=lambda: torch.distributed.group.WORLD,
+        get_data_parallel_group=lambda: own[rank])
 
 
 def with_client_optimizer() -> None:
@@ -122,7 +115,7 @@ CALLS: dict[str, tuple[int, Callable[[], None]]] = {
     "sequence_parallel_size": (
         2, lambda: initialize(config={"sequence_parallel_size": 2, "data_parallel_size": 1}, world=2)),
     "with Ulysses": (2, with_ulysses_and_own_perturbations),
-    "tensor parallelism": (2, lambda: initialize(mpu=TwoWayModelParallel())),
+    "tensor parallelism": (2, lambda: initialize(mpu=two_way_model_parallel())),
     "sparse gradients": (1, lambda: initialize(nn.Sequential(nn.Embedding(4, 4, sparse=True)))),
     "deepspeed.initialize(optimizer=...)": (1, with_client_optimizer),
     "that are complex": (1, lambda: initialize(nn.ParameterList([torch.zeros(4, dtype=torch.cfloat)]))),
