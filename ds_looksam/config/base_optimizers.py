@@ -43,17 +43,13 @@ def base_class(name: str, params: dict[str, Any], offloaded: bool) -> type[torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 
-    if name in LAYERWISE_OPTIMIZERS:
-        return LAYERWISE_OPTIMIZERS[name]
-    if name in ("adam", "adamw"):
-        if params.get("torch_adam"):
-            return torch.optim.AdamW if name == "adamw" or params.get("adam_w_mode", True) else torch.optim.Adam
-        return DeepSpeedCPUAdam if offloaded else FusedAdam
-    if name == "adagrad":
-        return DeepSpeedCPUAdagrad if offloaded else torch.optim.Adagrad
-    if name == "lion":
-        return DeepSpeedCPULion if offloaded else FusedLion
-    return getattr(torch.optim, name) if name in torch_optimizers() else None
+    if name in ("adam", "adamw") and params.get("torch_adam"):
+        return torch.optim.AdamW if name == "adamw" or params.get("adam_w_mode", True) else torch.optim.Adam
+    on_cpu = {"adam": DeepSpeedCPUAdam, "adamw": DeepSpeedCPUAdam, "adagrad": DeepSpeedCPUAdagrad,
+              "lion": DeepSpeedCPULion}
+    elsewhere = {"adam": FusedAdam, "adamw": FusedAdam, "adagrad": torch.optim.Adagrad, "lion": FusedLion}
+    by_torch = {known: getattr(torch.optim, known) for known in torch_optimizers()}
+    return (LAYERWISE_OPTIMIZERS | by_torch | (on_cpu if offloaded else elsewhere)).get(name)
 
 
 def known_keys(name: str, params: dict[str, Any], offloaded: bool) -> set[str] | None:
