@@ -1,7 +1,7 @@
 """Shows that the tests notice mistakes: ``python -m tests.mutants`` plants one after another, and runs the tests that
 are to notice it.
 
-    python -m tests.mutants                 # all of them; half an hour on two cores
+    python -m tests.mutants                 # all of them; over half an hour on two cores
     python -m tests.mutants schedule beta   # those with one of these words in their file, place or reason
 
 Each mutant is one line of ds_looksam made wrong, in a temporary copy of the package, as a slip or a careless change

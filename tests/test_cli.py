@@ -249,9 +249,10 @@ def forked(arguments: list[str], stdout: int, stderr: Path) -> int:
         try:
             os.dup2(stdout, 1)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), stderr.open("w")
-            code = main(arguments)
+            end = main(arguments)
             sys.stderr.flush()
             sys.stdout.flush()  # as the interpreter does when it ends
+            code = end
         finally:
             os._exit(code)  # nothing of pytest's may run here
     os.close(stdout)
