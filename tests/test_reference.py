@@ -107,19 +107,3 @@ def a_layer_is_zero(update: int, exact: Any, reference: Reference) -> None:
 ])
 def test_what_a_run_comes_to(before: Callable[[int, Any, Reference], None], case: Case) -> None:
     check(case, before=before)
-
-
-@pytest.mark.parametrize("base", ["AdamW", "SGD"])
-def test_rho_0_with_alpha_0_is_the_base_to_the_bit(base: str) -> None:
-    case = Case(base=base)
-    plain, module = (make_model(case.model, case.seed).double() for _ in range(2))
-    optimizer = BASES[base](plain.parameters(), **case.base_params)
-    reference = Reference(BASES[base](module.parameters(), **case.base_params), k=2, rho=0.0, alpha=0.0)
-    for update in range(case.updates):
-        (x, y), *_ = case.window(update)
-        optimizer.zero_grad()
-        plain(x, y).backward()
-        optimizer.step()
-        reference.update([[lambda x=x, y=y: module(x, y)]])
-    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(p, q)
