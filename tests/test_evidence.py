@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from benchmarks import evidence, evidence_report, evidence_run
 from benchmarks.evidence_methods import METHODS, RHOS, MomentumAscent
-from benchmarks.evidence_plan import PLANS, Board, Part, grid, jobs, read
+from benchmarks.evidence_plan import PLANS, Board, Part, jobs, read
 from benchmarks.evidence_pool import run_in_turn, run_side_by_side
 from benchmarks.evidence_run import Job, sharpness
 from benchmarks.evidence_tasks import TASKS, Data, wrong_labels
@@ -46,58 +47,50 @@ RECORDS = [
 ]
 
 
-def folder_of(tmp_path: Path, records: list[dict[str, Any]] = RECORDS) -> Path:
-    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     return tmp_path
 
 
-def test_the_table_has_paired_differences_with_their_intervals(tmp_path: Path) -> None:
-    text = evidence_report.tables(read(folder_of(tmp_path)))
-    line = next(line for line in text.splitlines() if line.startswith("| LookSAM-5 | 36"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    # Differences to AdamW 2, 1, 3: mean 2, sd 1, so the interval is 4.303 / sqrt(3). To SAM-5, on the two seeds that
-    # both have, 1 and 0.5: mean 0.75, sd 0.3536, 12.706 x 0.3536 / sqrt(2).
-    assert cells[5:9] == ["3", "79.00 (1.73)", "+2.00 ± 2.48", "+0.75 ± 3.18 (n 2)"]
-    assert cells[9] == "0.25" and "| AdamW | 36" in text
-    assert f"| {TASK} | LookSAM-5 | {LRS[0]:g}, {LRS[-1]:g} | {LRS[-1]:g} | {RHOS[-1]:g} |" in text
-
-
-def test_one_command_writes_the_page_and_draws_the_picture_again(tmp_path: Path, capsys: Any) -> None:
-    page, png, results = tmp_path / "page.md", tmp_path / "picture.png", str(folder_of(tmp_path))
+def test_tables_and_picture(folder: Path) -> None:
+    page, png = folder / "page.md", folder / "picture.png"
     page.write_text(f"before\n{evidence_report.BEGIN}\nold\n{evidence_report.END}\nafter\n")
     for _ in range(2):
-        evidence.main(["table", "--write", "--page", str(page), "--results", results])
+        evidence.main(["table", "--write", "--page", str(page), "--results", str(folder)])
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert text.count("### 5k-wrong") == 1
-    evidence.main(["draw", "--to", str(png), "--results", results])
+        assert text.count(f"### {TASK}") == 1
+    [line] = [line for line in text.split("### ")[1].splitlines() if line.startswith("| LookSAM-5 | 36")]
+    # Differences to AdamW 2, 1, 3: mean 2, sd 1, so the interval is 4.303 / sqrt(3). To SAM-5, on the two seeds that
+    # both have, 1 and 0.5: mean 0.75, sd 0.3536, 12.706 x 0.3536 / sqrt(2).
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[5:10] == ["3", "79.00 (1.73)", "+2.00 ± 2.48", "+0.75 ± 3.18 (n 2)", "0.25"]
+    assert "| AdamW | 36" in text
+    assert f"| {TASK} | LookSAM-5 | {LRS[0]:g}, {LRS[-1]:g} | {LRS[-1]:g} | {RHOS[-1]:g} |" in text
+    evidence.main(["draw", "--to", str(png), "--results", str(folder)])
     assert png.read_bytes()[:4] == b"\x89PNG"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="must have the lines"):
         evidence_report.write(page, "")
+    committed = (evidence.ROOT / "docs" / "evidence.md").read_text()
+    assert committed.count(evidence_report.BEGIN) == committed.count(evidence_report.END) == 1
 
 
-def test_the_docs_page_has_the_markers() -> None:
-    page = (evidence.ROOT / "docs" / "evidence.md").read_text()
-    assert page.count(evidence_report.BEGIN) == page.count(evidence_report.END) == 1
-
-
-def test_final_runs_take_lr_and_rho_of_the_best_tuning_run(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path)
+def test_final_runs_take_lr_and_rho_of_the_best_tuning_run(folder: Path) -> None:
     board = Board(folder, "runs.jsonl", [Job("5k-clean", "LookSAM-10", 1, 30), Job("5k-clean", "SAM", 1, 30)])
     job = board.next()
     assert job is not None and (job.method, job.lr, job.rho) == ("LookSAM-10", LRS[-1], RHOS[-1])
     assert board.next() is None and [job.method for job in board.waiting] == ["SAM"]  # SAM has not been tuned
+    # The learning rate goes with the square root of the batch.
+    lrs = TASKS["batch-Lamb-1024"].lrs
+    board = Board(folder, "runs.jsonl", [Job("batch-Lamb-4096", "base", 1, 30)])
+    board.records = [record("base", 0, lr, "batch-Lamb-1024", tuning=True, lr=lr) for lr in lrs]
+    job = board.next()
+    assert job is not None and job.lr == pytest.approx(2 * lrs[-1])
 
 
-def test_the_learning_rate_goes_with_the_square_root_of_the_batch(tmp_path: Path) -> None:
-    tuning = [record("base", 0, lr, "batch-Lamb-1024", tuning=True, lr=lr) for lr in TASKS["batch-Lamb-1024"].lrs]
-    job = Board(folder_of(tmp_path, tuning), "runs.jsonl", [Job("batch-Lamb-4096", "base", 1, 30)]).next()
-    assert job is not None and job.lr == pytest.approx(2 * TASKS["batch-Lamb-1024"].lrs[-1])
-
-
-def test_what_is_there_is_not_run_again_and_half_a_line_is_left_out(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path)
+def test_what_is_there_is_not_run_again_and_half_a_line_is_left_out(folder: Path) -> None:
     with (folder / "runs.jsonl").open("a") as file:
         file.write('{"task": "5k-wr')
     planned = [Job(TASK, "base", seed, 30, 1e-3) for seed in (1, 4)]
@@ -108,31 +101,29 @@ def test_what_is_there_is_not_run_again_and_half_a_line_is_left_out(tmp_path: Pa
     assert Board(folder, "runs.jsonl", planned).next() is None
 
 
-def test_every_plan_tunes_what_it_needs_and_never_with_the_seed_of_tuning(capsys: Any) -> None:
+def test_plans(capsys: Any) -> None:
+    """Each tunes what it needs, and never with the seed of tuning; what cannot run is left out with the reason."""
     everything = jobs([part for parts in PLANS.values() for part in parts], world=1)
     tuned_methods = {(job.task, job.method) for job in everything if job.tuning}
     for job in everything:
         assert job.tuning == (job.seed == 0)
-        if job.lr is None:
-            method = METHODS[job.method]
-            assert (TASKS[job.task].tuned_on, method.tuned_as or method.name) in tuned_methods
-    assert len(list(grid(Job(TASK, "SAM", 0, 1), METHODS["SAM"]))) == len(LRS) * len(RHOS)
-
-
-def test_methods_that_cannot_run_are_left_out_with_the_reason(capsys: Any) -> None:
+        tuned_as = METHODS[job.method].tuned_as or job.method
+        assert job.lr is not None or (TASKS[job.task].tuned_on, tuned_as) in tuned_methods
+    assert sum(job.tuning and (job.task, job.method) == (TASK, "SAM") for job in everything) == len(LRS) * len(RHOS)
+    capsys.readouterr()
     left = jobs([Part(["batch-Lamb-256"], ["MSAM", "SAM/rank", "base"], seeds=(1, ))], world=1)
     said = capsys.readouterr().out
     assert [job.method for job in left] == ["base"]
     assert "MSAM" in said and "AdamW's momentum" in said and "SAM/rank" in said
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_a_configuration(name: str) -> None:
-    for task in TASKS.values():
-        config = METHODS[name].config(task, 2, 1e-3, 0.1)
-        accumulation = config["train_batch_size"] / config["train_micro_batch_size_per_gpu"] / 2
-        assert accumulation == int(accumulation) or "micro_batch" in name
-        assert ("ascent" in config["optimizer"]["params"]) == ("/" in name)
+def test_every_method_is_a_configuration() -> None:
+    for name, method in METHODS.items():
+        for task in TASKS.values():
+            config = method.config(task, 2, 1e-3, 0.1)
+            accumulation = config["train_batch_size"] / config["train_micro_batch_size_per_gpu"] / 2
+            assert accumulation == int(accumulation) or "micro_batch" in name
+            assert ("ascent" in config["optimizer"]["params"]) == ("/" in name)
 
 
 def test_wrong_labels_are_as_many_as_said_and_all_wrong() -> None:
@@ -142,12 +133,15 @@ def test_wrong_labels_are_as_many_as_said_and_all_wrong() -> None:
     assert torch.equal(changed, wrong_labels(labels, 0.2))
 
 
+START = torch.tensor([1.0, -2.0, 0.5])
+
+
 class Quadratic(nn.Module):
     """Loss ½ Σ h_i w_i²: its Hessian's largest eigenvalue is the largest h."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+        self.w = nn.Parameter(START.clone())
         self.h = torch.tensor([1.0, 3.0, 8.0])
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
@@ -157,12 +151,11 @@ class Quadratic(nn.Module):
 def test_sharpness_of_a_known_hessian() -> None:
     model, blocks = Quadratic(), torch.zeros(4, 3, dtype=torch.long)
     measured = sharpness(model, Data(blocks, blocks, blocks, blocks), TASKS["gpt2"])
-    g = model.h * model.w.detach()
-    r = evidence_run.RADIUS
+    g, r = model.h * START, evidence_run.RADIUS
     rise = r * g.norm() + (model.h * (r * g / g.norm())**2).sum() / 2
     assert measured["eigenvalue"] == pytest.approx(8.0, abs=2e-3)  # written with three digits; (3/8)^40 is nothing
     assert measured["loss_rise"] == pytest.approx(rise.item(), abs=1e-5)  # written with five
-    assert torch.equal(model.w.detach(), torch.tensor([1.0, -2.0, 0.5]))
+    assert torch.equal(model.w.detach(), START)
 
 
 def test_msam_moves_along_minus_the_momentum_by_rho_and_back() -> None:
@@ -171,7 +164,7 @@ def test_msam_moves_along_minus_the_momentum_by_rho_and_back() -> None:
     engine: Any = type("Engine", (), {"optimizer": optimizer})
     ascent = MomentumAscent(engine, rho=0.3)
     ascent.begin()
-    assert torch.equal(model.w.detach(), torch.tensor([1.0, -2.0, 0.5]))  # no momentum yet
+    assert torch.equal(model.w.detach(), START)  # no momentum yet
     ascent.end()
     model(None, None).loss.backward()
     optimizer.step()
@@ -198,7 +191,9 @@ def serve_known_ends(pipe: Any, folder: Path, rendezvous: str) -> None:
         pipe.send(("done", None if job.seed == 5 else record(job.method, job.seed, 70.0 + job.seed)))
 
 
-def test_side_by_side_a_lost_process_costs_one_run(tmp_path: Path, capfd: Any) -> None:
+def test_side_by_side_a_lost_process_costs_one_run(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
+    forkserver = multiprocessing.get_context("forkserver")  # that of tests/ranks.py, which has imported almost all
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forkserver)
     board = Board(tmp_path, "runs.jsonl", [Job(TASK, "base", seed, 30, 1e-3) for seed in range(1, 8)])
     failed = run_side_by_side(board, tmp_path, time.time() + 240, 2, serve_known_ends)
     assert failed == 2 and sorted(r["seed"] for r in read(tmp_path)) == [1, 2, 6, 7] and not board.waiting
@@ -206,35 +201,28 @@ def test_side_by_side_a_lost_process_costs_one_run(tmp_path: Path, capfd: Any) -
     assert "seed=3" in said and "exit code 7" in said and "seed=4" in said and "out of memory" in said
 
 
-def tiny_images(folder: Path) -> None:
+def run_tiny(data: str, results: str) -> list[int]:
+    """On a rank, how many runs were made: of a plan, of the same again, and of one whose time is over."""
+    evidence_run.SAMPLE, evidence_run.POWER_STEPS = 20, 2
     generator = torch.Generator().manual_seed(0)
     for split, count in ("train", 500), ("t10k", 50):
         labels = torch.arange(count, dtype=torch.uint8) % 10
         pixels = torch.randint(0, 200, (count, 28, 28), dtype=torch.uint8, generator=generator) + labels.view(-1, 1, 1)
-        write_idx(folder / f"{split}-images-idx3-ubyte", pixels.numpy())
-        write_idx(folder / f"{split}-labels-idx1-ubyte", labels.numpy())
-
-
-def run_tiny(data: str, results: str) -> dict[str, Any]:
-    """On a rank: three updates of each method of a plan, which is then done, and of one whose time is over."""
-    folder = Path(data)
-    evidence_run.SAMPLE, evidence_run.POWER_STEPS = 20, 2
+        write_idx(Path(data) / f"{split}-images-idx3-ubyte", pixels.numpy())
+        write_idx(Path(data) / f"{split}-labels-idx1-ubyte", labels.numpy())
     planned = jobs([Part([TASK], ["base", "MSAM", "LookSAM-5"], seeds=(1, ))], 1, updates=3, lr=1e-3)
-    board = Board(Path(results), "runs.jsonl", planned)
-    made = run_in_turn(board, folder, float("inf"))
-    again = run_in_turn(Board(Path(results), "runs.jsonl", planned), folder, float("inf"))
-    late = run_in_turn(Board(Path(results), "late.jsonl", jobs([Part([TASK], ["base"], (2, ))], 1, 3, 1e-3)), folder, 0)
-    return {"made": made, "again": again, "late": late}
+    late = jobs([Part([TASK], ["base"], (2, ))], 1, 3, 1e-3)
+    return [run_in_turn(Board(Path(results), file, of), Path(data), deadline) for file, of, deadline in (
+        ("runs.jsonl", planned, float("inf")), ("runs.jsonl", planned, float("inf")), ("late.jsonl", late, 0.0))]
 
 
 def test_a_tiny_run_end_to_end(tmp_path: Path) -> None:
-    tiny_images(tmp_path)
     results = tmp_path / "results"
-    assert run_on_ranks(1, run_tiny, str(tmp_path), str(results)) == [{"made": 3, "again": 0, "late": 0}]
+    assert run_on_ranks(1, run_tiny, str(tmp_path), str(results)) == [[3, 0, 0]]
     records = {r["method"]: r for r in read(results)}
     assert [r["evaluations"] for r in records.values()] == [3, 3, 4]
     assert records["base"]["score"] == records["base"]["points"][-1][3] and len(records["base"]["points"]) == 3
-    first = {name: r["points"][0][3] for name, r in records.items()}
-    assert first["base"] == first["MSAM"]  # there is no momentum before the first update: the same update
+    # There is no momentum before the first update: the same update.
+    assert records["base"]["points"][0][3] == records["MSAM"]["points"][0][3]
     assert all(r["eigenvalue"] != 0 and r["loss_rise"] > 0 for r in records.values())
     assert evidence_report.tables(list(records.values())).count("\n| ") >= 3

@@ -26,8 +26,7 @@ from .training import Case, engine_for
 pytestmark = pytest.mark.timeout(900)  # 20 seconds of computing, which a busy machine stretches
 
 ROOT = Path(__file__).parent.parent
-STAGES = (0, 2, 3)  # 1 is 2 with another order of the same reductions
-WORLDS = (1, 8, 4096)
+STAGES = (2, 3)  # 1 is 2 with another order of the same reductions; 0 sends nothing, see test_costs.py
 
 
 @pytest.fixture(scope="module")
@@ -35,28 +34,20 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Row]
     """What the program measured, by stage and world size. It fails by itself where its formulas do not hold."""
     file = tmp_path_factory.mktemp("scale") / "rows.json"
     command = [sys.executable, "-m", "benchmarks.scale", "--model", "tiny", "--stage", *map(str, STAGES),
-               "--world", *map(str, WORLDS), "--json", str(file)]
+               "--world", "8", "4096", "--json", str(file)]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                             text=True, timeout=850)
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = [Row(values["model"], values["stage"], values["world"], measured(values["base"]), measured(values["ours"]))
-            for values in json.loads(file.read_text())]
-    return {(row.stage, row.world): row for row in rows}
+    return {(row["stage"], row["world"]): Row(**row | {key: measured(row[key]) for key in ("base", "ours")})
+            for row in json.loads(file.read_text())}
 
 
 def measured(values: dict[str, Any]) -> Measured:
-    def collectives(of: list[dict[str, Any]]) -> list[Collective]:
-        return [Collective(**c) for c in of]
+    def collectives(of: dict[str, Any], *keys: str) -> dict[str, Any]:
+        return of | {key: [Collective(**c) for c in of[key]] for key in keys}
 
-    steps = {kind: Step(**step | {"evaluation": collectives(step["evaluation"]), "update": collectives(step["update"])})
-             for kind, step in values["steps"].items()}
-    return Measured(**values | {"steps": steps, "startup": collectives(values["startup"])})
-
-
-def test_every_stage_ran_at_every_world_size(rows):
-    assert set(rows) == {(stage, world) for stage in STAGES for world in WORLDS}
-    for row in rows.values():
-        assert set(row.ours.steps) == {"sam", "reuse"} and set(row.base.steps) == {"base"}
+    steps = {kind: Step(**collectives(step, "evaluation", "update")) for kind, step in values["steps"].items()}
+    return Measured(**collectives(values, "startup") | {"steps": steps})
 
 
 def test_collectives_by_hand(rows):
@@ -74,7 +65,6 @@ def test_collectives_by_hand(rows):
     assert gathers == Counter({Collective("allgather_base", 2 * 4096 * 27, 4096): 4})
     published = row.extra("sam") - Counter(scalars)
     assert published == Counter([Collective("allgather_base", 13 * 8192 + 2 * 16384, 4096)])
-    assert all(not row.extra(kind) for row in (rows[0, 4096], rows[2, 1], rows[3, 1]) for kind in ("sam", "reuse"))
 
 
 def test_nothing_grows_with_the_world_size(rows):
@@ -99,10 +89,9 @@ def lines_to_map(depth: int) -> tuple[int, int]:
 
 
 def test_the_map_of_segments_is_linear_in_tensors():
-    (few, few_lines), (twice, twice_lines), (many, many_lines) = (
-        run_on_ranks(1, lines_to_map, depth)[0] for depth in (10, 20, 40))
-    assert (few, twice, many) == (24, 44, 84)
-    assert 0 < many_lines - twice_lines <= 2 * (twice_lines - few_lines)
+    segments, lines = zip(*(run_on_ranks(1, lines_to_map, depth)[0] for depth in (10, 20, 40)), strict=True)
+    assert segments == (24, 44, 84)
+    assert 0 < lines[2] - lines[1] <= 2 * (lines[1] - lines[0])
 
 
 def test_the_program_notices_what_a_formula_does_not_explain(rows):
