@@ -1,43 +1,54 @@
-"""Every file directly under configs/ runs as it is: a k-cycle of a small ViT and one update more, on two real ranks."""
+"""Every file directly under configs/ runs as it is: a k-cycle of a small ViT and one update more, on two real ranks.
+Those under large-batch/: the schedule's arithmetic; and at their full world size, on torch's fake process group."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from vits import build_vit
 
+from benchmarks.scale import in_fresh_process
+
+from .inside import shards as shards_of
 from .ranks import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.json"))
+LARGE = {path: int(path.stem.rsplit("-", 1)[1].removesuffix("gpus"))
+         for path in sorted((ROOT / "configs" / "large-batch").glob("*.json"))}
+"""The world size in the name."""
 
 
-def train(path: str, updates: int) -> tuple[list[str], int, dict[str, torch.Tensor], int]:
+def vit() -> Any:
+    torch.manual_seed(0)
+    return build_vit("nano/14", image_size=28, channels=1, classes=10)
+
+
+def train(path: str) -> tuple[list[str], int, dict[str, torch.Tensor], int]:
     import deepspeed
 
     import ds_looksam  # noqa: F401
 
-    torch.manual_seed(0)
-    model = build_vit("nano/14", image_size=28, channels=1, classes=10)
+    model = vit()
     engine, *_ = deepspeed.initialize(model=model, config=path, model_parameters=model.parameters())
     generator = torch.Generator().manual_seed(engine.global_rank)
     kinds = []
-    while engine.global_steps < updates:
-        done = engine.global_steps
+    for micro_step in range(6 * engine.gradient_accumulation_steps()):
         pixels = torch.randn(engine.train_micro_batch_size_per_gpu(), 1, 28, 28, generator=generator)
         labels = torch.randint(10, (len(pixels),), generator=generator)
-        loss = engine(pixel_values=pixels.to(next(model.parameters()).dtype), labels=labels).loss
-        engine.backward(loss)
+        engine.backward(engine(pixel_values=pixels.to(next(model.parameters()).dtype), labels=labels).loss)
         engine.step()
-        if engine.global_steps > done:
+        if engine.global_steps > len(kinds):
             kinds.append(engine.looksam.step_kind if hasattr(engine, "looksam") else "base")
-    evaluations = engine.looksam.evaluations if hasattr(engine, "looksam") else updates
-    parameters = list(model.named_parameters())
-    with deepspeed.zero.GatheredParameters([p for _, p in parameters]):
-        weights = {name: p.detach().float().clone() for name, p in parameters}
+    evaluations = engine.looksam.evaluations if hasattr(engine, "looksam") else len(kinds)
+    parameters = dict(model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        weights = {name: p.detach().float().clone() for name, p in parameters.items()}
     stage = engine.zero_optimization_stage()
     engine.destroy()
     return kinds, evaluations, weights, stage
@@ -46,28 +57,83 @@ def train(path: str, updates: int) -> tuple[list[str], int, dict[str, torch.Tens
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains(path):
     config = json.loads(path.read_text())
-    (kinds, evaluations, first, stage), (_, _, second, _) = run_on_ranks(2, train, str(path), 6)
-
+    (kinds, evaluations, first, stage), (_, _, second, _) = run_on_ranks(2, train, str(path))
     if config["optimizer"]["type"] == "LookSAM":
         # Nothing to reuse with until a second SAM step has measured beta of alpha "auto".
         assert kinds == ["sam", "base", "base", "base", "base", "sam"] and evaluations == 8
     else:
         assert kinds == ["base"] * 6
     assert stage == config["zero_optimization"]["stage"]
-    assert all(torch.equal(first[name], second[name]) for name in first), "the ranks have different weights"
-    torch.manual_seed(0)
-    at_start = dict(build_vit("nano/14", image_size=28, channels=1, classes=10).named_parameters())
-    if "bf16" not in path.stem:  # an update of 1e-3 is lost in some bf16 weights
-        assert not any(torch.equal(first[name], at_start[name]) for name in first if "key.bias" not in name)
-    assert all(weight.isfinite().all() for weight in first.values())
+    at_start = dict(vit().named_parameters())
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), f"the ranks have different {name}"
+        assert weight.isfinite().all()
+        if "bf16" not in path.stem and "key.bias" not in name:  # an update of 1e-3 is lost in some bf16 weights
+            assert not torch.equal(weight, at_start[name])
 
 
-def test_there_is_one_for_every_stage():
+def test_there_is_one_for_every_stage_and_the_docs_have_a_line_for_each():
     optimizers = {(c["zero_optimization"]["stage"], c["optimizer"]["type"])
                   for c in (json.loads(path.read_text()) for path in CONFIGS)}
     assert {(stage, "LookSAM") for stage in range(4)} < optimizers and (2, "AdamW") in optimizers
-
-
-def test_the_docs_have_a_line_for_each():
     page = (ROOT / "docs" / "training.md").read_text()
     assert [path.name for path in CONFIGS if f"`{path.name}`" not in page] == []
+
+
+def test_arithmetic_of_large_batches() -> None:
+    """300 epochs of ImageNet-1k's 1,281,167 images, 30 of them warm-up."""
+    assert len(LARGE) == 4 * 3
+    for path, world in LARGE.items():
+        config = json.loads(path.read_text())
+        size = int(path.stem.split("-")[3].removesuffix("k")) * 1024
+        per_rank = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+        assert config["train_batch_size"] == size == per_rank * world, path.name
+        schedule = config["scheduler"]["params"]
+        assert schedule["total_num_steps"] == round(300 * 1_281_167 / size), path.name
+        assert schedule["warmup_num_steps"] == round(30 * 1_281_167 / size), path.name
+
+
+def train_on_fake_ranks(rank: int, world: int) -> None:
+    """One rank of many: two updates with every other configuration for that many; half of them as the first rank, half
+    as the last. Values mean nothing there; that it is built, partitioned as test_layerwise says, and steps, does."""
+    import deepspeed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformers import ViTConfig, ViTForImageClassification
+
+    import ds_looksam
+    from tests.test_layerwise import partition_zero12
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    for path in [path for path in LARGE if LARGE[path] == world][rank > 0::2]:
+        config = json.loads(path.read_text())
+        model = ViTForImageClassification(
+            ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+                      patch_size=4, num_channels=1))
+        groups = ds_looksam.parameter_groups(model, no_layer_scaling=["bias", "norm"])
+        sizes = [[p.numel() for p in group["params"]] for group in groups]
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=str(path),
+                                          dist_init_required=False)
+        assert engine.dp_world_size == world and engine.train_batch_size() == config["train_batch_size"]
+        assert type(engine.optimizer).__name__ == "BF16_Optimizer"
+        for flat, of_group in zip(shards_of(engine).layout(), sizes, strict=True):
+            expected, _ = partition_zero12(of_group, world, rank, alignment=2)
+            assert [(s.start, s.param_offset, s.numel, s.param_numel) for s in flat] == [
+                (s.start, s.param_offset, s.numel, s.param_numel) for s in expected]
+        x, y = torch.randn(2, 1, 8, 8, dtype=torch.bfloat16), torch.tensor([0, 1])
+        kinds = []
+        for _ in range(2 * engine.gradient_accumulation_steps()):
+            engine.backward(engine(pixel_values=x, labels=y).loss)
+            engine.step()
+            kinds += [engine.looksam.step_kind] if engine.is_gradient_accumulation_boundary() else []
+        assert kinds == ["sam", "reuse"] and engine.looksam.evaluations == 3, kinds
+        engine.destroy()
+
+
+@pytest.mark.grid
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", sorted(set(LARGE.values())))
+def test_large_batches_train_at_their_full_world_size(world: int) -> None:
+    """DeepSpeed remembers its process groups for good, so each rank is a process. About 30 s of one core, all."""
+    for rank in (0, world - 1):
+        in_fresh_process(train_on_fake_ranks, rank, world)

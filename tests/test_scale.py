@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from benchmarks.scale import Measured, Row, Step, lines_of_package
-from benchmarks.scale_formulas import Formulas
 
 from .collectives import Collective
 from .inside import shards as shards_of
@@ -105,13 +104,3 @@ def test_the_program_notices_what_a_formula_does_not_explain(rows):
     row.ours.after += 100_000
     assert "bytes kept" in row.problems()[0]
     row.ours.after -= 100_000
-
-
-def test_formulas_by_hand():
-    formulas = Formulas(stage=3, world=64, shapes=[130, 200_000], uses=[130, 200_000, 200_000])
-    assert formulas.owned == 3 + 3125
-    assert formulas.evaluation() == {"allgather_base": 2 * 2 * 2 * 200_000, "reduce_scatter_base": 2 * (192 + 200_000)}
-    assert formulas.update() == {"allgather_base": 2 * 192}
-    assert (formulas.persistent(), formulas.replay()) == (4 * 3128, 8 * 3128)
-    assert Formulas(1, 64, [130, 1], [130, 1]).update() == {"allgather_base": 2 * 256}
-    assert Formulas(0, 64, [130], [130]).replay() == 10 * 130
