@@ -29,6 +29,20 @@ def vit() -> Any:
     return build_vit("nano/14", image_size=28, channels=1, classes=10)
 
 
+def run(engine: Any, updates: int, size: int) -> list[str]:
+    """Updates with micro-batches of random pictures; their kinds."""
+    generator = torch.Generator().manual_seed(engine.global_rank)
+    dtype, kinds = next(engine.module.parameters()).dtype, []
+    for _ in range(updates * engine.gradient_accumulation_steps()):
+        pixels = torch.randn(size, 1, 28, 28, generator=generator)
+        labels = torch.randint(10, (size, ), generator=generator)
+        engine.backward(engine(pixel_values=pixels.to(dtype), labels=labels).loss)
+        engine.step()
+        if engine.global_steps > len(kinds):
+            kinds.append(engine.looksam.step_kind if hasattr(engine, "looksam") else "base")
+    return kinds
+
+
 def train(path: str) -> tuple[list[str], int, dict[str, torch.Tensor], int]:
     import deepspeed
 
@@ -36,15 +50,7 @@ def train(path: str) -> tuple[list[str], int, dict[str, torch.Tensor], int]:
 
     model = vit()
     engine, *_ = deepspeed.initialize(model=model, config=path, model_parameters=model.parameters())
-    generator = torch.Generator().manual_seed(engine.global_rank)
-    kinds = []
-    for micro_step in range(6 * engine.gradient_accumulation_steps()):
-        pixels = torch.randn(engine.train_micro_batch_size_per_gpu(), 1, 28, 28, generator=generator)
-        labels = torch.randint(10, (len(pixels),), generator=generator)
-        engine.backward(engine(pixel_values=pixels.to(next(model.parameters()).dtype), labels=labels).loss)
-        engine.step()
-        if engine.global_steps > len(kinds):
-            kinds.append(engine.looksam.step_kind if hasattr(engine, "looksam") else "base")
+    kinds = run(engine, 6, engine.train_micro_batch_size_per_gpu())
     evaluations = engine.looksam.evaluations if hasattr(engine, "looksam") else len(kinds)
     parameters = dict(model.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
@@ -98,7 +104,6 @@ def train_on_fake_ranks(rank: int, world: int) -> None:
     as the last. Values mean nothing there; that it is built, partitioned as test_layerwise says, and steps, does."""
     import deepspeed
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from transformers import ViTConfig, ViTForImageClassification
 
     import ds_looksam
     from tests.test_layerwise import partition_zero12
@@ -107,9 +112,7 @@ def train_on_fake_ranks(rank: int, world: int) -> None:
     torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     for path in [path for path in LARGE if LARGE[path] == world][rank > 0::2]:
         config = json.loads(path.read_text())
-        model = ViTForImageClassification(
-            ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
-                      patch_size=4, num_channels=1))
+        model = vit()
         groups = ds_looksam.parameter_groups(model, no_layer_scaling=["bias", "norm"])
         sizes = [[p.numel() for p in group["params"]] for group in groups]
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=str(path),
@@ -120,12 +123,7 @@ def train_on_fake_ranks(rank: int, world: int) -> None:
             expected, _ = partition_zero12(of_group, world, rank, alignment=2)
             assert [(s.start, s.param_offset, s.numel, s.param_numel) for s in flat] == [
                 (s.start, s.param_offset, s.numel, s.param_numel) for s in expected]
-        x, y = torch.randn(2, 1, 8, 8, dtype=torch.bfloat16), torch.tensor([0, 1])
-        kinds = []
-        for _ in range(2 * engine.gradient_accumulation_steps()):
-            engine.backward(engine(pixel_values=x, labels=y).loss)
-            engine.step()
-            kinds += [engine.looksam.step_kind] if engine.is_gradient_accumulation_boundary() else []
+        kinds = run(engine, 2, 2)
         assert kinds == ["sam", "reuse"] and engine.looksam.evaluations == 3, kinds
         engine.destroy()
 
