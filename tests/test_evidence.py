@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from torch import nn
 from benchmarks import evidence, evidence_report, evidence_run
 from benchmarks.evidence_methods import METHODS, RHOS, MomentumAscent
 from benchmarks.evidence_plan import PLANS, Board, Part, jobs, read
-from benchmarks.evidence_pool import run_in_turn, run_side_by_side
+from benchmarks.evidence_pool import run_in_turn
 from benchmarks.evidence_run import Job, sharpness
 from benchmarks.evidence_tasks import TASKS, Data, wrong_labels
 
@@ -109,21 +106,15 @@ def test_plans(capsys: Any) -> None:
         assert job.tuning == (job.seed == 0)
         tuned_as = METHODS[job.method].tuned_as or job.method
         assert job.lr is not None or (TASKS[job.task].tuned_on, tuned_as) in tuned_methods
+        config = METHODS[job.method].config(TASKS[job.task], 1, 1e-3, 0.1)
+        assert config["train_batch_size"] % config["train_micro_batch_size_per_gpu"] == 0
+        assert ("ascent" in config["optimizer"]["params"]) == ("/" in job.method)
     assert sum(job.tuning and (job.task, job.method) == (TASK, "SAM") for job in everything) == len(LRS) * len(RHOS)
     capsys.readouterr()
     left = jobs([Part(["batch-Lamb-256"], ["MSAM", "SAM/rank", "base"], seeds=(1, ))], world=1)
     said = capsys.readouterr().out
     assert [job.method for job in left] == ["base"]
     assert "MSAM" in said and "AdamW's momentum" in said and "SAM/rank" in said
-
-
-def test_every_method_is_a_configuration() -> None:
-    for name, method in METHODS.items():
-        for task in TASKS.values():
-            config = method.config(task, 2, 1e-3, 0.1)
-            accumulation = config["train_batch_size"] / config["train_micro_batch_size_per_gpu"] / 2
-            assert accumulation == int(accumulation) or "micro_batch" in name
-            assert ("ascent" in config["optimizer"]["params"]) == ("/" in name)
 
 
 def test_wrong_labels_are_as_many_as_said_and_all_wrong() -> None:
@@ -173,32 +164,6 @@ def test_msam_moves_along_minus_the_momentum_by_rho_and_back() -> None:
     torch.testing.assert_close(model.w.detach(), clean - 0.3 * m / m.norm())
     ascent.end()
     assert torch.equal(model.w.detach(), clean)
-
-
-def serve_known_ends(pipe: Any, folder: Path, rendezvous: str) -> None:
-    """In the place of benchmarks.evidence_pool.serve: dies on seed 3, raises on seed 4, gives seed 5 up."""
-    pipe.send(("ready", None))
-    while True:
-        try:
-            job, _ = pipe.recv()
-        except EOFError:
-            return
-        if job.seed == 3:
-            os._exit(7)
-        if job.seed == 4:
-            pipe.send(("error", "out of memory"))
-            return
-        pipe.send(("done", None if job.seed == 5 else record(job.method, job.seed, 70.0 + job.seed)))
-
-
-def test_side_by_side_a_lost_process_costs_one_run(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
-    forkserver = multiprocessing.get_context("forkserver")  # that of tests/ranks.py, which has imported almost all
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forkserver)
-    board = Board(tmp_path, "runs.jsonl", [Job(TASK, "base", seed, 30, 1e-3) for seed in range(1, 8)])
-    failed = run_side_by_side(board, tmp_path, time.time() + 240, 2, serve_known_ends)
-    assert failed == 2 and sorted(r["seed"] for r in read(tmp_path)) == [1, 2, 6, 7] and not board.waiting
-    said = capfd.readouterr().out
-    assert "seed=3" in said and "exit code 7" in said and "seed=4" in said and "out of memory" in said
 
 
 def run_tiny(data: str, results: str) -> list[int]:

@@ -106,11 +106,6 @@ def focal(logits: Tensor, labels: Tensor) -> Tensor:
     return (-(1 - log_p.exp())**2 * log_p)[labels != -100].mean()
 
 
-def compute_loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    loss = F.cross_entropy(outputs["logits"][:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    return loss / num_items_in_batch
-
-
 def own_loss(run: Run, engine: Any, batch: dict[str, Tensor], items: Tensor) -> Tensor:
     """What the Trainer makes of each, written out."""
     from transformers.trainer_pt_utils import LabelSmoother
@@ -118,8 +113,6 @@ def own_loss(run: Run, engine: Any, batch: dict[str, Tensor], items: Tensor) -> 
     if run.loss == "the model's":
         return engine(**batch, num_items_in_batch=items).loss * run.world
     outputs, labels = engine(input_ids=batch["input_ids"]), batch["labels"]
-    if run.loss == "compute_loss_func":
-        return compute_loss_func(outputs, labels, items) * run.world
     if run.loss == "label smoothing":
         return run.world * LabelSmoother(SMOOTHING)(outputs, labels, shift_labels=True, num_items_in_batch=items)
     return focal(outputs.logits, labels) / run.accumulation
@@ -185,8 +178,7 @@ def train_with_trainer(run: Run, folder: str, resume: bool | None = None, stop_a
         label_smoothing_factor=SMOOTHING if run.loss == "label smoothing" else 0.0, report_to=[], use_cpu=True,
         disable_tqdm=True, logging_steps=3, **{"save_strategy": "no", **run.arguments})
     hf = (WithItsOwnLoss if run.loss in ("focal", "unrecordable") else Trainer)(
-        model=model(run), args=arguments, train_dataset=DATA, eval_dataset=DATA[:13], callbacks=[Callback()],
-        compute_loss_func=compute_loss_func if run.loss == "compute_loss_func" else None)
+        model=model(run), args=arguments, train_dataset=DATA, eval_dataset=DATA[:13], callbacks=[Callback()])
     random_states: list[Tensor] = []
     hf.model.register_forward_pre_hook(lambda *_: random_states.append(torch.get_rng_state()))
     hf.train(resume_from_checkpoint=resume)
@@ -235,8 +227,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # Evaluations draw a random number for their data loader, so dropout would see other ones than in our loop.
 EVALUATING = Run(dropout=0.0, arguments={"eval_strategy": "steps", "eval_steps": 2})
 RUNS = {
-    "stage 0, numeric alpha, compute_loss_func": Run(stage=0, loss="compute_loss_func", accumulation=1,
-                                                     params={"alpha": 0.7}),
+    "stage 0, numeric alpha": Run(stage=0, loss="label smoothing", accumulation=1, params={"alpha": 0.7}),
     "stage 1, ascent rank, bf16": Run(stage=1, bf16=True, params={"ascent": "rank"}),
     "label smoothing, evaluation": replace(EVALUATING, loss="label smoothing"),
     "bf16": Run(bf16=True),
