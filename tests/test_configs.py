@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,7 @@ def train_on_fake_ranks(rank: int, world: int) -> None:
         assert type(engine.optimizer).__name__ == "BF16_Optimizer"
         for flat, of_group in zip(shards_of(engine).layout(), sizes, strict=True):
             expected, _ = partition_zero12(of_group, world, rank, alignment=2)
-            assert [(s.start, s.param_offset, s.numel, s.param_numel) for s in flat] == [
-                (s.start, s.param_offset, s.numel, s.param_numel) for s in expected]
+            assert [replace(s, parameter=None) for s in flat] == [replace(s, parameter=None) for s in expected]
         kinds = run(engine, 2, 2)
         assert kinds == ["sam", "reuse"] and engine.looksam.evaluations == 3, kinds
         engine.destroy()

@@ -1,9 +1,12 @@
-"""The set-up files agree with each other, so that a fresh clone gets the versions that were tested."""
+"""The set-up files agree with each other, so that a fresh clone gets the versions that were tested. And the house:
+packages at the top level, imports that point downward, one engine that has its parts."""
 
 from __future__ import annotations
 
 import ast
 import email
+import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -16,16 +19,20 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
 from packaging.requirements import Requirement
 from packaging.specifiers import Specifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
+import ds_looksam
+from ds_looksam.engines.host import HostEngine
 from ds_looksam.ranks import versions
 from ds_looksam.ranks.versions import REQUIRED, TESTED, __version__
 
 from .ranks import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(ds_looksam.__file__).parent
 
 
 def pins() -> dict[str, Specifier]:
@@ -151,11 +158,50 @@ def test_the_wheel_works_without_the_source(wheel, tmp_path):
     assert f"{tmp_path}/site/ds_looksam/cli" in shown.stderr
 
 
-def package_file() -> str:
-    import ds_looksam
-
-    return ds_looksam.__file__
-
-
 def test_rank_processes_test_the_same_package():
-    assert run_on_ranks(1, package_file) == [package_file()]
+    [spec] = run_on_ranks(1, importlib.util.find_spec, "ds_looksam")
+    assert spec.origin == ds_looksam.__file__
+
+
+STOREYS = ["errors", "ranks", "arithmetic", "shards", "optimizers", "config", "replay", "step", "checkpoint", "engines",
+           "reference", "universal", "cli", "__init__", "__main__"]
+"""From the ground up: a module imports from its own storey and from those below."""
+
+
+def imported(path: Path) -> set[str]:
+    """The storeys that a file imports from."""
+    package, found = path.relative_to(PACKAGE).parent.parts, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[:len(package) - (node.level - 1)], *(node.module.split(".") if node.module else [])]
+            found |= {base[0]} if base else {alias.name for alias in node.names}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            assert not any(name.split(".")[0] == "ds_looksam" for name in names), f"{path}: use relative imports"
+    return found
+
+
+def test_imports_point_downward() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 40
+    upward = []
+    for path in files:
+        own = path.relative_to(PACKAGE)
+        storey = STOREYS.index(own.parts[0].removesuffix(".py"))
+        upward += [f"{own} imports {other}" for other in imported(path) if STOREYS.index(other) > storey]
+    assert not upward
+
+
+def test_the_top_level_can_be_read_at_a_glance() -> None:
+    entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 16, sorted(entries)
+
+
+def test_one_engine_that_has_its_parts() -> None:
+    """What the engine reads of itself under a private name, it has set itself."""
+    assert ds_looksam.LookSAMEngine.__bases__ == (HostEngine, ) and HostEngine.__bases__ == (DeepSpeedEngine, )
+    tree = ast.parse(inspect.getsource(ds_looksam.LookSAMEngine))
+    of_self = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+               and isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr.startswith("_")]
+    own = {node.attr for node in of_self if isinstance(node.ctx, ast.Store)} | set(vars(ds_looksam.LookSAMEngine))
+    assert {node.attr for node in of_self if isinstance(node.ctx, ast.Load)} <= own
