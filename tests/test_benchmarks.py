@@ -114,7 +114,7 @@ def scaled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Ro
     command = [sys.executable, "-m", "benchmarks.scale", "--model", "tiny", "--stage", *map(str, STAGES),
                "--world", "8", "4096", "--json", str(file)]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                            text=True, timeout=280)
+                            text=True, timeout=850)
     assert result.returncode == 0, result.stdout + result.stderr
     return {(row["stage"], row["world"]): Row(**row | {key: measured(row[key]) for key in ("base", "ours")})
             for row in json.loads(file.read_text())}
@@ -128,6 +128,7 @@ def measured(values: dict[str, Any]) -> Measured:
     return Measured(**collectives(values, "startup") | {"steps": steps})
 
 
+@pytest.mark.timeout(900)  # ten seconds of computing, which a busy machine stretches
 def test_nothing_grows_with_the_world_size(scaled):
     for stage in STAGES:
         few, many = scaled[stage, 8], scaled[stage, 4096]
@@ -155,6 +156,7 @@ def test_the_map_of_segments_is_linear_in_tensors():
     assert 0 < lines[2] - lines[1] <= 2 * (lines[1] - lines[0])
 
 
+@pytest.mark.timeout(900)
 def test_the_program_notices_what_a_formula_does_not_explain(scaled):
     row = scaled[2, 4096]
     assert row.problems() == []
@@ -190,9 +192,9 @@ def test_the_page_is_what_its_records_say(folder: Path) -> None:
     page.write_text(f"{before}{begin}\nold\n{end}{after}")
     evidence.main(["table", "--write", "--page", str(page), "--results", str(folder)])
     assert page.read_text() == committed
-    # Mean 2, sd 1, Student's t for two degrees of freedom; and mean 0.75, sd 0.3536, for one.
+    # Mean 2, sd 1, Student's t for two degrees of freedom; and mean 0.75, sd √2 / 4, for one.
     assert evidence_report.interval([2, 1, 3]) == pytest.approx((2, 4.303 / 3**0.5))
-    assert evidence_report.interval([1, 0.5]) == pytest.approx((0.75, 12.706 * 0.3536 / 2**0.5), rel=1e-4)
+    assert evidence_report.interval([1, 0.5]) == pytest.approx((0.75, 12.706 / 4))
     evidence.main(["draw", "--to", str(png), "--results", str(folder)])
     assert png.read_bytes()[:4] == b"\x89PNG"
     page.write_text("no markers")
@@ -227,7 +229,7 @@ def test_plans(capsys: Any) -> None:
         config = METHODS[job.method].config(TASKS[job.task], 1, 1e-3, 0.1)
         assert config["train_batch_size"] % config["train_micro_batch_size_per_gpu"] == 0
         assert ("ascent" in config["optimizer"]["params"]) == ("/" in job.method)
-    assert sum(job.tuning and (job.task, job.method) == (TASK, "SAM") for job in everything) == 3 * len(RHOS)
+    assert sum(job.tuning and (job.task, job.method) == (TASK, "SAM") for job in everything) == 2 * len(RHOS)
     capsys.readouterr()
     left = jobs([Part(["batch-Lamb-256"], ["MSAM", "SAM/rank", "base"], seeds=(1, ))], world=1)
     said = capsys.readouterr().out
