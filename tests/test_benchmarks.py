@@ -184,14 +184,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_page_is_what_its_records_say(folder: Path) -> None:
-    """All of it, so that no arithmetic changes unnoticed."""
+    """All of it, so that no arithmetic changes unnoticed, and no record is committed without its line."""
     page, png = folder / "page.md", folder / "picture.png"
     committed = (DOCS / "evidence.md").read_text()
     before, begin, rest = committed.partition(evidence_report.BEGIN)
     _, end, after = rest.partition(evidence_report.END)
     page.write_text(f"{before}{begin}\nold\n{end}{after}")
     evidence.main(["table", "--write", "--page", str(page), "--results", str(folder)])
-    assert page.read_text() == committed
+    assert page.read_text() == committed, "run: python -m benchmarks.evidence table --write"
     # Mean 2, sd 1, Student's t for two degrees of freedom; and mean 0.75, sd √2 / 4, for one.
     assert evidence_report.interval([2, 1, 3]) == pytest.approx((2, 4.303 / 3**0.5))
     assert evidence_report.interval([1, 0.5]) == pytest.approx((0.75, 12.706 / 4))
