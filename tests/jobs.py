@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -80,6 +81,7 @@ def run_script(path: str, *arguments: str) -> None:
 
 
 def _run(log: Path, rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # as in ranks.py
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)

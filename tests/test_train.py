@@ -1,12 +1,13 @@
 """launch/train.py: what it reports is true; stopped and resumed it ends bit-equal, dropout and all; wrong use is told.
 
-One run is really launched, by torchrun; the others are forked (``jobs.py``).
+One process is really started; the others, and CI's ranks, are forked (``jobs.py``).
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,8 @@ TRAIN, TEST = 640, 101
 """Two images are added to TRAIN, which drop_last leaves out; TEST is odd, an uneven share for two ranks."""
 MODEL = "nano/14"
 UPDATES = 10
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PYTHON = [sys.executable]
+TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +59,24 @@ def weights(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=False)["module"]
 
 
+def launch(launcher: list[str], *arguments: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return subprocess.Popen([*launcher, str(ROOT / "launch" / "train.py"), "--model", MODEL, *arguments],
+                            env=environment | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
 def train(world: int, run_dir: Path, *arguments: str) -> Job:
     return Job(run_dir.parent, world, run_script, str(ROOT / "launch" / "train.py"), "--model", MODEL, *arguments)
 
 
-def torchrun(*arguments: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items()
-                   if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return subprocess.Popen([*TORCHRUN, str(ROOT / "launch" / "train.py"), "--model", MODEL, *arguments],
-                            env=environment | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def told(world: int, code: int, run_dir: Path, *arguments: str) -> str:
+    """What rank 0 of a job has to say that ends with this exit code."""
+    job = train(world, run_dir, *arguments)
+    job.finish()
+    assert job.codes == [code] * world, job.outputs
+    return job.outputs[0]
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
@@ -96,10 +106,7 @@ def with_dropout(data: Path, run_dir: Path) -> list[str]:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the words of a run with dropout that nothing disturbs."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    process = torchrun(*with_dropout(data, run_dir))
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-    return run_dir, output
+    return run_dir, told(2, 0, run_dir, *with_dropout(data, run_dir))
 
 
 def same_run(run_dir: Path, reference: Path) -> None:
@@ -146,52 +153,45 @@ def test_stopped_by_a_signal_and_its_newest_checkpoints_damaged(data, whole, tmp
     (newest / "mp_rank_00_model_states.pt").write_bytes(of_weights)
     (second / "looksam_rank_00001.safetensors").unlink()
     shutil.copytree(second, newest.parent / ".partial-update-0000009")  # one that was being written
-    job = train(2, run_dir, *with_dropout(data, run_dir), "--resume")
-    job.finish()
-    assert job.codes == [0, 0], job.outputs
-    assert f"passes over {newest}: mp_rank_00_model_states.pt" in job.outputs[0]
-    assert f"passes over {second}: " in job.outputs[0] and "looksam_rank_00001.safetensors" in job.outputs[0]
+    resumed = told(2, 0, run_dir, *with_dropout(data, run_dir), "--resume")
+    assert f"passes over {newest}: mp_rank_00_model_states.pt" in resumed
+    assert f"passes over {second}: " in resumed and "looksam_rank_00001.safetensors" in resumed
     same_run(run_dir, whole[0])
 
 
 def test_one_process_trains_like_two_and_its_folder_is_not_written_over(data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = options(data, one, "looksam_zero2", epochs=1)
-    assert train(2, two, *options(data, two, "looksam_zero2", epochs=1)).finish() is not None
-    first = told_by_one(one, 0, *arguments)
+    started = launch(PYTHON, *arguments)
+    told(2, 0, two, *options(data, two, "looksam_zero2", epochs=1))
+    result = re.search(r"Test accuracy  \S+ ", started.communicate(timeout=240)[0])[0]
     # The global batches are the same, so the losses are, up to fp32 rounding that 5 AdamW updates amplify.
-    for row, expected in zip(rows(one), rows(two), strict=True):
+    before = rows(one)
+    for row, expected in zip(before, rows(two), strict=True):
         assert all(row[key] == expected[key] for key in ("update", "evaluations", "lr"))
         assert float(row["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-3)
-    before = rows(one)
-    assert "has a run in it: --resume goes on with it, --overwrite starts again" in told_by_one(one, 1, *arguments)
-    other = told_by_one(one, 1, *options(data, one, "looksam_zero2", epochs=3), "--resume")
+
+    assert "has a run in it: --resume goes on with it, --overwrite starts again" in told(1, 1, one, *arguments)
+    other = told(1, 1, one, *options(data, one, "looksam_zero2", epochs=3), "--resume")
     assert "--resume: epochs is 3, but" in other and "was written with 1" in other
-    finished = told_by_one(one, 0, *arguments, "--resume")
-    assert finished[finished.index("Test accuracy"):].splitlines()[0][:22] == first[first.index("Test accuracy"):][:22]
-    assert "update-0000005" in finished and rows(one) == before
+    finished = told(1, 0, one, *arguments, "--resume")
+    assert result in finished and "update-0000005" in finished and rows(one) == before
     for folder in saved(one):
         (folder / "files.json").unlink()
-    assert "is damaged; --overwrite starts again" in told_by_one(one, 1, *arguments, "--resume")
-    told_by_one(one, 0, *arguments, "--overwrite", "--save-every", "1", "--keep", "2")
+    assert "is damaged; --overwrite starts again" in told(1, 1, one, *arguments, "--resume")
+    told(1, 0, one, *arguments, "--overwrite", "--save-every", "1", "--keep", "2")
     assert [path.name for path in saved(one)] == ["update-0000004", "update-0000005"] and rows(one) == before
-
-
-def told_by_one(run_dir: Path, code: int, *arguments: str) -> str:
-    job = train(1, run_dir, *arguments)
-    job.finish()
-    assert job.codes == [code], job.outputs
-    return job.outputs[0]
 
 
 @pytest.mark.faults
 def test_sigterm_to_torchrun_stops_every_rank_together(data, whole, tmp_path):
     run_dir = tmp_path / "run"
-    process = torchrun(*with_dropout(data, run_dir))
+    process = launch(TORCHRUN, *with_dropout(data, run_dir))
     wait_until_saved(run_dir, 2, lambda: process.poll() is None)
     os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on
-    told = process.communicate(timeout=100)[0]
-    assert "Stopped by" in told and len(saved(run_dir)) < UPDATES, told
-    process = torchrun(*with_dropout(data, run_dir), "--resume")
-    assert process.communicate(timeout=240)[0] and process.returncode == 0
+    output = process.communicate(timeout=100)[0]
+    assert "Stopped by" in output and len(saved(run_dir)) < UPDATES, output
+    process = launch(TORCHRUN, *with_dropout(data, run_dir), "--resume")
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
     same_run(run_dir, whole[0])
