@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from deepspeed.utils import logger
 from torch import Tensor
 
 from ds_looksam.checkpoint.reading import NamedLayout
@@ -27,7 +28,8 @@ class Stretch:
         refused: arguments of engine.load_checkpoint, one call after the other, each of which must raise.
         load: arguments of engine.load_checkpoint.
         weights: a file that the model begins with.
-        save: arguments of engine.save_checkpoint before update number ``save_at``; the model goes to ``model.bin``.
+        save: arguments of engine.save_checkpoint before update ``save_at``; the model goes to ``model.bin``.
+        tags: of checkpoints that are saved one after the other.
         in_engine: called with the engine before all else.
     """
 
@@ -37,75 +39,57 @@ class Stretch:
     load: dict[str, Any] | None = None
     weights: str | None = None
     save: dict[str, Any] | None = None
+    tags: tuple[str | None, ...] = (None, )
     save_at: int = 7
     looksam: bool = True
     config: dict[str, Any] = field(default_factory=dict)
     in_engine: Callable[[Any], None] | None = None
 
 
-@dataclass
-class Outcome:
-    """``refusals``: what the loads raised that must. ``v``: :func:`v_by_name` after the load, or when it saved."""
-
-    log: list[str]
-    refusals: list[str] = field(default_factory=list)
-    client_state: Any = None
-    v: dict[str, Tensor] = field(default_factory=dict)
-    kinds: list[str] = field(default_factory=list)
-    status: dict[str, Any] = field(default_factory=dict)
-    groups: list[dict[str, Any]] = field(default_factory=list)
-
-
 def run_stretch(case: Case, stretch: Stretch) -> Result:
-    """Collective. The result's ``extra`` is an :class:`Outcome`."""
-    module = make_model(case.model, case.seed)
+    """Collective. The result's ``extra`` has ``log``, ``kinds`` of the steps, ``client_state``, ``refusals`` (what the
+    loads raised that must), ``v`` (:func:`v_by_name` after the load, or when it saved), and, as they were at the end,
+    ``status`` of LookSAM and the param ``groups``."""
+    module, outcome = make_model(case.model, case.seed), SimpleNamespace(log=[], kinds=[], client_state=None, v={})
     if stretch.weights is not None:
         module.load_state_dict(torch.load(stretch.weights, weights_only=True))
-    case = replace(case, config={**case.config, **stretch.config})
-    with _logged() as log, engine_for(case, stretch.looksam, module) as engine:
-        outcome = Outcome(log)
-        if stretch.in_engine is not None:
-            stretch.in_engine(engine)
-        outcome.refusals = [_refusal(engine, load) for load in stretch.refused]
-        if stretch.load is not None:
-            path, outcome.client_state = engine.load_checkpoint(**stretch.load)
-            assert path is not None
-            outcome.v = v_by_name(engine)
-        calls: list[None] = []
-        engine.module.register_forward_hook(lambda *_: calls.append(None))
-        for update in range(stretch.start, stretch.stop + 1):
-            if update == stretch.save_at and stretch.save is not None:
-                engine.save_checkpoint(**stretch.save)
-                engine.save_16bit_model(stretch.save["save_dir"], "model.bin")
-                outcome.v = v_by_name(engine)
-            if update < stretch.stop:
-                train_window(engine, case, update)
-                outcome.kinds.append(engine.looksam.step_kind if stretch.looksam else "plain")
-        outcome.groups = [{key: value for key, value in group.items() if key != "params"}
-                          for group in engine.optimizer.param_groups]
-        status = getattr(engine, "looksam", None)
-        if status is not None:
-            values = {f.name: getattr(status, f.name) for f in fields(status)}
-            outcome.status = {name: v.item() if isinstance(v, Tensor) else v for name, v in values.items()}
-        return Result(weights=master_weights(engine), model_weights=visible_weights(engine), history=[],
-                      forwards=len(calls), evaluations=status.evaluations if status else 0,
-                      updates=status.updates if status else engine.global_steps, extra=outcome)
-
-
-@contextmanager
-def _logged() -> Iterator[list[str]]:
-    from deepspeed.utils import logger
-
-    lines: list[str] = []
     handler, level = logging.Handler(logging.INFO), logger.level
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: outcome.log.append(record.getMessage())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield lines
+        with engine_for(replace(case, config={**case.config, **stretch.config}), stretch.looksam, module) as engine:
+            return _run(case, stretch, engine, outcome)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def _run(case: Case, stretch: Stretch, engine: Any, outcome: Any) -> Result:
+    if stretch.in_engine is not None:
+        stretch.in_engine(engine)
+    outcome.refusals = [_refusal(engine, load) for load in stretch.refused]
+    if stretch.load is not None:
+        path, outcome.client_state = engine.load_checkpoint(**stretch.load)
+        assert path is not None
+        outcome.v = v_by_name(engine)
+    for update in range(stretch.start, stretch.stop + 1):
+        if update == stretch.save_at and stretch.save is not None:
+            for tag in stretch.tags:
+                engine.save_checkpoint(**{"tag": tag, **stretch.save})
+            engine.save_16bit_model(stretch.save["save_dir"], "model.bin")
+            outcome.v = v_by_name(engine)
+        if update < stretch.stop:
+            train_window(engine, case, update)
+            outcome.kinds.append(engine.looksam.step_kind if stretch.looksam else "plain")
+    outcome.groups = [{key: value for key, value in group.items() if key != "params"}
+                      for group in engine.optimizer.param_groups]
+    status = getattr(engine, "looksam", None)
+    values = {f.name: getattr(status, f.name) for f in fields(status)} if status else {}
+    outcome.status = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+    return Result(weights=master_weights(engine), model_weights=visible_weights(engine), history=[], forwards=0,
+                  evaluations=status.evaluations if status else 0,
+                  updates=status.updates if status else engine.global_steps, extra=outcome)
 
 
 def _refusal(engine: Any, load: dict[str, Any]) -> str:
@@ -141,12 +125,6 @@ def v_by_name(engine: Any) -> dict[str, Tensor]:
         for start, part in segments:
             found[part.name][part.lo:part.hi] = flat[start:start + part.hi - part.lo]
     return found
-
-
-def whole_v(results: list[Result]) -> dict[str, Tensor]:
-    """g_v as all ranks together have it."""
-    return {name: torch.stack([result.extra.v[name] for result in results]).nanmean(0)
-            for name in results[0].extra.v}
 
 
 def same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -7,7 +7,6 @@ import atexit
 import gc
 import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import sys
@@ -38,8 +37,7 @@ class Job:
                           for rank, log in enumerate(self._logs)]
         for process in self.processes:
             process.start()
-        self._over = False
-        atexit.register(self._kill)  # of a test that failed
+        atexit.register(lambda: None in self.codes and self._kill())  # of a test that failed
 
     @property
     def codes(self) -> list[int | None]:
@@ -66,18 +64,11 @@ class Job:
         return 0.0 if first_end is None else time.monotonic() - first_end
 
     def _kill(self) -> None:
-        for process in [] if self._over else self.processes:
+        for process in self.processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
-        self._over = True
-
-
-def run_script(path: str, *arguments: str) -> None:
-    """What ``python path arguments`` does."""
-    sys.argv = [path, *arguments]
-    runpy.run_path(path, run_name="__main__")
 
 
 def _run(log: Path, rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -87,7 +78,8 @@ def _run(log: Path, rank: int, world: int, port: int, function: Callable[..., No
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout.reconfigure(line_buffering=True)  # what is killed must have told
-    if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                          CROSS_RANK="0", CROSS_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      CROSS_RANK="0", CROSS_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if world == 1:
+        del os.environ["RANK"]
     function(*args)

