@@ -127,11 +127,11 @@ def test_stopped_by_a_signal_and_its_newest_checkpoints_damaged(data, whole, tmp
     while not (run_dir / "checkpoints" / "update-0000002").exists():
         assert job.codes == [None, None], job.outputs
         time.sleep(0.01)
-    os.kill(job.processes[1].pid, signal.SIGUSR1)  # one rank, and both stop after the same update
+    os.kill(job.processes[0].pid, signal.SIGUSR1)  # one rank, and both stop after the same update
     job.finish()
     assert job.codes == [75, 75], job.outputs
     second, newest = saved(run_dir)[-2:]
-    assert f"Stopped by a signal after update {int(newest.name[-7:])} of {UPDATES}; --resume" in job.outputs[0]
+    assert f"Stopped by SIGUSR1 after update {int(newest.name[-7:])} of {UPDATES}; --resume" in job.outputs[0]
     assert newest.name in job.outputs[0] and not list(newest.parent.glob(".partial*"))
 
     of_weights = bytearray((newest / "mp_rank_00_model_states.pt").read_bytes())
