@@ -48,20 +48,18 @@ class Job:
     def outputs(self) -> list[str]:
         return [log.read_text(errors="replace") if log.exists() else "" for log in self._logs]
 
-    def finish(self, after_the_first: float = START) -> float:
+    def finish(self, after_the_first: float = START) -> None:
         """Wait for all, the others for no more than ``after_the_first`` seconds longer than the first. They are gone
-        then, and whatever they have started. Returns how much longer the last one took."""
-        deadline, first_end = time.monotonic() + START, None
+        then, and whatever they have started."""
+        deadline, all_run = time.monotonic() + START, True
         try:
             while None in self.codes:
-                if first_end is None and self.codes != [None] * len(self.processes):
-                    first_end = time.monotonic()
-                    deadline = first_end + after_the_first
+                if all_run and self.codes != [None] * len(self.processes):
+                    deadline, all_run = time.monotonic() + after_the_first, False
                 assert time.monotonic() < deadline, f"hangs: {self.codes}\n" + "\n".join(self.outputs)[-9000:]
                 time.sleep(0.02)
         finally:
             self._kill()
-        return 0.0 if first_end is None else time.monotonic() - first_end
 
     def _kill(self) -> None:
         for process in self.processes:
