@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant("ranks/check.py", "if highest «=→!»= lowest:", "versions: compared the wrong way round",
            "test_rank_check.py"),
     Mutant("ranks/agree.py", "return int(flag.item()) «== 0→<= 1»", "one rank's failure is overlooked",
-           "test_checkpoint_broken.py -k _remove-"),
+           "test_checkpoint_broken.py -k test_what_is_broken"),
     # shards
     Mutant("shards/replicated.py", "«            self._write_weights(self._clean)\n→»",
            "stage 0: w + eps left in the model"),
@@ -158,14 +158,14 @@ MUTANTS = [
            "test_metrics.py -k monitors"),
     # checkpoint
     Mutant("checkpoint/files.py", "if crc «!= _crc_of_json(content)→is None»:", "looksam.json: no checksum",
-           "test_checkpoint_broken.py -k _flip_manifest"),
+           "test_checkpoint_broken.py -k test_what_is_broken"),
     Mutant("checkpoint/finding.py", 'if manifest.save_id« == mark["save_id"]→»:',
-           "files of another save are taken for this one's", "test_checkpoint_broken.py -k _all_of_another_save"),
+           "files of another save are taken for this one's", "test_checkpoint_broken.py -k test_what_is_broken"),
     Mutant("checkpoint/checkpointer.py", "manifest.status, «v→None»)", "v is not loaded", "test_checkpoint.py"),
     Mutant("checkpoint/reading.py", "[«first - block.lo:last - block.lo→:last - first»]",
-           "another layout's parts come from the wrong place", "test_checkpoint_resize.py -k test_moves"),
+           "another layout's parts come from the wrong place", "test_checkpoint_moves.py -k universal"),
     Mutant("checkpoint/groups.py", "group[key] = «last[key] if same else →»value",
-           "a rho that was changed by hand is lost by a resume", "test_checkpoint_switch.py -k configuration_wins"),
+           "a rho that was changed by hand is lost by a resume", "test_checkpoint.py -k configuration_wins"),
     # engines
     Mutant("engines/looksam.py", "save(save_dir, folder.name, with_ours, «False→save_latest», exclude",
            "`latest` is written before every rank has saved", "test_checkpoint_broken.py -k full_disk"),
