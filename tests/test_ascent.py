@@ -28,11 +28,11 @@ from .test_accumulation import WAYS, accumulate
 from .test_oracle_grid import TOLERANCE
 from .test_replay import (
     ReplayBroke,
-    Returning,
     fails_in_the_replay,
     outside_loss,
     train_outside,
     train_plainly,
+    without_loss,
 )
 from .training import (
     Case,
@@ -379,7 +379,7 @@ def refused_per_micro_batch(case: Case, ways: list[Callable[[Any, Tensor], None]
     from ds_looksam import LookSAMReplayError
 
     told = []
-    with engine_for(case, module=Returning("logits")) as engine:
+    with engine_for(case, module=without_loss(case)) as engine:
         for update in range(case.updates):
             for x, y in case.micro_batches(update, torch.distributed.get_rank()):
                 for way in ways if update == 0 else []:
@@ -390,7 +390,7 @@ def refused_per_micro_batch(case: Case, ways: list[Callable[[Any, Tensor], None]
                         told.append(str(error))
                 _backward(engine, outside_loss(engine(x.float(), y), x.float(), y))
                 engine.step()
-        weights = {name.removeprefix("model."): w for name, w in master_weights(engine).items()}
+        weights = master_weights(engine)
     assert distance(weights, run_oracle(case)[1]) <= TOLERANCE
     return told
 
