@@ -6,10 +6,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import dataclasses
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,29 +42,18 @@ def inside(m: Any) -> Any:
     return getattr(m, "module", m)
 
 
-@dataclasses.dataclass
+@dataclass
 class Situation:
-    """``loss(m, i, x, y)`` is of a window's micro-batch ``i``, ``m`` being the engine or the twin's module.
-
-    Attributes:
-        sets: ``f(module, i)``, what the loop sets in its model before that.
-        loop: ``f(engine, i, x, y)``, what is done instead of ``engine.backward(loss(engine, i, x, y))``.
-        expected: the twin's loss, where it is not ``loss``.
-        before: ``f(side, update)``, what is done to the engine and to the twin before a window.
-        everything: the optimizer is given frozen parameters too.
-        way_out: ``f(engine, now)``, what is done instead of a step that was refused; ``now``: the latest x and y.
-        edit: what becomes of the gradients of the twin's module.
-    """
+    """``loss(m, i, x, y)`` is of a window's micro-batch ``i``, ``m`` being the engine or the twin's module."""
 
     loss: Callable[..., Tensor] = plain
     build: Callable[[], Net] = Net
-    sets: Callable[[Any, int], Any] | None = None
-    loop: Callable[..., Any] | None = None
-    expected: Callable[..., Tensor] | None = None
-    before: Callable[[Any, int], Any] | None = None
-    everything: bool = False
-    way_out: Callable[..., Any] | None = None
-    edit: Callable[[Any], Any] | None = None
+    sets: Callable[..., Any] | None = None  # f(module, i): what the loop sets in its model before that
+    loop: Callable[..., Any] | None = None  # f(engine, i, x, y): instead of engine.backward(loss(engine, i, x, y))
+    expected: Callable[..., Tensor] | None = None  # the twin's loss, where it is not ``loss``
+    before: Callable[..., Any] | None = None  # f(side, update): what is done to engine and twin before a window
+    way_out: Callable[..., Any] | None = None  # f(engine, now): instead of a step that was refused; now: latest x, y
+    edit: Callable[..., Any] | None = None  # f(module): what becomes of the gradients of the twin's
 
     def loss_of(self, m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
         if self.sets is not None:
@@ -77,9 +66,8 @@ def train(name: str, stage: int = 2, accumulation: int = 1, ascent: str = "globa
     """On a rank: what was refused. Without a way out the run ends there."""
     this, rank, told, now = SITUATIONS[name], torch.distributed.get_rank(), [], {}
     TEACHERS.clear()
-    twin = Twin(this.build, edit=this.edit, everything=this.everything)
-    with engine_of(this.build, stage, accumulation, everything=this.everything, ascent=ascent, world=world,
-                   **case) as engine:
+    twin = Twin(this.build, edit=this.edit)
+    with engine_of(this.build, stage, accumulation, ascent=ascent, world=world, **case) as engine:
         for update, window in enumerate(batches(world * accumulation)):
             for side in (engine, twin) if this.before is not None else ():
                 this.before(side, update)
@@ -91,8 +79,10 @@ def train(name: str, stage: int = 2, accumulation: int = 1, ascent: str = "globa
                     engine.backward(this.loss_of(engine, i, x, y))
                 else:
                     this.loop(engine, i, x, y)
+                random = torch.get_rng_state()
                 try:
                     engine.step()
+                    assert torch.equal(random, torch.get_rng_state()), "what is drawn later is another number"
                 except LookSAMReplayError as error:
                     told.append(str(error))
                     if this.way_out is None:
@@ -111,7 +101,7 @@ class Knobs(Net):
     """Its forward depends on what a loop may set in it, and on how often it was called, and leaves a part of the loss.
     """
 
-    kept = ("temperature", "settings", "calls")
+    kept = ("temperature", "settings", "calls", "training")
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +114,21 @@ class Knobs(Net):
             raise ValueError
         out = self.body(x) / self.temperature + self.settings["shift"] + 0.2 * self.calls + self.queue
         self.auxiliary = out.square().mean()
-        return out
+        return out + 0.3 * self.training
+
+
+class Noisy(Net):
+    """Dropout by the global generator or by given ones, and BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor, torch_noise: torch.Generator | None = None, more: Any = None) -> Tensor:
+        noise = torch.rand(3, generator=torch_noise, dtype=torch.float64)
+        if more is not None:
+            noise += torch.from_numpy(more["numpy"].random(3))
+        return self.norm(self.body(x * noise.to(x.dtype)))
 
 
 class Normed(Net):
@@ -135,12 +139,6 @@ class Normed(Net):
         a, b, c, d = (nn.Linear(3, 3) for _ in range(4))
         self.body = nn.Sequential(self.body, spectral_norm(a), nn.Tanh(), weight_norm(b), nn.Tanh(),
                                   parametrizations.spectral_norm(c), nn.Tanh(), parametrizations.weight_norm(d))
-
-
-class Noisy(Net):
-    def forward(self, x: Tensor, torch_noise: torch.Generator, more: dict[str, Any]) -> Tensor:
-        noise = torch.rand(3, generator=torch_noise, dtype=torch.float64)
-        return self.body(x * (noise + torch.from_numpy(more["numpy"].random(3))).to(x.dtype))
 
 
 class Returning(Net):
@@ -360,7 +358,7 @@ def gives_up(how: str, accumulation: int) -> Situation:
 # Batches that change --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclass
 class Record:
     x: Any
     y: Any
@@ -511,11 +509,13 @@ SITUATIONS: dict[str, Situation] = {
     "checkpointed": Situation(lambda m, i, x, y: checkpoint(
         lambda out: F.mse_loss(out.tanh().exp(), y), m(x), use_reentrant=False)),
     "attributes": Situation(build=Knobs, sets=set_attributes),
+    "mode": Situation(build=Knobs, sets=lambda module, i: module.train(i == 0)),
     "buffer_in_place": Situation(build=Knobs, sets=lambda module, i: module.queue.fill_(float(i))),
     "buffer_rebound": Situation(build=Knobs, sets=lambda module, i: setattr(
         module, "queue", torch.full((3, ), float(i)))),
     "submodule": Situation(sets=lambda module, i: setattr(module.body, "1", nn.Sigmoid() if i else nn.Tanh())),
     "normed": Situation(build=Normed),
+    "dropout": Situation(build=Noisy, sets=lambda module, i: torch.manual_seed(i)),
     "generators_in_inputs": Situation(lambda m, i, x, y: F.mse_loss(
         m(x, torch.Generator().manual_seed(i), {"numpy": np.random.default_rng(i)}), y), Noisy),
     "stateful": Situation(lambda m, i, x, y: m(x, y), Stateful),
@@ -534,7 +534,7 @@ SITUATIONS: dict[str, Situation] = {
     "elsewhere": Situation(Losses.elsewhere, way_out=closure(Losses.elsewhere)),
     "masked": edited(mask_in_engine, mask), "clipped": edited(clip, clip),
     "frozen": Situation(before=freezes),
-    "unfrozen": Situation(build=first_frozen, before=unfreezes, everything=True),
+    "unfrozen": Situation(before=unfreezes),
     "added": Situation(build=first_frozen, before=adds),
     "accumulates_more": accumulates(lambda update: 1 + update // 2), "accumulates_less": accumulates(lambda update: 1),
 }
@@ -558,6 +558,7 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
          [(2, 1, "micro_batch")]),
         (["hook", "frozen_layer", "generator_in_loss", "submodule"], [(2, 2, "global", 2)]),
         (["attributes", "buffer_in_place", "hook"], [(3, 2)]),
+        (["dropout", "mode"], [(stage, 2) for stage in range(4)]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),
         ([*RETURNED, *REFILLED], [(2, 2)]),
         (["frozen", "unfrozen", "added"], [(0, 2, "global", 2), (0, 2, "rank"), (0, 1, "micro_batch")]),

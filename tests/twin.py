@@ -52,19 +52,14 @@ def batches(micro_batches: int, tensors: int = 2) -> list[list[tuple[Tensor, ...
              for _ in range(micro_batches)] for _ in range(UPDATES)]
 
 
-def given(module: nn.Module, everything: bool) -> list[nn.Parameter]:
-    """What the optimizer is built with: frozen parameters too, or not."""
-    return [p for p in module.parameters() if everything or p.requires_grad]
-
-
 class Twin:
     """``module``: what ``build`` makes, in float64. Which of its parameters require grad may change between updates,
     and the groups of ``optimizer``. ``edit``: what is done to the module's gradients after each evaluation."""
 
-    def __init__(self, build: Callable[[], Net], looksam: bool = True, edit: Callable[[Any], None] | None = None,
-                 everything: bool = False) -> None:
+    def __init__(self, build: Callable[[], Net], looksam: bool = True,
+                 edit: Callable[[Any], None] | None = None) -> None:
         self.module, self.looksam, self.edit = build().double(), looksam, edit
-        self.optimizer = torch.optim.SGD(given(self.module, everything), **SGD)
+        self.optimizer = torch.optim.SGD([p for p in self.module.parameters() if p.requires_grad], **SGD)
         self.updates = 0
         self.v: dict[nn.Parameter, Tensor] = {}
 
@@ -74,7 +69,8 @@ class Twin:
         (torch.stack(of_window).sum() / len(of_window)).backward()
         if self.edit is not None:
             self.edit(self.module)
-        return {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in given(self.module, False)}
+        return {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.module.parameters()
+                if p.requires_grad}
 
     def update(self, losses: Callable[[Any], list[Tensor]]) -> None:
         """One update by the losses of a window's micro-batches, as a function of the model."""
@@ -106,8 +102,8 @@ class Twin:
                                                      (expected, self.module.traces())]), strict=True)
         for got, of_twin in ((_state(one), _state(other)) for one, other in pairs):
             if isinstance(got, Tensor):
-                error = (got.double() - of_twin).norm()
-                assert error <= TOLERANCE * of_twin.norm(), f"off by {error / of_twin.norm():.1e}: {of_twin}"
+                error, length = (got.double() - of_twin).norm(), of_twin.double().norm()
+                assert error <= TOLERANCE * length, f"off by {error / length:.1e}: {of_twin}"
             else:
                 assert got == of_twin
 
@@ -128,16 +124,10 @@ def frozen(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-class _EverythingGiven(Case):
-    def model_parameters(self, module: nn.Module) -> Any:
-        return given(module, True)
-
-
 @contextmanager
 def engine_of(build: Callable[[], nn.Module], stage: int, accumulation: int = 1, looksam: bool = True,
-              everything: bool = False, **case: Any) -> Iterator[Any]:
+              **case: Any) -> Iterator[Any]:
     """The engine that a :class:`Twin` is the twin of."""
-    kind = _EverythingGiven if everything else Case
-    with engine_for(kind(**{"world": 1, **case}, stage=stage, accumulation=accumulation, base="SGD", k=K, rho=RHO,
+    with engine_for(Case(**{"world": 1, **case}, stage=stage, accumulation=accumulation, base="SGD", k=K, rho=RHO,
                          alpha=ALPHA, options=SGD), looksam, module=build()) as engine:
         yield engine
