@@ -54,7 +54,7 @@ def batches(micro_batches: int, tensors: int = 2) -> list[list[tuple[Tensor, ...
 
 class Twin:
     """``module``: what ``build`` makes, in float64. Which of its parameters require grad may change between updates,
-    and the groups of ``optimizer``. ``edit``: what is done to the module's gradients after each evaluation."""
+    and the groups of ``optimizer``. ``edit``: what is done to it after each evaluation."""
 
     def __init__(self, build: Callable[[], Net], looksam: bool = True,
                  edit: Callable[[Any], None] | None = None) -> None:
@@ -68,7 +68,7 @@ class Twin:
         of_window = losses(self.module)
         (torch.stack(of_window).sum() / len(of_window)).backward()
         if self.edit is not None:
-            self.edit(self.module)
+            self.edit(self)
         return {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.module.parameters()
                 if p.requires_grad}
 
