@@ -35,7 +35,7 @@ class Checkpointed(Mlp):
         return self.head(checkpoint(part, hidden, use_reentrant=self.how == "reentrant"))
 
 
-def train(case: Case, checkpoints: str = "", backend: str = "") -> tuple[dict[str, Tensor], int, list[Any]]:
+def train(case: Case, checkpoints: str, backend: str) -> tuple[dict[str, Tensor], int, list[Any]]:
     """On a rank: the weights, the evaluations, and the state of autocast in each forward."""
     torch.manual_seed(case.seed)
     module, autocast = Checkpointed(checkpoints) if checkpoints else make_model(case.model, case.seed), []
@@ -50,16 +50,20 @@ def train(case: Case, checkpoints: str = "", backend: str = "") -> tuple[dict[st
         return master_weights(engine), engine.looksam.evaluations, autocast
 
 
+def check(case: Case, tolerance: float, checkpoints: str = "", backend: str = "",
+          autocast: torch.dtype | None = None) -> None:
+    reference, expected = run_oracle(case, autocast=autocast)
+    for weights, evaluations, seen in run_on_ranks(case.world, train, case, checkpoints, backend):
+        assert distance(weights, expected) <= tolerance
+        assert evaluations == reference.evaluations
+        assert not case.config or seen == [(True, torch.bfloat16)] * evaluations * case.accumulation
+
+
 @pytest.mark.parametrize("stage, zero", [(0, {}), (1, {}), (2, {}), (3, {}), (1, CPU), (2, CPU), (3, CPU)])
 def test_autocast(stage: int, zero: dict[str, Any]) -> None:
-    case = Case(stage=stage, accumulation=2, clipping=0.05, config=AUTOCAST, zero=zero)
-    reference, expected = run_oracle(case)
-    for weights, evaluations, autocast in run_on_ranks(case.world, train, case):
-        # Activations and the reduction of gradients round at 4e-3; without the replay in autocast, or without the
-        # correction, it is the two checks below that fail.
-        assert distance(weights, expected) <= 1e-2
-        assert autocast == [(True, torch.bfloat16)] * reference.evaluations * case.accumulation
-        assert evaluations == reference.evaluations
+    # Activations and the reduction of gradients round at 4e-3; without the replay in autocast, or without the
+    # correction, it is the two other checks that fail.
+    check(Case(stage=stage, accumulation=2, clipping=0.05, config=AUTOCAST, zero=zero), 1e-2)
 
 
 @pytest.mark.parametrize("stage, ascent, accumulation", [
@@ -68,25 +72,18 @@ def test_autocast(stage: int, zero: dict[str, Any]) -> None:
 ])
 def test_autocast_tightly(stage: int, ascent: str, accumulation: int) -> None:
     """On one rank, against an oracle whose gradients are those of bf16 autocast too."""
-    case = Case(stage=stage, world=1, config=AUTOCAST, updates=7, ascent=ascent, accumulation=accumulation)
-    _, expected = run_oracle(case, autocast=torch.bfloat16)
     # Where the two round a value differently, one bf16 unit of one activation in some thousand.
-    assert distance(run_on_ranks(1, train, case)[0][0], expected) <= 1e-3
+    check(Case(stage=stage, world=1, config=AUTOCAST, updates=7, ascent=ascent, accumulation=accumulation), 1e-3,
+          autocast=torch.bfloat16)
 
 
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "deepspeed"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_activation_checkpointing(stage: int, how: str) -> None:
-    check(Case(stage=stage, accumulation=2, updates=4), how, "")
+    check(Case(stage=stage, accumulation=2, updates=4), TOLERANCE, checkpoints=how)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.grid)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_compiled(stage: int, backend: str) -> None:
-    check(Case(stage=stage, accumulation=2, updates=4), "", backend)
-
-
-def check(case: Case, checkpoints: str, backend: str) -> None:
-    _, expected = run_oracle(case)
-    for weights, *_ in run_on_ranks(case.world, train, case, checkpoints, backend):
-        assert distance(weights, expected) <= TOLERANCE
+    check(Case(stage=stage, accumulation=2, updates=4), TOLERANCE, backend=backend)
