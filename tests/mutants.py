@@ -134,7 +134,7 @@ MUTANTS = [
     Mutant("replay/replay.py", "            this.random.restore()\n", "",
            "another dropout mask in the second evaluation", "test_loops.py -k dropout"),
     Mutant("replay/replay.py", "            this.mode.apply(self._module)\n", "",
-           "the second evaluation runs with the flags of the moment", "test_lightning.py test_torch_features.py"),
+           "the second evaluation runs with the flags of the moment", "test_loops.py -k mode"),
     Mutant("replay/replay.py", "share = 1 / self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1.0",
            "share = 1.0", "sharpness: summed over micro-batches instead of averaged", "test_metrics.py -k oracles"),
     Mutant("replay/guard.py", "        refuse(m)\n", "        pass\n", "perturbed weights leave by state_dict()",

@@ -44,6 +44,7 @@ def train_from_loader(case: Case, workers: int) -> dict[str, Tensor]:
 
     process = multiprocessing.current_process()
     process._config["daemon"] = False  # or Python lets it have no DataLoader workers
+    multiprocessing.set_start_method("fork", force=True)  # a forkserver would import DeepSpeed anew
     with engine_for(case, training_data=samples()) as engine:
         assert len(engine.training_dataloader) == 7
         engine.training_dataloader.num_local_io_workers = workers
@@ -52,6 +53,7 @@ def train_from_loader(case: Case, workers: int) -> dict[str, Tensor]:
             engine.backward(engine(*next(batches)))
             engine.step()
         process._config["daemon"] = True
+        multiprocessing.set_start_method("forkserver", force=True)
         return master_weights(engine)
 
 
