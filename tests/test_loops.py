@@ -79,6 +79,7 @@ def train(name: str, stage: int = 2, accumulation: int = 1, ascent: str = "globa
                     engine.backward(this.loss_of(engine, i, x, y))
                 else:
                     this.loop(engine, i, x, y)
+                torch.rand(5)  # since the forward, and not again in step()
                 random = torch.get_rng_state()
                 try:
                     engine.step()
