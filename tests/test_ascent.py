@@ -28,11 +28,10 @@ from .test_accumulation import WAYS, accumulate
 from .test_oracle_grid import TOLERANCE
 from .test_replay import (
     ReplayBroke,
-    Returning,
     fails_in_the_replay,
     outside_loss,
     train_outside,
-    train_plainly,
+    without_loss,
 )
 from .training import (
     Case,
@@ -379,7 +378,7 @@ def refused_per_micro_batch(case: Case, ways: list[Callable[[Any, Tensor], None]
     from ds_looksam import LookSAMReplayError
 
     told = []
-    with engine_for(case, module=Returning("logits")) as engine:
+    with engine_for(case, module=without_loss(case)) as engine:
         for update in range(case.updates):
             for x, y in case.micro_batches(update, torch.distributed.get_rank()):
                 for way in ways if update == 0 else []:
@@ -390,7 +389,7 @@ def refused_per_micro_batch(case: Case, ways: list[Callable[[Any, Tensor], None]
                         told.append(str(error))
                 _backward(engine, outside_loss(engine(x.float(), y), x.float(), y))
                 engine.step()
-        weights = {name.removeprefix("model."): w for name, w in master_weights(engine).items()}
+        weights = master_weights(engine)
     assert distance(weights, run_oracle(case)[1]) <= TOLERANCE
     return told
 
@@ -445,6 +444,6 @@ def test_an_evaluation_that_raises_leaves_everything_as_it_was(ascent: str, stag
     case = Case(stage=stage, ascent=ascent, accumulation=2, updates=4, k=2, alpha=0.7)
     failed = (run_on_ranks(2, fails_in_the_replay, case, None, where) if ascent == "rank" else
               run_on_ranks(2, fails_in_backward, case, where))
-    for result, expected in zip(failed, run_on_ranks(2, train_plainly, case), strict=True):
+    for result, expected in zip(failed, run_on_ranks(2, train, case), strict=True):
         assert result["untouched"]
-        assert all(torch.equal(result["weights"][name], weight) for name, weight in expected.items())
+        assert all(torch.equal(result["weights"][name], weight) for name, weight in expected.weights.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,28 +27,16 @@ def samples() -> list[tuple[Tensor, Tensor]]:
             for _ in range(SAMPLES)]
 
 
-def epoch_of_rank(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
-    """One epoch's micro-batches, in the order that torch documents for DistributedSampler: a permutation drawn from
+def micro_batches(rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of one epoch after the other, in the order that torch documents for DistributedSampler: a permutation drawn from
     seed 0, filled up from its start to a multiple of the world size, every world-th sample for each rank."""
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(0)).tolist()
-    while len(order) % world:
-        order.append(order[len(order) - SAMPLES])
+    order += order[:-SAMPLES % world]
     mine = [samples()[i] for i in order[rank::world]]
-    batches = [mine[i:i + CASE.micro_batch] for i in range(0, len(mine), CASE.micro_batch)]
-    return [(torch.stack([x for x, _ in batch]), torch.stack([y for _, y in batch])) for batch in batches]
-
-
-def micro_batches(rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
-        yield from epoch_of_rank(rank, world)
-
-
-def train_batch(engine: Any, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-    """What PipelineEngine.train_batch does, as users of the plain engine write it."""
-    for _ in range(engine.gradient_accumulation_steps()):
-        x, y = next(batches)
-        engine.backward(engine(x, y))
-        engine.step()
+        for i in range(0, len(mine), CASE.micro_batch):
+            xs, ys = zip(*mine[i:i + CASE.micro_batch], strict=True)
+            yield torch.stack(xs), torch.stack(ys)
 
 
 def train_from_loader(case: Case, workers: int) -> dict[str, Tensor]:
@@ -56,21 +44,23 @@ def train_from_loader(case: Case, workers: int) -> dict[str, Tensor]:
 
     process = multiprocessing.current_process()
     process._config["daemon"] = False  # or Python lets it have no DataLoader workers
+    multiprocessing.set_start_method("fork", force=True)  # a forkserver would import DeepSpeed anew
     with engine_for(case, training_data=samples()) as engine:
-        loader = engine.training_dataloader
-        assert len(loader) == 7
-        loader.num_local_io_workers = workers
-        batches = RepeatingLoader(loader)
-        for _ in range(case.updates):
-            train_batch(engine, batches)
+        assert len(engine.training_dataloader) == 7
+        engine.training_dataloader.num_local_io_workers = workers
+        batches = RepeatingLoader(engine.training_dataloader)
+        for _ in range(case.updates * engine.gradient_accumulation_steps()):
+            engine.backward(engine(*next(batches)))
+            engine.step()
         process._config["daemon"] = True
+        multiprocessing.set_start_method("forkserver", force=True)
         return master_weights(engine)
 
 
 @pytest.mark.parametrize(("stage", "workers"), [(0, 0), (2, 2), pytest.param(1, 0, marks=pytest.mark.grid),
                                                 pytest.param(3, 0, marks=pytest.mark.grid)])
 def test_training_data(stage: int, workers: int) -> None:
-    case = Case(**{**vars(CASE), "stage": stage})
+    case = replace(CASE, stage=stage)
     reference, module, groups = start_oracle(case)
     streams = [micro_batches(rank, case.world) for rank in range(case.world)]
     for _ in range(case.updates):

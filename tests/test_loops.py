@@ -1,285 +1,165 @@
-"""What loops do between an engine's forward and its step, and models in their forwards. Weights against float64."""
+"""What loops do to the model and between its forward and its step, and models in their forwards: each is a situation of
+a public report, or its sibling. Weights against LookSAM in float64, or a refusal whose way out is walked."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
-import dataclasses
+import os
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
 
-from .ranks import RankError, run_on_ranks
-from .training import master_weights
-from .twin import Twin, engine_of
+from ds_looksam import LookSAMReplayError
+from ds_looksam.engines.compile_lock import stale_locks
 
-UPDATES = 4
+from .ranks import run_on_ranks
+from .twin import Net, Twin, batches, engine_of
 
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.body = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+TEACHERS: dict[Any, Tensor] = {}
 
 
-class WithLoss(Net):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(self.body(x), y)
-
-
-def batches(accumulation: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """x, y float64 [4, 3] each, of every micro-batch of each window."""
-    generator = torch.Generator().manual_seed(7)
-    return [[(torch.randn(4, 3, generator=generator, dtype=torch.float64),
-              torch.randn(4, 3, generator=generator, dtype=torch.float64)) for _ in range(accumulation)]
-            for _ in range(UPDATES)]
-
-
-def plain(m: Any, x: Tensor, y: Tensor) -> Tensor:
+def plain(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(m(x), y)
 
 
-# Forwards that are not trained, losses of several forwards, several backwards -----------------------------------------
+def inside(m: Any) -> Any:
+    return getattr(m, "module", m)
 
 
-def skips_nan(engine: Any, x: Tensor, y: Tensor) -> None:
-    loss = plain(engine, x * float("nan"), y)
-    if not torch.isnan(loss):
-        engine.backward(loss)
-    trains_plainly(engine, x, y)
+@dataclass
+class Situation:
+    """``loss(m, i, x, y)`` is of a window's micro-batch ``i``, ``m`` being the engine or the twin's module."""
+
+    loss: Callable[..., Tensor] = plain
+    build: Callable[[], Net] = Net
+    sets: Callable[..., Any] | None = None  # f(module, i): what the loop sets in its model before that
+    loop: Callable[..., Any] | None = None  # f(engine, i, x, y): instead of engine.backward(loss(engine, i, x, y))
+    expected: Callable[..., Tensor] | None = None  # the twin's loss, where it is not ``loss``
+    before: Callable[..., Any] | None = None  # f(side, update): what is done to engine and twin before a window
+    way_out: Callable[..., Any] | None = None  # f(engine, now): instead of a step that was refused; now: latest x, y
+    edit: Callable[..., Any] | None = None  # f(twin): what becomes of its gradients
+
+    def loss_of(self, m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+        if self.sets is not None:
+            self.sets(inside(m), i)
+        return self.loss(m, i, x, y) if self.expected is None else self.expected(m, i, x, y)
 
 
-def validates(engine: Any, x: Tensor, y: Tensor) -> None:
-    engine.eval()
-    seen = plain(engine, x[:2], y[:2])
-    engine.train()
-    loss = plain(engine, x, y)
-    assert seen.item() != loss.item()
-    engine.backward(loss)
-
-
-def measures_by_functorch(engine: Any, x: Tensor, y: Tensor) -> None:
-    out = engine(x)
-    torch.func.vmap(torch.func.grad(lambda xi: engine(xi).sum()))(x)
-    engine.backward(F.mse_loss(out, y))
-    torch.func.vmap(torch.func.grad(lambda xi: engine(xi).sum()))(x)
-
-
-def measures_by_autograd(engine: Any, x: Tensor, y: Tensor) -> None:
-    seen = x.clone().requires_grad_()
-    out = engine(x)
-    # Through engine.module: DeepSpeed's hooks on an engine's output take it for a backward, and fail.
-    gradient, = torch.autograd.grad(engine.module(seen).sum(), seen)
-    engine.backward(F.mse_loss(out, y))
-    assert gradient.abs().sum().item() > 0
-
-
-def trains_plainly(engine: Any, x: Tensor, y: Tensor) -> None:
-    engine.backward(plain(engine, x, y))
-
-
-def another_models_backward(engine: Any, x: Tensor, y: Tensor) -> None:
-    other = Net()
-    out = engine(x)
-    other(x).mean().backward()
-    loss = F.mse_loss(out, y)
-    other(x).mean().backward()
-    engine.backward(loss)
-
-
-def penalty(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    """A gradient penalty, as in WGAN-GP."""
-    out, seen = m(x), x.clone().requires_grad_()
-    gradient, = torch.autograd.grad(getattr(m, "module", m)(seen).square().sum(), seen, create_graph=True)
-    return F.mse_loss(out, y) + 0.1 * gradient.square().mean()
-
-
-def twice(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(m(m(x)), y)
-
-
-def two_views(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(m(x), m(y).detach()) + F.l1_loss(m(2 * x), y)
-
-
-def own_gradient(engine: Any, x: Tensor, y: Tensor) -> None:
-    """Two backwards over one forward."""
-    out = engine(x)
-    engine.backward(F.mse_loss(out, y), retain_graph=True)
-    engine.backward(0.5 * out.square().mean())
-
-
-LOOPS: dict[str, tuple[Callable[..., None], Callable[..., Tensor]]] = {
-    **{loop.__name__: (loop, plain) for loop in (skips_nan, validates, measures_by_functorch, measures_by_autograd,
-                                                 another_models_backward)},
-    **{loss.__name__: (lambda engine, x, y, loss=loss: engine.backward(loss(engine, x, y)), loss)
-       for loss in (penalty, twice, two_views)},
-    "own_gradient": (own_gradient, lambda m, x, y: plain(m, x, y) + 0.5 * m(x).square().mean()),
-}
-
-
-def run_loop(name: str, stage: int, accumulation: int) -> None:
-    loop, loss = LOOPS[name]
-    twin = Twin(Net)
-    with engine_of(Net, stage, accumulation) as engine:
-        for window in batches(accumulation):
-            for x, y in window:
-                loop(engine, x.float(), y.float())
-                engine.step()
-            twin.update(lambda m, window=window: [loss(m, x, y) for x, y in window])
-        twin.check(master_weights(engine))
+def train(name: str, stage: int = 2, accumulation: int = 1, ascent: str = "global", world: int = 1,
+          **case: Any) -> list[str]:
+    """On a rank: what was refused. Without a way out the run ends there."""
+    this, rank, told, now = SITUATIONS[name], torch.distributed.get_rank(), [], {}
+    TEACHERS.clear()
+    twin = Twin(this.build, edit=this.edit)
+    with engine_of(this.build, stage, accumulation, ascent=ascent, world=world, **case) as engine:
+        for update, window in enumerate(batches(world * accumulation)):
+            for side in (engine, twin) if this.before is not None else ():
+                this.before(side, update)
+            n = engine.gradient_accumulation_steps()
+            window = window[:world * n]
+            for i, (x, y) in enumerate((x.float(), y.float()) for x, y in window[rank * n:(rank + 1) * n]):
+                now.update(x=x, y=y)
+                if this.loop is None:
+                    engine.backward(this.loss_of(engine, i, x, y))
+                else:
+                    this.loop(engine, i, x, y)
+                torch.rand(5)  # since the forward, and not again in step()
+                random = torch.get_rng_state()
+                try:
+                    engine.step()
+                    assert torch.equal(random, torch.get_rng_state()), "what is drawn later is another number"
+                except LookSAMReplayError as error:
+                    told.append(str(error))
+                    if this.way_out is None:
+                        return told
+                    this.way_out(engine, now)
+            twin.update(lambda m, window=window, n=n: [this.loss_of(m, j % n, *xy) for j, xy in enumerate(window)])
+        twin.check(engine)
         assert torch._C._len_torch_function_stack() == 0
+    return told
 
 
-@pytest.mark.parametrize("name, stage, accumulation", [
-    *((name, stage, accumulation) for name in list(LOOPS)[:5] for stage, accumulation in [(0, 2), (2, 1)]),
-    ("skips_nan", 3, 1), ("validates", 3, 1), ("penalty", 0, 1), ("penalty", 1, 2), ("twice", 0, 2), ("twice", 1, 1),
-    ("two_views", 0, 1), ("two_views", 1, 2), ("own_gradient", 0, 1),
-])
-def test_loops(name: str, stage: int, accumulation: int) -> None:
-    run_on_ranks(1, run_loop, name, stage, accumulation)
+# Models ---------------------------------------------------------------------------------------------------------------
 
 
-def zero_grad_instead_of_step(stage: int, accumulation: int, how: str, ascent: str = "global") -> None:
-    """A window is given up by zero_grad(); with accumulation in its midst, where DeepSpeed drops the gradient there."""
-    twin = Twin(Net)
-    with engine_of(Net, stage, accumulation, ascent=ascent) as engine:
-        for window in batches(1):
-            (x, y), = window
-            x, y = x.float(), y.float()
-            trains_plainly(engine, 3 * x, y)
-            if accumulation == 2:
-                engine.step()
-            {"engine": engine, "optimizer": engine.optimizer, "module": engine.module}[how].zero_grad()
-            trains_plainly(engine, x, y)
-            engine.step()
-            twin.update(lambda m, window=window: [plain(m, x, y) / accumulation for x, y in window])
-        twin.check(master_weights(engine))
+class Knobs(Net):
+    """Its forward depends on what a loop may set in it, and on how often it was called, and leaves a part of the loss.
+    """
+
+    kept = ("temperature", "settings", "calls", "training")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.settings, self.calls = 1.0, {"shift": 0.0}, 0
+        self.register_buffer("queue", torch.zeros(3))
+
+    def forward(self, x: Tensor, fails: bool = False) -> Tensor:
+        self.calls += 1
+        if fails:
+            raise ValueError
+        out = self.body(x) / self.temperature + self.settings["shift"] + 0.2 * self.calls + self.queue
+        self.auxiliary = out.square().mean()
+        return out + 0.3 * self.training
 
 
-@pytest.mark.parametrize("stage, accumulation, how", [
-    *((stage, 1, how) for stage in (0, 1, 2, 3) for how in ("engine", "optimizer")), (0, 1, "module"),
-    (0, 2, "engine"), (1, 2, "engine"), (1, 2, "module"), (3, 2, "optimizer"),
-])
-def test_gradients_that_are_thrown_away_are_not_replayed(stage: int, accumulation: int, how: str) -> None:
-    run_on_ranks(1, zero_grad_instead_of_step, stage, accumulation, how)
+class Noisy(Net):
+    """Dropout by the global generator or by given ones, and BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor, torch_noise: torch.Generator | None = None, more: Any = None) -> Tensor:
+        noise = torch.rand(3, generator=torch_noise, dtype=torch.float64)
+        if more is not None:
+            noise += torch.from_numpy(more["numpy"].random(3))
+        return self.norm(self.body(x * noise.to(x.dtype)))
 
 
-@pytest.mark.parametrize("ascent", ["rank", "micro_batch", "global_micro_batch"])
-@pytest.mark.parametrize("stage, accumulation, how", [(0, 2, "engine"), (1, 2, "engine"), (1, 2, "module"),
-                                                      (0, 1, "optimizer"), (2, 1, "engine")])
-def test_nor_in_any_ascent_mode(stage: int, accumulation: int, how: str, ascent: str) -> None:
-    if how == "module" and ascent != "rank":
-        pytest.skip("the gradient is not in p.grad any more, so that module.zero_grad() shows nothing")
-    run_on_ranks(1, zero_grad_instead_of_step, stage, accumulation, how, ascent)
+class Normed(Net):
+    """Weights computed from others, with buffers of a power iteration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        a, b, c, d = (nn.Linear(3, 3) for _ in range(4))
+        self.body = nn.Sequential(self.body, spectral_norm(a), nn.Tanh(), weight_norm(b), nn.Tanh(),
+                                  parametrizations.spectral_norm(c), nn.Tanh(), parametrizations.weight_norm(d))
 
 
-# Batches that change --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Record:
-    x: Any
-    y: Any
+class Returning(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        out = self.body(x)
+        return {"logits": out, "losses": (SimpleNamespace(loss=F.mse_loss(out, y)), )}
 
 
 class Attributes:
     def __init__(self, x: Any, y: Any) -> None:
         self.tensors = {"x": x, "y": y}
 
-
-def x_and_y(batch: Any) -> tuple[Tensor, Tensor]:
-    batch = getattr(batch, "tensors", batch)
-    if isinstance(batch, Record):
-        return batch.x, batch.y
-    return (batch["x"], batch["y"]) if hasattr(batch, "keys") else (batch[0], batch[1])
-
-
-class OfBatch(Net):
-    """Takes one argument that holds x and y; pops y from it if it can."""
-
-    def forward(self, batch: Any) -> Tensor:
-        x, y = x_and_y(batch)
-        if isinstance(batch, dict) and "kept" not in batch:
-            batch.pop("y")
-        return F.mse_loss(self.body(torch.as_tensor(x)), torch.as_tensor(y))
-
-
-def refilled(kind: str) -> Callable[[Tensor, Tensor], Any]:
-    """Hands out one container, refilled for each micro-batch."""
-    one: Any = {"dict": {"kept": True}, "list": [None, None], "user dict": collections.UserDict(),
-                "record": Record(None, None), "attributes": Attributes(None, None)}.get(kind)
-
-    def refill(x: Tensor, y: Tensor) -> Any:
-        if kind == "popped":
-            return {"x": x, "y": y}
-        if kind == "list":
-            one[:] = [x, y]
-        elif kind == "record":
-            one.x, one.y = x, y
-        else:
-            (one.tensors if kind == "attributes" else one).update(x=x, y=y)
-        return one
-
-    return refill
-
-
-def overwritten(kind: str) -> Callable[[Tensor, Tensor], Any]:
-    """Hands out one memory, written over for each micro-batch."""
-    buffers = np.zeros((4, 3), np.float32), np.zeros((4, 3), np.float32)
-    x_buffer, y_buffer = (torch.from_numpy(b) for b in buffers)
-    wrap = {"record": Record, "list": lambda x, y: [x, y], "attributes": Attributes,
-            "user dict": lambda x, y: collections.UserDict(x=x, y=y)}.get(kind.split(" of ")[0])
-    kept = wrap(*buffers) if kind.endswith("arrays") else wrap(x_buffer, y_buffer)
-
-    def fill(x: Tensor, y: Tensor) -> Any:
-        for buffer, tensor in zip(buffers, (x, y), strict=True):
-            if kind.endswith("versions"):
-                (x_buffer if buffer is buffers[0] else y_buffer).copy_(tensor)
-            else:
-                buffer[:] = tensor.numpy()
-        return kept
-
-    return fill
-
-
-def run_batches(kind: str, change: Callable[[str], Callable[[Tensor, Tensor], Any]]) -> None:
-    feed, twin = change(kind), Twin(Net)
-    with engine_of(OfBatch, stage=2, accumulation=2) as engine:
-        for window in batches(2):
-            for x, y in window:
-                engine.backward(engine(feed(x.float(), y.float())))
-                engine.step()
-            twin.update(lambda m, window=window: [plain(m, x, y) for x, y in window])
-        twin.check(master_weights(engine))
-
-
-@pytest.mark.parametrize("kind", ["popped", "dict", "list", "user dict", "record", "attributes"])
-def test_containers_are_copied(kind: str) -> None:
-    run_on_ranks(1, run_batches, kind, refilled)
-
-
-@pytest.mark.parametrize("kind", ["list of versions", "record of versions", "user dict of versions",
-                                  "attributes of versions", "list of memory", "record of arrays"])
-def test_memory_that_is_written_over_is_noticed(kind: str) -> None:
-    with pytest.raises(RankError, match="was changed in place after its forward"):
-        run_on_ranks(1, run_batches, kind, overwritten)
-
-
-# State in the module --------------------------------------------------------------------------------------------------
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attributes) and self.tensors == other.tensors
 
 
 class Stateful(Net):
     """Everything that a forward may leave in its module beside gradients; the loss depends on all of it."""
+
+    kept = ("hidden", "calls", "cache", "seen", "torch_noise", "numpy_noise", "helper")
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,35 +188,417 @@ class Stateful(Net):
         return F.mse_loss(out, y) * (self.cache["scale"] + 0.01 * self.helper.tensors["x"] + 0.01 * len(self.seen)) + (
             F.mse_loss(out, self.teacher(x)))
 
-    def traces(self) -> Any:
-        return ([p.data for p in (*self.teacher.parameters(), *self.slow.parameters())], self.queue, self.hidden,
-                self.calls, self.cache, self.seen, self.torch_noise.get_state(),
-                self.numpy_noise.bit_generator.state, self.helper.tensors)
 
-    def retrace(self, traces: Any) -> None:
-        (frozen, self.queue, self.hidden, self.calls, self.cache, self.seen, torch_state,
-         self.numpy_noise.bit_generator.state, self.helper.tensors) = traces
-        self.torch_noise.set_state(torch_state)
-        for p, value in zip((*self.teacher.parameters(), *self.slow.parameters()), frozen, strict=True):
-            p.data = value
+# Losses and loops -----------------------------------------------------------------------------------------------------
 
 
-def run_stateful(stage: int, accumulation: int) -> None:
-    twin = Twin(Stateful)
-    with engine_of(Stateful, stage, accumulation) as engine:
-        for window in batches(accumulation):
-            for x, y in window:
-                engine.backward(engine(x.float(), y.float()))
-                engine.step()
-            twin.update(lambda m, window=window: [m(x, y) for x, y in window])
-        twin.check(master_weights(engine))
-        frozen, queue, hidden, calls, cache, seen, *others = engine.module.traces()
-        frozen64, queue64, hidden64, *exact = twin.module.traces()
-        assert [calls, cache, seen, others[1:]] == [*exact[:3], exact[4:]] and torch.equal(others[0], exact[3])
-        for got, expected in zip([*frozen, queue, hidden], [*frozen64, queue64, hidden64], strict=True):
-            assert (got - expected).norm() < 1e-5 * expected.norm()  # as the weights
+class Losses:
+    """Functions, called as ``f(m, i, x, y)``."""
+
+    def skips_nan(m, i, x, y):
+        assert torch.isnan(plain(m, i, x * float("nan"), y))
+        return plain(m, i, x, y)
+
+    def validates(m, i, x, y):
+        m.eval()
+        seen = plain(m, i, x[:2], y[:2])
+        m.train()
+        loss = plain(m, i, x, y)
+        assert seen.item() != loss.item()
+        return loss
+
+    def measures_by_autograd(m, i, x, y):
+        seen = x.clone().requires_grad_()
+        out = m(x)
+        # Not through the engine: DeepSpeed's hooks on its output take it for a backward, and fail.
+        gradient, = torch.autograd.grad(inside(m)(seen).sum(), seen)
+        loss = F.mse_loss(out, y)
+        assert gradient.abs().sum().item() > 0
+        return loss
+
+    def another_models_backward(m, i, x, y):
+        out, other = m(x), Net().to(x.dtype)
+        other(x).mean().backward()
+        loss = F.mse_loss(out, y)
+        other(x).mean().backward()
+        return loss
+
+    def penalty(m, i, x, y):  # of the gradient, as in WGAN-GP
+        out, seen = m(x), x.clone().requires_grad_()
+        gradient, = torch.autograd.grad(inside(m)(seen).square().sum(), seen, create_graph=True)
+        return F.mse_loss(out, y) + 0.1 * gradient.square().mean()
+
+    def inner_loop(m, i, x, y):  # MAML
+        out, weights = m(x), dict(inside(m).named_parameters())
+        gradients = torch.autograd.grad(F.mse_loss(inside(m)(x), y), list(weights.values()), create_graph=True)
+        fast = {name: w - 0.5 * g for (name, w), g in zip(weights.items(), gradients, strict=True)}
+        return F.mse_loss(out, y) + F.mse_loss(torch.func.functional_call(inside(m), fast, (x, )), y)
+
+    def hook(m, i, x, y):
+        handle = inside(m).body[0].register_forward_hook(lambda module, args, out: out * (1 + i))
+        out = m(x)
+        handle.remove()
+        return F.mse_loss(out, y)
+
+    def hooks_on_gradients(m, i, x, y):  # of a parameter and of a layer, for good
+        if not hasattr(inside(m), "hooked"):
+            inside(m).hooked = [
+                inside(m).body[0].weight.register_hook(lambda g: 3 * g),
+                inside(m).body[2].register_full_backward_hook(lambda layer, grad_in, grad_out: (grad_in[0] * 0.5, ))]
+        return plain(m, i, x, y)
+
+    def frozen_layer(m, i, x, y):  # as Lightning's toggle_optimizer does
+        inside(m).body[0].requires_grad_(i == 0)
+        out = m(x)
+        inside(m).body[0].requires_grad_(True)
+        return F.mse_loss(out, y)
+
+    def read_out(m, i, x, y):
+        loss = plain(m, i, x, y)
+        return torch.tanh(loss) if loss.item() > 0 else loss
+
+    def elsewhere(m, i, x, y):
+        m(x)
+        return sum((p**4).sum() for p in inside(m).parameters())
+
+    def generator_in_loss(m, i, x, y):
+        out, generator = m(x), torch.Generator().manual_seed(i)
+        likely = 0.5 + 0 * out.detach().float()  # depends on the output: drawn in the second evaluation too
+        return F.mse_loss(out * torch.bernoulli(likely, generator=generator), y)
+
+    def copy_as_teacher(m, i, x, y):  # of the weights as they are in the first evaluation: a model of its own
+        out, key = m(x), (y.dtype, round(y[0, 0].item(), 5))
+        if key not in TEACHERS:
+            TEACHERS[key] = copy.deepcopy(inside(m))(2 * x).detach()
+        return F.mse_loss(out, y) + F.mse_loss(out, TEACHERS[key])
+
+    def inference(m, i, x, y):
+        with torch.inference_mode():
+            m(x)
+        return plain(m, i, x, y)
+
+    def failures(m, i, x, y):  # in the model, then in the loss; then the same micro-batch again
+        with contextlib.suppress(ValueError):
+            m(x, True)
+        with contextlib.suppress(RuntimeError):
+            plain(m, i, x, y[:, :2])
+        return plain(m, i, x, y)
+
+    def two_in_one_loss(m, i, x, y):
+        set_attributes(inside(m), i)
+        first = plain(m, i, x, y)
+        inside(m).queue = torch.full((3, ), 1.0 + i)
+        set_attributes(inside(m), i + 1)
+        return first + plain(m, i, 2 * x, y)
 
 
-@pytest.mark.parametrize("stage, accumulation", [(0, 1), (1, 2), (2, 1)])
-def test_state_in_the_module_is_that_of_one_evaluation(stage: int, accumulation: int) -> None:
-    run_on_ranks(1, run_stateful, stage, accumulation)
+def measures_by_functorch(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    out = engine(x)
+    torch.func.vmap(torch.func.grad(lambda xi: engine(xi).sum()))(x)
+    engine.backward(F.mse_loss(out, y))
+    torch.func.vmap(torch.func.grad(lambda xi: engine(xi).sum()))(x)
+
+
+def steps_the_optimizer(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    torch.optim.lr_scheduler.StepLR(engine.basic_optimizer, 10)  # wraps step(), and must still find a method
+    engine.backward(plain(engine, i, x, y))
+    with pytest.raises(LookSAMReplayError, match=r"call engine.step\(\)"):
+        engine.optimizer.step()
+
+
+def two_backwards(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    out = engine(x)
+    engine.backward(F.mse_loss(out, y), retain_graph=True)
+    engine.backward(0.5 * out.square().mean())
+
+
+def set_attributes(module: Any, i: int) -> None:
+    module.temperature, module.settings["shift"] = 1.0 + i, 0.5 * i
+
+
+def loss_fn(form: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., None]:
+    """The way out by ``engine.loss_fn``, which needs the targets too."""
+    def way_out(engine: Any, now: dict[str, Tensor]) -> None:
+        engine.loss_fn = lambda out, x: form(engine.module, out, now["y"])
+        engine.step()
+
+    return way_out
+
+
+def closure(loss: Callable[..., Tensor]) -> Callable[..., None]:
+    return lambda engine, now: engine.step(closure=lambda: engine.backward(loss(engine, 0, now["x"], now["y"])))
+
+
+def gives_up(how: str, accumulation: int) -> Situation:
+    """A window is given up by zero_grad(); with accumulation in its midst, where DeepSpeed drops the gradient there."""
+    def loop(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+        if i < accumulation - 1 or accumulation == 1:
+            engine.backward(plain(engine, i, 3 * x, y))
+        if i == accumulation - 1:
+            {"engine": engine, "optimizer": engine.optimizer, "module": engine.module}[how].zero_grad()
+            engine.backward(plain(engine, i, x, y))
+
+    return Situation(loop=loop, expected=lambda m, i, x, y: plain(m, i, x, y) * (i == accumulation - 1))
+
+
+# Batches that change --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    x: Any
+    y: Any
+
+
+CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
+    "dict": lambda x, y: {"x": x, "y": y}, "user dict": lambda x, y: collections.UserDict(x=x, y=y),
+    "list": lambda x, y: [x, y], "record": Record, "attributes": Attributes}
+
+
+def held_by(batch: Any) -> Any:
+    return getattr(batch, "tensors", vars(batch) if isinstance(batch, Record) else batch)
+
+
+class OfBatch(Net):
+    """Takes one argument that holds x and y; pops y from it if it can."""
+
+    def forward(self, batch: Any) -> Tensor:
+        held = held_by(batch)
+        x, y = held if isinstance(held, list) else (held["x"], held["y"])
+        if isinstance(batch, dict):
+            batch.pop("y")
+        return F.mse_loss(self.body(torch.as_tensor(x)), torch.as_tensor(y))
+
+
+def of_batch(feed: Callable[[Tensor, Tensor], Any]) -> Situation:
+    return Situation(build=OfBatch, loop=lambda engine, i, x, y: engine.backward(engine(feed(x, y))),
+                     expected=lambda m, i, x, y: m([x, y]))
+
+
+def refilled(kind: str) -> Situation:
+    """One container is refilled for each micro-batch."""
+    one = CONTAINERS[kind](None, None)
+
+    def refill(x: Tensor, y: Tensor) -> Any:
+        if kind == "list":
+            one[:] = [x, y]
+        else:
+            held_by(one).update(x=x, y=y)
+        return one
+
+    return of_batch(refill)
+
+
+def overwritten(kind: str) -> Situation:
+    """One memory is written over for each micro-batch."""
+    container, what = kind.split(" of ")
+    arrays = [np.zeros((4, 3), np.float32) for _ in "xy"]
+    tensors = [torch.from_numpy(array) for array in arrays]
+    kept = CONTAINERS[container](*(arrays if what == "arrays" else tensors))
+
+    def fill(*values: Tensor) -> Any:
+        for memory, value in zip(tensors if what == "versions" else arrays, values, strict=True):
+            memory[:] = value
+        return kept
+
+    return of_batch(fill)
+
+
+# Between backward and step, and between updates -----------------------------------------------------------------------
+
+
+def mask(side: Any) -> None:
+    """The first rows of a layer's gradient are set to 0."""
+    from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+    weight, sharded = side.module.body[0].weight, not isinstance(side, Twin) and side.zero_optimization()
+    gradient = safe_get_full_grad(weight) if sharded else weight.grad
+    gradient[:3] = 0
+    if sharded:
+        safe_set_full_grad(weight, gradient)
+
+
+def clip(side: Any) -> None:
+    nn.utils.clip_grad_norm_(side.module.parameters(), 0.01)
+
+
+def edited(edit: Callable[[Any], None]) -> Situation:
+    """By hand after the window's backward, which is refused; then by a hook too, which finds it done once."""
+    def loop(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+        engine.backward(plain(engine, i, x, y))
+        if engine.is_gradient_accumulation_boundary() and engine.edit_gradients is None:
+            edit(engine)
+
+    def way_out(engine: Any, now: dict[str, Tensor]) -> None:
+        engine.edit_gradients = lambda: edit(engine)
+        engine.step()
+
+    return Situation(loop=loop, edit=edit, way_out=way_out)
+
+
+def first_frozen() -> Net:
+    net = Net()
+    net.body[0].requires_grad_(False)
+    return net
+
+
+def adds(side: Any, update: int) -> None:
+    side.module.body[0].requires_grad_(update >= 1)
+    if update == 1:
+        side.optimizer.add_param_group({"params": list(side.module.body[0].parameters()), "lr": 0.02})
+
+
+def accumulates(micro_batches: Callable[[int], int]) -> Situation:
+    return Situation(before=lambda side, update: isinstance(side, Twin) or side.set_train_batch_size(
+        4 * micro_batches(update)))
+
+
+# The tables -----------------------------------------------------------------------------------------------------------
+
+
+REFILLED = [f"{kind}, refilled" for kind in CONTAINERS]
+OVERWRITTEN = ["list of versions", "record of versions", "user dict of versions", "attributes of versions",
+               "list of memory", "record of arrays"]
+SITUATIONS: dict[str, Situation] = {
+    **{name: Situation(loss, Knobs if name in ("inference", "failures", "two_in_one_loss") else Net)
+       for name, loss in vars(Losses).items() if not name.startswith("_")},
+    "measures_by_functorch": Situation(loop=measures_by_functorch),
+    "steps_the_optimizer": Situation(loop=steps_the_optimizer),
+    "autograd_backward": Situation(loop=lambda engine, i, x, y: torch.autograd.backward([plain(engine, i, x, y)])),
+    "twice": Situation(lambda m, i, x, y: F.mse_loss(m(m(x)), y)),
+    "two_views": Situation(lambda m, i, x, y: F.mse_loss(m(x), m(y).detach()) + F.l1_loss(m(2 * x), y)),
+    "two_backwards": Situation(
+        loop=two_backwards, expected=lambda m, i, x, y: plain(m, i, x, y) + 0.5 * m(x).square().mean()),
+    "empty": Situation(lambda m, i, x, y: F.mse_loss(m(x[4 * i:]), y[4 * i:], reduction="sum") / 4),
+    "checkpointed": Situation(lambda m, i, x, y: checkpoint(
+        lambda out: F.mse_loss(out.tanh().exp(), y), m(x), use_reentrant=False)),
+    "attributes": Situation(build=Knobs, sets=set_attributes),
+    "mode": Situation(build=Knobs, sets=lambda module, i: module.train(i == 0)),
+    "buffer_in_place": Situation(build=Knobs, sets=lambda module, i: module.queue.fill_(float(i))),
+    "buffer_rebound": Situation(build=Knobs, sets=lambda module, i: setattr(
+        module, "queue", torch.full((3, ), float(i)))),
+    "submodule": Situation(sets=lambda module, i: setattr(module.body, "1", nn.Sigmoid() if i else nn.Tanh())),
+    "normed": Situation(build=Normed),
+    "dropout": Situation(build=Noisy, sets=lambda module, i: torch.manual_seed(i)),
+    "generators_in_inputs": Situation(lambda m, i, x, y: F.mse_loss(
+        m(x, torch.Generator().manual_seed(i), {"numpy": np.random.default_rng(i)}), y), Noisy),
+    "stateful": Situation(lambda m, i, x, y: m(x, y), Stateful),
+    "returned": Situation(lambda m, i, x, y: -((m(x, y)["losses"][0].loss / 3).mean().float() * torch.tensor(-0.5)),
+                          Returning),
+    **{f"zero_grad of {how}, {n}": gives_up(how, n) for how in ("engine", "optimizer", "module") for n in (1, 2)},
+    **{name: refilled(name.partition(",")[0]) for name in REFILLED},
+    **{name: overwritten(name) for name in OVERWRITTEN},
+    "compiled": Situation(
+        lambda m, i, x, y: torch.compile(lambda out, y: ((out - y)**2).mean() + out.abs().mean(),
+                                         backend="aot_eager")(m(x), y),
+        way_out=loss_fn(lambda module, out, y: F.mse_loss(out, y) + out.abs().mean())),
+    "auxiliary": Situation(lambda m, i, x, y: F.mse_loss(m(x), y) + inside(m).auxiliary, Knobs,
+                           way_out=loss_fn(lambda module, out, y: F.mse_loss(out, y) + module.auxiliary)),
+    "read_out": Situation(Losses.read_out, way_out=loss_fn(lambda module, out, y: torch.tanh(F.mse_loss(out, y)))),
+    "elsewhere": Situation(Losses.elsewhere, way_out=closure(Losses.elsewhere)),
+    "masked": edited(mask), "clipped": edited(clip),
+    "frozen": Situation(before=lambda side, update: side.module.body[0].requires_grad_(update < 1)),
+    "unfrozen": Situation(before=lambda side, update: side.module.body[0].requires_grad_(update >= 1)),
+    "added": Situation(build=first_frozen, before=adds),
+    "accumulates_more": accumulates(lambda update: 1 + update // 2), "accumulates_less": accumulates(lambda update: 1),
+}
+SET = ["attributes", "buffer_in_place", "buffer_rebound", "inference", "failures", "two_in_one_loss", "hook",
+       "submodule", "frozen_layer", "generator_in_loss", "hooks_on_gradients", "inner_loop", "checkpointed",
+       "copy_as_teacher", "empty", "normed", "generators_in_inputs"]
+OWN = ["rank", "micro_batch", "global_micro_batch"]
+ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "zero_grad of module"
+
+
+@pytest.mark.parametrize("name, stage, accumulation, ascent, world", [
+    (name, *run, *["global", 1][len(run) - 2:]) for names, runs in [
+        (["skips_nan", "validates", "measures_by_functorch", "measures_by_autograd", "another_models_backward"],
+         [(0, 2), (2, 1)]),
+        (["skips_nan", "validates"], [(3, 1)]),
+        # On ZeRO stages 2 and 3 DeepSpeed itself fails where a parameter's gradient comes twice.
+        (["penalty", "two_views"], [(0, 1), (1, 2)]), (["twice"], [(0, 2), (1, 1)]), (["two_backwards"], [(0, 1)]),
+        (SET, [(0, 2), (2, 2, "rank")]),
+        # A perturbation for each micro-batch is the window's where that is one micro-batch.
+        (["inference", "failures", "hook", "generators_in_inputs", "normed", "hooks_on_gradients", "inner_loop"],
+         [(2, 1, "micro_batch")]),
+        (["hook", "frozen_layer", "generator_in_loss", "submodule"], [(2, 2, "global", 2)]),
+        (["attributes", "buffer_in_place", "hook"], [(3, 2)]),
+        (["dropout", "mode"], [(stage, 2) for stage in range(4)]),
+        (["stateful"], [(0, 1), (1, 2), (2, 1)]),
+        (["returned", *REFILLED], [(2, 2)]),
+        (["frozen", "unfrozen", "added"], [(0, 2, "global", 2), (0, 2, "rank"), (0, 1, "micro_batch")]),
+        (["accumulates_more"], [(2, 2)]), (["accumulates_less"], [(2, 2, "micro_batch")]),
+        (["autograd_backward"], [(2, 1)]),  # DeepSpeed has no direct backward on stage 0
+        (["steps_the_optimizer"], [(0, 1), (1, 1), (2, 1), (3, 1)]),
+        ([f"{ENGINE}, 1"], [*((stage, 1) for stage in range(4)), *((2, 1, ascent) for ascent in OWN)]),
+        ([f"{OPTIMIZER}, 1"], [*((stage, 1) for stage in range(4)), *((0, 1, ascent) for ascent in OWN)]),
+        ([f"{ENGINE}, 2"], [(stage, 2, ascent) for stage in (0, 1) for ascent in ["global", *OWN]]),
+        ([f"{OPTIMIZER}, 2"], [(3, 2)]),
+        # In the other ascent modes the gradient is not in p.grad any more, so that module.zero_grad() shows nothing.
+        ([f"{MODULE}, 1"], [(0, 1)]), ([f"{MODULE}, 2"], [(1, 2), (0, 2, "rank"), (1, 2, "rank")]),
+    ] for name in names for run in runs])
+def test_trained(name: str, stage: int, accumulation: int, ascent: str, world: int) -> None:
+    assert run_on_ranks(world, train, name, stage, accumulation, ascent, world) == [[]] * world
+
+
+@pytest.mark.parametrize("name, words, case", [
+    *((name, "was changed in place after its forward", {"accumulation": 2}) for name in OVERWRITTEN),
+    *((name, words, {"stage": stage}) for stage in (0, 2) for name, words in [
+        ("compiled", "CompiledFunctionBackward"), ("auxiliary", "kept by the model or a hook"),
+        ("read_out", "read out to Python"), ("elsewhere", "does not depend on the output")]),
+    # Stage 3 on one rank: DeepSpeed 0.19.8's safe_set_full_grad fails there where a tensor does not divide evenly.
+    *(("masked", "was changed between", {"stage": stage, "accumulation": 2, "world": world})
+      for stage, world in [(0, 2), (1, 2), (2, 2), (3, 1)]),
+    *(("masked", "was changed between", {"stage": stage, "accumulation": 2, "world": world, "zero": OFFLOAD,
+                                         "config": {"zero_force_ds_cpu_optimizer": False}})
+      for stage, world in [(2, 2), (3, 1)]),
+    ("clipped", "was changed between", {"stage": 0}),
+])
+def test_refused(name: str, words: str, case: dict[str, Any]) -> None:
+    way_out = {"was changed in place after its forward": "", "was changed between": "engine.edit_gradients"}
+    for told in run_on_ranks(case.get("world", 1), partial(train, name, **case)):
+        assert told and all(words in message and way_out.get(words, "engine.loss_fn") in message for message in told)
+
+
+# Where DeepSpeed has its say, and before the first step ---------------------------------------------------------------
+
+
+def warned_of_freezing() -> list[str]:
+    with mock.patch("ds_looksam.engines.looksam.log_dist") as log, engine_of(Net, 2) as engine:
+        for update in range(6):
+            SITUATIONS["frozen"].before(engine, update)
+            engine.backward(plain(engine, 0, torch.ones(4, 3), torch.zeros(4, 3)))
+            engine.step()
+        return [call.args[0] for call in log.call_args_list if "requires_grad" in call.args[0]]
+
+
+def test_other_stages_say_once_that_deepspeed_ignores_freezing() -> None:
+    assert len(run_on_ranks(1, warned_of_freezing)[0]) == 1
+
+
+def with_unused() -> Net:
+    net = Net()
+    net.unused = nn.Linear(5, 3)
+    return net
+
+
+def train_with_unused(ignored: bool) -> None:
+    with engine_of(with_unused, 2, zero={**OFFLOAD, "ignore_unused_parameters": ignored}) as engine:
+        engine.backward(plain(engine, 0, torch.ones(4, 3), torch.zeros(4, 3)))
+        with contextlib.nullcontext() if ignored else pytest.raises(AssertionError):
+            engine.step()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_deepspeeds_check_for_unused_parameters_is_not_silenced(ignored: bool) -> None:
+    run_on_ranks(1, train_with_unused, ignored)
+
+
+def test_a_lock_that_a_killed_compilation_left_is_named(tmp_path: Path) -> None:
+    build = tmp_path / "py311_cpu" / "fused_adam"
+    build.mkdir(parents=True)
+    for file in (build / "main.cpp", build / "lock"):
+        file.touch()
+        os.utime(file, (time.time() - 300, ) * 2)
+    assert stale_locks(tmp_path) == [build / "lock"]
+    (build / "fused_adam.o").touch()  # somebody is at work
+    assert stale_locks(tmp_path) == []

@@ -3,7 +3,6 @@ does, to the bit, and what ``save_pretrained`` writes are the weights the engine
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,8 @@ STEPS, STOP, K = 7, 5, 3
 """Stopped between two SAM steps: the reuse step that follows takes g_v from the checkpoint."""
 
 
-@dataclass
-class Adapted:
-    weights: dict[str, Tensor]
-    evaluations: int
-    files: dict[str, dict[str, Tensor]]
-
-
-def train_lora(stage: int, folder: str, resume: bool, stop: int | None) -> Adapted:
+def train_lora(stage: int, folder: str, resume: bool, stop: int | None) -> tuple[dict[str, Tensor], int, list[Any]]:
+    """On a rank: the trained weights, the evaluations, and the adapters saved at step STOP and at the end."""
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -52,31 +45,23 @@ def train_lora(stage: int, folder: str, resume: bool, stop: int | None) -> Adapt
     hf = Trainer(model=adapted, args=arguments, train_dataset=[sample(i) for i in range(120)], callbacks=[Stop()])
     hf.train(resume_from_checkpoint=resume or None)
     engine = hf.model_wrapped
-    weights = {name: w for name, w in master_weights(engine).items() if "lora_" in name}
+    weights, evaluations = master_weights(engine), engine.looksam.evaluations
     hf.save_model(folder)
     torch.distributed.barrier()
-    files = {str(path.parent.relative_to(folder)): load_file(path)
-             for path in Path(folder).rglob("adapter_model.safetensors")}
-    result = Adapted(weights, engine.looksam.evaluations, files)
+    saved = [load_file(Path(folder) / sub / "adapter_model.safetensors") for sub in (f"checkpoint-{STOP}", "")]
     hf.accelerator.free_memory()
-    return result
-
-
-def named_as_in_the_model(file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT leaves the adapter's name out of what it saves."""
-    return {name.replace(".weight", ".default.weight"): w for name, w in file.items()}
+    # PEFT leaves the adapter's name out of what it saves.
+    return ({name.replace(".default", ""): w for name, w in weights.items() if "lora_" in name}, evaluations, saved)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_resumed_lora_run_is_the_one_that_never_stopped(stage: int, tmp_path: Path) -> None:
-    whole = run_on_ranks(2, train_lora, stage, str(tmp_path / "whole"), False, None)
-    stopped = run_on_ranks(2, train_lora, stage, str(tmp_path / "parts"), False, STOP)
-    resumed = run_on_ranks(2, train_lora, stage, str(tmp_path / "parts"), True, None)
-    for first, got, expected in zip(stopped, resumed, whole, strict=True):
-        assert first.evaluations == STOP + 2
-        assert got.evaluations == expected.evaluations == STEPS + 3
-        assert_same(got.weights, expected.weights)
+    runs = [run_on_ranks(2, train_lora, stage, str(tmp_path / folder), resume, stop)
+            for folder, resume, stop in [("parts", False, STOP), ("parts", True, None), ("whole", False, None)]]
+    for (first, until, saved), (got, evaluations, at_end), (expected, *whole) in zip(*runs, strict=True):
+        assert (until, evaluations, whole[0]) == (STOP + 2, STEPS + 3, STEPS + 3)
+        assert_same(got, expected)
         # The checkpoint's own adapter file, written in the middle of a cycle, and the one at the end.
-        assert_same(named_as_in_the_model(first.files[f"checkpoint-{STOP}"]), first.weights)
-        assert_same(named_as_in_the_model(got.files["."]), expected.weights)
-        assert any(not torch.equal(first.weights[name], w) for name, w in got.weights.items())
+        assert_same(saved[0], first)
+        assert_same(at_end[1], expected)
+        assert any(not torch.equal(first[name], w) for name, w in got.items())

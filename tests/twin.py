@@ -7,64 +7,116 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from .training import Case, engine_for
+from .training import Case, engine_for, master_weights
 
-LR, RHO, ALPHA, K = 0.1, 0.2, 0.7, 2
+RHO, ALPHA, K, UPDATES = 0.2, 0.7, 2, 4
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 TOLERANCE = 1e-5  # as in test_oracle_grid.py
 
 
+class Net(nn.Module):
+    kept: tuple[str, ...] = ()  # attributes that its forward changes
+
+    def __init__(self, seed: int = 3, width: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def traces(self) -> Any:
+        """What a forward leaves behind, where it is more than gradients."""
+        return ({name: buffer.data for name, buffer in self.named_buffers()},
+                [p.data for p in self.parameters() if not p.requires_grad],
+                {name: getattr(self, name) for name in self.kept})
+
+    def retrace(self, traces: Any) -> None:
+        buffers, frozen, kept = traces
+        vars(self).update(kept)
+        for name, buffer in self.named_buffers():
+            buffer.data.copy_(buffers[name])
+        for p, value in zip((p for p in self.parameters() if not p.requires_grad), frozen, strict=True):
+            p.data = value
+
+
+def batches(micro_batches: int, tensors: int = 2) -> list[list[tuple[Tensor, ...]]]:
+    """x, y and so on, float64 [4, 3] each, of every micro-batch of each window."""
+    generator = torch.Generator().manual_seed(7)
+    return [[tuple(torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(tensors))
+             for _ in range(micro_batches)] for _ in range(UPDATES)]
+
+
 class Twin:
-    """``module``: the model in float64. ``build`` makes one with the weights of ``build()``."""
+    """``module``: what ``build`` makes, in float64. Which of its parameters require grad may change between updates,
+    and the groups of ``optimizer``. ``edit``: what is done to it after each evaluation."""
 
-    def __init__(self, build: Callable[[], nn.Module], looksam: bool = True) -> None:
-        self.module = build().double()
-        self.looksam, self.updates, self.v = looksam, 0, torch.zeros(())
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+    def __init__(self, build: Callable[[], Net], looksam: bool = True,
+                 edit: Callable[[Any], None] | None = None) -> None:
+        self.module, self.looksam, self.edit = build().double(), looksam, edit
+        self.optimizer = torch.optim.SGD([p for p in self.module.parameters() if p.requires_grad], **SGD)
+        self.updates = 0
+        self.v: dict[nn.Parameter, Tensor] = {}
 
-    def _gradient(self, losses: Callable[[nn.Module], list[Tensor]]) -> Tensor:
+    def _gradient(self, losses: Callable[[Any], list[Tensor]]) -> dict[nn.Parameter, Tensor]:
+        self.module.zero_grad()
         of_window = losses(self.module)
-        total = torch.stack(of_window).sum() / len(of_window)
-        gradients = torch.autograd.grad(total, self.parameters)
-        return torch.cat([g.reshape(-1) for g in gradients])
+        (torch.stack(of_window).sum() / len(of_window)).backward()
+        if self.edit is not None:
+            self.edit(self)
+        return {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.module.parameters()
+                if p.requires_grad}
 
-    def _move(self, by: Tensor) -> None:
-        with torch.no_grad():
-            for p, part in zip(self.parameters, by.split([p.numel() for p in self.parameters]), strict=True):
-                p += part.view_as(p)
-
-    def update(self, losses: Callable[[nn.Module], list[Tensor]]) -> None:
+    def update(self, losses: Callable[[Any], list[Tensor]]) -> None:
         """One update by the losses of a window's micro-batches, as a function of the model."""
-        before = self._traces()
+        before = copy.deepcopy(self.module.traces())
         u = g = self._gradient(losses)
         if self.looksam and self.updates % K == 0:
-            after = self._traces()
-            self._retrace(before)
-            self._move(RHO * g / g.norm())
+            after, clean = copy.deepcopy(self.module.traces()), {p: p.detach().clone() for p in g}
+            self.module.retrace(before)
+            for p in g:
+                p.data += RHO / _length(g) * g[p]
             u = self._gradient(losses)
-            self._move(-RHO * g / g.norm())
-            self._retrace(after)
-            self.v = u - (u @ g) / (g @ g) * g
+            for p in g:
+                p.data.copy_(clean[p])
+            self.module.retrace(after)
+            along = sum((g[p] * u[p]).sum() for p in g) / _length(g)**2
+            self.v = {p: u[p] - along * g[p] for p in g}
         elif self.looksam:
-            u = g + ALPHA * g.norm() / self.v.norm() * self.v
-        self._move(-LR * u)
+            v = {p: self.v.get(p, torch.zeros_like(p)) for p in g}
+            u = {p: g[p] + ALPHA * _length(g) / _length(v) * v[p] for p in g}
+        for p in self.module.parameters():
+            p.grad = u.get(p)
+        self.optimizer.step()
         self.updates += 1
 
-    def _traces(self) -> Any:
-        """What the model's forward leaves behind in it, where its class tells."""
-        return copy.deepcopy(self.module.traces()) if hasattr(self.module, "traces") else None
+    def check(self, engine: Any) -> None:
+        """The engine's weights, and what its forwards have left behind."""
+        expected = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        pairs = zip(*(tree_leaves(tree) for tree in [(master_weights(engine), engine.module.traces()),
+                                                     (expected, self.module.traces())]), strict=True)
+        for got, of_twin in ((_state(one), _state(other)) for one, other in pairs):
+            if isinstance(got, Tensor):
+                error, length = (got.double() - of_twin).norm(), of_twin.double().norm()
+                assert error <= TOLERANCE * length, f"off by {error / length:.1e}: {of_twin}"
+            else:
+                assert got == of_twin
 
-    def _retrace(self, traces: Any) -> None:
-        if hasattr(self.module, "retrace"):
-            self.module.retrace(copy.deepcopy(traces))
 
-    def check(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.module.named_parameters():
-            if p.requires_grad:
-                error = (weights[name].double() - p).norm() / p.norm()
-                assert error < TOLERANCE, f"{name} is off by {error:.1e}"
+def _state(leaf: Any) -> Any:
+    """Of a generator, of which a twin has another one."""
+    if isinstance(leaf, torch.Generator):
+        return leaf.get_state().double()
+    return leaf.bit_generator.state if isinstance(leaf, np.random.Generator) else leaf
+
+
+def _length(parts: dict[nn.Parameter, Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts.values()]).norm()
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -74,9 +126,8 @@ def frozen(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def engine_of(build: Callable[[], nn.Module], stage: int, accumulation: int = 1, looksam: bool = True,
-              ascent: str = "global", world: int = 1) -> Iterator[Any]:
+              **case: Any) -> Iterator[Any]:
     """The engine that a :class:`Twin` is the twin of."""
-    case = Case(stage=stage, accumulation=accumulation, world=world, base="SGD", k=K, rho=RHO, alpha=ALPHA,
-                ascent=ascent, options={"lr": LR, "momentum": 0.0, "weight_decay": 0.0})
-    with engine_for(case, looksam, module=build()) as engine:
+    with engine_for(Case(**{"world": 1, **case}, stage=stage, accumulation=accumulation, base="SGD", k=K, rho=RHO,
+                         alpha=ALPHA, options=SGD), looksam, module=build()) as engine:
         yield engine
