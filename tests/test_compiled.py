@@ -19,7 +19,7 @@ from ds_looksam.arithmetic import choose, compiled
 from ds_looksam.arithmetic.choose import COMPILES_ON_CPU, choose_passes
 from ds_looksam.arithmetic.eager import EAGER, Passes
 
-from .test_algebra import CPU, SEED, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
+from .test_algebra import CHECKS, CPU
 from .test_low_precision import TIGHT
 from .test_oracle_grid import TOLERANCE
 from .test_v_dtype import BF16_V, ROUNDED
@@ -30,67 +30,38 @@ pytestmark = pytest.mark.skipif(Version(torch.__version__) < COMPILES_ON_CPU, re
 COMPILED: dict[str, Any] = {"compile": True}
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+@pytest.mark.parametrize("check", [
+    "nothing", "projection", "sums and reuse, fp32", "sums and reuse, bf16", "fp32-bf16-out-one-nearest",
+    "fp32-bf16-out-each-nearest", "bf16-bf16-in place-one-nearest", "bf16-bf16-in place-one-random",
+    "fp32-fp16-out-one-random"])
+def test_passes(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
     """Several pieces for each flat tensor, and a short last one."""
     monkeypatch.setattr(compiled, "CHUNK", 64)
-    return choose_passes(CPU, True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_and_reuse(passes: Passes, dtype: torch.dtype) -> None:
-    check_sums(passes, 200, dtype)
-    check_reuse(passes, 200, dtype)
-
-
-def test_a_rank_that_owns_nothing(passes: Passes) -> None:
-    check_nothing(passes)
-
-
-def test_projection_keeps_a_small_difference(passes: Passes) -> None:
-    check_projection(passes, 200)
-
-
-@pytest.mark.parametrize("per_element, in_place", [(False, False), (True, False), (False, True)])
-def test_perturbation_is_measured_as_it_was_rounded(passes: Passes, per_element: bool, in_place: bool) -> None:
-    """A compiler that takes x.to(bfloat16).float() for x says that the weights moved by eps."""
-    master = torch.bfloat16 if in_place else torch.float32
-    check_perturbation(passes, 200, master, torch.bfloat16, in_place, per_element)
-
-
-@pytest.mark.parametrize("model, in_place", [(torch.bfloat16, True), (torch.float16, False)])
-def test_stochastic_rounding(passes: Passes, model: torch.dtype, in_place: bool) -> None:
-    """Bit by bit as the eager arithmetic rounds."""
-    master = model if in_place else torch.float32
-    check_perturbation(passes, 200, master, model, in_place, per_element=False, rounding=SEED)
+    CHECKS[check](choose_passes(CPU, True), 200)
 
 
 BF16 = Case(stage=2, world=2, precision="bf16", loss_scale=128.0, base="SGD", params=COMPILED,
             config={"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"})
-CASES = [
-    pytest.param(BF16, TIGHT["SGD"], id="bf16-stage2"),
-    *(pytest.param(case, tolerance, id=name, marks=pytest.mark.grid) for name, case, tolerance in [
-        ("fp32-stage0", Case(stage=0, two_groups=True, clipping=0.05, params=COMPILED), TOLERANCE),
-        ("fp32-stage3", Case(stage=3, model="straddling", world=4, zero={"sub_group_size": 30}, params=COMPILED),
-         TOLERANCE),
-        ("offload", Case(stage=1, base="SGD", zero={"offload_optimizer": {"device": "cpu"}}, params=COMPILED,
-                         config={"zero_force_ds_cpu_optimizer": False}), TOLERANCE),
-        ("layerwise", Case(stage=2, layer_scale="norm", two_groups=True, params=COMPILED), TOLERANCE),
-        ("bf16-optimizer", replace(BF16, stage=1, clipping=0.05, alpha=0.7), TIGHT["SGD"]),
-        ("bf16-stage3", replace(BF16, stage=3, world=1, config={}), TIGHT["SGD"]),
-    ]),
-]
+CASES: dict[str, tuple[Case, float]] = {
+    "bf16-stage2": (BF16, TIGHT["SGD"]),
+    "fp32-stage0": (Case(stage=0, two_groups=True, clipping=0.05, params=COMPILED), TOLERANCE),
+    "fp32-stage3": (Case(stage=3, model="straddling", world=4, zero={"sub_group_size": 30}, params=COMPILED),
+                    TOLERANCE),
+    "offload": (Case(stage=1, base="SGD", zero={"offload_optimizer": {"device": "cpu"}}, params=COMPILED,
+                     config={"zero_force_ds_cpu_optimizer": False}), TOLERANCE),
+    "layerwise": (Case(stage=2, layer_scale="norm", two_groups=True, params=COMPILED), TOLERANCE),
+    "bf16-optimizer": (replace(BF16, stage=1, clipping=0.05, alpha=0.7), TIGHT["SGD"]),
+    "bf16-stage3": (replace(BF16, stage=3, world=1, config={}), TIGHT["SGD"]),
+    "v-in-bf16": (Case(stage=2, base="SGD", alpha=0.7, params={**COMPILED, **BF16_V}), ROUNDED["SGD"]),
+}
 
 
-@pytest.mark.parametrize("case, tolerance", CASES)
-def test_against_oracle(case: Case, tolerance: float) -> None:
-    check_against_oracle(case, tolerance, dtype=DTYPES[case.precision])
-
-
-@pytest.mark.grid
-def test_v_in_bf16() -> None:
-    case = Case(stage=2, base="SGD", alpha=0.7, params={**COMPILED, **BF16_V})
-    check_against_oracle(case, ROUNDED["SGD"], v_dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.grid if name != "bf16-stage2" else [])
+                                  for name in CASES])
+def test_against_oracle(name: str) -> None:
+    case, tolerance = CASES[name]
+    check_against_oracle(case, tolerance, dtype=torch.float64 if case.precision == "fp32" else DTYPES[case.precision],
+                         v_dtype=torch.bfloat16 if name == "v-in-bf16" else torch.float64)
 
 
 def test_no_compiler(tmp_path: Path) -> None:
