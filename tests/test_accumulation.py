@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
@@ -85,7 +84,7 @@ CASES = [
 def test_ways_to_accumulate(way: Way, stage: int, settings: dict[str, Any]) -> None:
     case = Case(stage=stage, accumulation=3, clipping=0.05, updates=5, config=CONFIG.get(way, {}), **settings)
     reference, expected = run_oracle(case)
-    for result in run_on_ranks(case.world, partial(train, loop=way), case):
+    for result in run_on_ranks(case.world, train, case, loop=way):
         # Three times for DeepSpeedCPUAdam: see test_offload.
         assert distance(result.weights, expected) <= TOLERANCE * (3 if case.zero else 1)
         assert (result.updates, result.evaluations) == (case.updates, reference.evaluations)

@@ -156,7 +156,7 @@ def test_the_weights_move_by_eps_on_average(lr: float, precision: str, stage: in
                 k=1, loss_scale=128.0, updates=40, accumulation=2, options={"lr": lr, "weight_decay": 0.0})
 
     def in_standard_errors(case: Case) -> float:
-        found = torch.tensor(run_on_ranks(2, train, case, True, None, along_eps)[0].history).double()
+        found = torch.tensor(run_on_ranks(2, train, case, after=along_eps)[0].history).double()
         standard_error = found.std() / len(found)**0.5
         assert standard_error < 0.1
         return float((found.mean() - 1) / standard_error)
@@ -254,7 +254,7 @@ def test_a_ranks_own_gradient_is_what_deepspeed_gets(kind: type[Classifier], pla
                                                      stage: int) -> None:
     case = Case(stage=stage, accumulation=2, updates=5, ascent=ascent)
     _, expected = run_oracle(case, module=build(plain))
-    for result in run_on_ranks(2, train, case, True, partial(build, kind)):
+    for result in run_on_ranks(2, train, case, module=partial(build, kind)):
         assert distance(result.weights, expected) <= TOLERANCE
 
 
@@ -265,7 +265,7 @@ def freeze(engine: Any) -> str:
 
 
 def test_a_layer_may_be_frozen_midway() -> None:
-    for result in run_on_ranks(2, train, Case(ascent="rank", updates=4, k=2), True, None, freeze):
+    for result in run_on_ranks(2, train, Case(ascent="rank", updates=4, k=2), after=freeze):
         assert result.history == ["sam", "base", "sam", "reuse"]
 
 

@@ -3,21 +3,20 @@ runs against the oracle."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch._inductor.config
 from packaging.version import Version
 
 from ds_looksam import LookSAMConfigError
 from ds_looksam.arithmetic import choose, compiled
 from ds_looksam.arithmetic.choose import COMPILES_ON_CPU, choose_passes
-from ds_looksam.arithmetic.eager import EAGER, Passes
+from ds_looksam.arithmetic.eager import EAGER
 
 from .test_algebra import CHECKS, CPU
 from .test_low_precision import TIGHT
@@ -64,13 +63,12 @@ def test_against_oracle(name: str) -> None:
                          v_dtype=torch.bfloat16 if name == "v-in-bf16" else torch.float64)
 
 
-def test_no_compiler(tmp_path: Path) -> None:
-    program = ("import torch; from torch._inductor import config; config.cpp.cxx = ('no-such-compiler', )\n"
-               "from ds_looksam.arithmetic.choose import choose_passes; choose_passes(torch.device('cpu'), True)")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent,
-                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
-    assert done.returncode and "LookSAMConfigError: optimizer.params.compile: the arithmetic could" in done.stderr
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler", )}), \
+            pytest.raises(LookSAMConfigError, match=r"optimizer\.params\.compile: the arithmetic could"):
+        choose_passes(CPU, True)
 
 
 def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,22 +80,13 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("here, everywhere", [(True, True), (True, False), (False, False)])
-def test_a_gpu_without_triton_on_any_rank(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, here: bool,
-                                          everywhere: bool) -> None:
+def test_a_gpu_without_triton_on_any_rank(monkeypatch: pytest.MonkeyPatch, here: bool, everywhere: bool) -> None:
     """No GPU here: the CPU's passes stand for the fused ones. Without ``compile`` all ranks take the same."""
-    def fused(device: torch.device) -> Passes:
-        if not here:
-            raise RuntimeError("no C compiler")
-        return replace(EAGER, squared_norm=lambda *_: None)
-
-    asked = []
-
-    def on_all_ranks(yes: bool, device: torch.device) -> bool:
-        asked.append(yes)
-        return everywhere
-
+    fused = mock.Mock(return_value=replace(EAGER, squared_norm=lambda *_: None),
+                      side_effect=None if here else RuntimeError("no C compiler"))
+    on_all_ranks = mock.Mock(return_value=everywhere)
     monkeypatch.setattr(choose, "_fused_passes", fused)
     monkeypatch.setattr(choose, "on_all_ranks", on_all_ranks)
     monkeypatch.setattr(choose.torch, "ones", lambda *_, **__: None)
     assert (choose_passes(torch.device("cuda"), None) is EAGER) == (not everywhere)
-    assert asked == [here]
+    on_all_ranks.assert_called_once_with(here, torch.device("cuda"))

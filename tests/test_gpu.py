@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def waits(engine: Any, batches: list[Any]) -> list[str]:
 
 
 def waits_of(case: Case, looksam: bool) -> list[list[str]]:
-    return run_on_ranks(1, partial(train, loop=waits), case, looksam)[0].history
+    return run_on_ranks(1, train, case, looksam, loop=waits)[0].history
 
 
 @pytest.mark.parametrize(("stage", "precision", "layer_scale"), [
@@ -157,7 +156,8 @@ def generator_and_ratio(engine: Any) -> tuple[torch.Tensor, float | None]:
 def test_the_second_evaluation_drops_what_the_first_did() -> None:
     """With rho 0 both evaluations are at the same weights: the same mask gives the same gradient, another a far one."""
     case = Case(world=1, k=2, rho=0.0, updates=3, accumulation=2)
-    (state, ratio), (plain_state, _) = (run_on_ranks(
-        1, train, case, looksam, Dropping, generator_and_ratio)[0].history[-1] for looksam in (True, False))
+    (state, ratio), (plain_state, _) = (
+        run_on_ranks(1, train, case, looksam, module=Dropping, after=generator_and_ratio)[0].history[-1]
+        for looksam in (True, False))
     assert ratio is not None and ratio < 1e-6
     assert torch.equal(state, plain_state)

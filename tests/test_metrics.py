@@ -64,7 +64,7 @@ def said(engine: Any) -> dict[str, Any]:
 
 def measure(case: Case) -> list[list[dict[str, Any]]]:
     """What each rank says after each update."""
-    return [result.history for result in run_on_ranks(case.world, train, case, True, None, said)]
+    return [result.history for result in run_on_ranks(case.world, train, case, after=said)]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -133,7 +133,7 @@ def seen_and_reported(engine: Any, batches: list[Any], rho: float) -> tuple[floa
 def test_reported_is_what_the_model_saw(stage: int, precision: str, rho: float, config: dict[str, Any]) -> None:
     case = Case(k=2, updates=5, stage=stage, precision=precision, model="straddling", rho=rho, loss_scale=128.0,
                 config=config)
-    for result in run_on_ranks(case.world, partial(train, loop=partial(seen_and_reported, rho=rho)), case):
+    for result in run_on_ranks(case.world, train, case, loop=partial(seen_and_reported, rho=rho)):
         # At stage 0 the model lags behind its optimizer until the first update (shards/fp16.py): nothing to compare.
         for seen_ratio, seen_cosine, ratio, cosine in result.history[2 if stage == 0 else 0::2]:
             # Sums of fp32 dot products over some 700 elements: 1e-6 leaves room. The gradient DeepSpeed shows in fp16
