@@ -169,36 +169,6 @@ def test_stochastic_rounding_leaves_what_is_beyond(dtype: torch.dtype) -> None:
         assert at_random(nans.view(torch.float32), dtype, seed).isnan().all()
 
 
-def test_a_seed_decides() -> None:
-    x = torch.linspace(-1, 1, 10_001)
-    first, again, other = (at_random(x, torch.bfloat16, seed) for seed in (SEED, SEED, SEED + 1))
-    assert torch.equal(first, again)
-    # Independent ones agree in x^2 + (1 - x)^2 of the cases, with x even over [0, 1]: in 2/3 of them, +-0.005.
-    assert abs((first == other).float().mean() - 2 / 3) < 0.02
-    named = [(), (0, ), (1, ), (0, 0), (0, 1), (1, 0), (-1, ), (2**40, 7)]
-    assert len({rounding_seed(*numbers) for numbers in named}) == len(named)
-
-
-@pytest.mark.parametrize("drift", [0.0, 1e-5, 1e-3])
-def test_perturbed_by_eps_on_average(drift: float) -> None:
-    """Weights that were bf16 once, and an optimizer that has moved its fp32 master down the gradient since then.
-
-    Nearest rounding does not move them at all, or by as much as the drift says, whatever eps is.
-    """
-    generator = torch.Generator().manual_seed(0)
-    start, g = (0.02 * torch.randn(20_000, generator=generator)).bfloat16(), torch.randn(20_000, generator=generator)
-    w, scale, out = start.float() - drift * g.sign(), torch.tensor(1e-5), torch.empty_like(start)
-
-    def along(rounding: int | None) -> float:
-        _, moved_dot_eps, eps_squared = EAGER.add_perturbation(w, g, lambda lo, hi: scale, out, rounding)
-        return float(moved_dot_eps / eps_squared)
-
-    drawn = torch.tensor([along(rounding_seed(SEED, seed)) for seed in range(50)])
-    assert abs(drawn.mean() - 1) <= 4 * drawn.std() / 50**0.5 <= 0.02
-    if drift < 1e-3:  # larger than a rounding step of most: it dithers, as in training at a large learning rate
-        assert abs(along(None) - 1) > 0.2
-
-
 def layer_map(sizes: list[int], before: int, after: int, device: torch.device) -> LayerMap:
     """Of one flat tensor: padding, parameters of these sizes, padding."""
     parameters = [nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
