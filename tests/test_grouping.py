@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
 
 import ds_looksam
 
+from .models import make_model
 from .ranks import run_on_ranks
+from .training import Case, train_window
 
 LEFT_OUT = {"layerwise": False, "trust_ratio": False}
 
 
-def vit() -> ViTForImageClassification:
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
     return ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                                                intermediate_size=16, image_size=8, patch_size=4, num_channels=1))
 
@@ -66,21 +68,17 @@ def test_selectors_that_select_nothing_are_refused(arguments: dict[str, Any], me
         ds_looksam.parameter_groups(vit(), **arguments)
 
 
-def _groups_under_zero_init() -> tuple[dict[str, dict[str, Any]], int]:
+def _groups_under_zero_init(case: Case) -> tuple[dict[str, dict[str, Any]], int]:
     import deepspeed
 
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3},
-              "optimizer": {"type": "LookLayerSAM",
-                            "params": {"base_optimizer": "Lamb", "lr": 1e-3, "weight_decay": 0.1, "k": 2}}}
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        model = vit()
+    with deepspeed.zero.Init(config_dict_or_path=case.json()):
+        model = make_model(case.model)
     assert next(model.parameters()).shape == (0, )
     groups, names = grouped(model, no_decay=["vector"], no_layer_scaling=["vector"])
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=case.json())
     try:
-        for _ in range(4):
-            engine.backward(engine(pixel_values=torch.randn(2, 1, 8, 8), labels=torch.tensor([0, 1])).loss)
-            engine.step()
+        for update in range(4):
+            train_window(engine, case, update)
         for key in LEFT_OUT:
             assert [group[key] for group in engine.optimizer.param_groups] == [True, False]
         return names, engine.looksam.evaluations
@@ -89,6 +87,8 @@ def _groups_under_zero_init() -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def test_shapes_hidden_by_zero_init() -> None:
-    expected = {name: {"weight_decay": 0.0, **LEFT_OUT} if p.ndim <= 1 else {} for name, p in vit().named_parameters()}
+    case = Case(stage=3, base="Lamb", layer_scale="norm", k=2)
+    expected = {name: {"weight_decay": 0.0, **LEFT_OUT} if p.ndim <= 1 else {}
+                for name, p in make_model(case.model).named_parameters()}
     assert any(expected.values()) and not all(expected.values())
-    assert run_on_ranks(2, _groups_under_zero_init) == [(expected, 6)] * 2
+    assert run_on_ranks(2, _groups_under_zero_init, case) == [(expected, 6)] * 2
