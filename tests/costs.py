@@ -12,23 +12,17 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from .collectives import Collective, Recorder
-from .models import CLASSES, FEATURES, Classifier
-from .training import DTYPES, Case, engine_for, train_window
+from .models import Stack
+from .training import Case, batches_for, engine_for, train_window
 
 
-class Wide(Classifier):
+class Wide(Stack):
     """Large enough for scalars and shards not to be confused; no parameter stays gathered on stage 3 (see
     :func:`nothing_stays_gathered`)."""
 
     def __init__(self, width: int = 701) -> None:
-        super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Linear(FEATURES, width)
-        self.second = nn.Linear(width, 97)
-        self.head = nn.Linear(97, CLASSES)
-
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        super().__init__(width, 97)
 
 
 def nothing_stays_gathered(stage: int) -> dict[str, int]:
@@ -51,9 +45,9 @@ def record_steps(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide
         steps = []
         for update in range(case.updates):
             evaluation, last = Recorder(), Recorder()
-            for x, y in case.micro_batches(update, torch.distributed.get_rank()):
+            for x, y in batches_for(engine, case, update):
                 with evaluation:
-                    engine.backward(engine(x.to(DTYPES[case.precision]), y))
+                    engine.backward(engine(x, y))
                 with last:
                     engine.step()
             steps.append(Step(evaluation.collectives, last.collectives, last.host_reads))
@@ -93,8 +87,7 @@ def measure_memory(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wi
     """Of a SAM step that is not the first, on this rank, where LookSAM is on. Collective."""
     before = tensor_bytes()
     with engine_for(case, looksam, module=make()) as engine:
-        train_window(engine, case, 0)
-        for update in range(1, case.k):
+        for update in range(case.k):
             train_window(engine, case, update)
         during: list[int] = []
         handle = engine.module.head.register_forward_pre_hook(lambda *_: during.append(tensor_bytes()))

@@ -10,46 +10,17 @@ here, and in both on a GPU.
 from __future__ import annotations
 
 import pytest
-import torch
 
 from ds_looksam.arithmetic import triton_passes
 from ds_looksam.arithmetic.triton_passes import FUSED
 
-from .test_algebra import NUMEL, SEED, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
+from .test_algebra import CHECKS, NUMEL, PERTURBATIONS
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("numel", NUMEL)
-def test_sums_and_reuse(numel: int, dtype: torch.dtype) -> None:
-    check_sums(FUSED, numel, dtype)
-    check_reuse(FUSED, numel, dtype)
-
-
-@pytest.mark.parametrize("numel", NUMEL)
-def test_projection_keeps_a_small_difference(numel: int) -> None:
-    check_projection(FUSED, numel)
-
-
-@pytest.mark.parametrize("per_element", [False, True])
-@pytest.mark.parametrize("master, model, in_place", [
-    (torch.float32, torch.float32, False), (torch.float32, torch.float32, True), (torch.float32, torch.float16, False),
-    (torch.float16, torch.float16, True),
-])
-@pytest.mark.parametrize("numel", NUMEL[2:])
-def test_perturbation(numel: int, master: torch.dtype, model: torch.dtype, in_place: bool, per_element: bool) -> None:
-    check_perturbation(FUSED, numel, master, model, in_place, per_element)
-
-
-@pytest.mark.parametrize("master, model, in_place", [
-    (torch.float32, torch.float16, False), (torch.float16, torch.float16, True), (torch.bfloat16, torch.bfloat16, True),
-])
-@pytest.mark.parametrize("numel", NUMEL[2:])
-def test_stochastic_rounding(monkeypatch: pytest.MonkeyPatch, numel: int, master: torch.dtype, model: torch.dtype,
-                             in_place: bool) -> None:
-    """Bit by bit as the eager arithmetic rounds, in several launches."""
+@pytest.mark.parametrize(("check", "numel"), [
+    (check, numel) for check in CHECKS for numel in (NUMEL[2:] if check in PERTURBATIONS else NUMEL)
+    if not check.startswith("fp32-bf16") and not ("bf16" in check and "nearest" in check)])
+def test_passes(monkeypatch: pytest.MonkeyPatch, check: str, numel: int) -> None:
+    """In several launches."""
     monkeypatch.setattr(triton_passes, "chunk_size", lambda device: 8192)
-    check_perturbation(FUSED, numel, master, model, in_place, per_element=False, rounding=SEED)
-
-
-def test_a_rank_that_owns_nothing() -> None:
-    check_nothing(FUSED)
+    CHECKS[check](FUSED, numel)

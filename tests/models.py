@@ -71,37 +71,14 @@ class Tied(Classifier):
 class Straddling(Classifier):
     """One tensor holds most of the elements, so it lies on several ranks of a ZeRO-1/2 partition."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "big", width: int = 61) -> None:
         super().__init__()
-        self.big = nn.Linear(FEATURES, 61, bias=False)
-        self.head = nn.Linear(61, CLASSES)
+        self.name = name
+        self.add_module(name, nn.Linear(FEATURES, width, bias=False))
+        self.head = nn.Linear(width, CLASSES)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.big(x)) * 0.3)
-
-
-class Renamed(Classifier):
-    """Straddling with another name for its big layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.large = nn.Linear(FEATURES, 61, bias=False)
-        self.head = nn.Linear(61, CLASSES)
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.large(x)) * 0.3)
-
-
-class Reshaped(Classifier):
-    """Straddling with another shape of its big layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.big = nn.Linear(FEATURES, 62, bias=False)
-        self.head = nn.Linear(62, CLASSES)
-
-    def body(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.big(x)) * 0.3)
+        return self.head(torch.tanh(self.get_submodule(self.name)(x)) * 0.3)
 
 
 class Tiny(Classifier):
@@ -117,18 +94,21 @@ class Tiny(Classifier):
         return torch.cat([hidden, hidden[:, :1] * hidden[:, 1:]], dim=1)
 
 
-class Wide(Classifier):
-    """Two tensors of more than a MiB per rank at world size 2: what DeepSpeed's swapper moves to NVMe."""
+class Stack(Classifier):
+    """Layers of these widths, and a head."""
 
-    def __init__(self) -> None:
+    def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.first = nn.Linear(FEATURES, 700)
-        self.second = nn.Linear(700, 800)
-        self.third = nn.Linear(800, 700)
-        self.head = nn.Linear(700, CLASSES)
+        sizes = [FEATURES, *widths]
+        self.hidden = ["first", "second", "third"][:len(widths)]
+        for name, *size in zip(self.hidden, sizes, widths, strict=False):
+            self.add_module(name, nn.Linear(*size))
+        self.head = nn.Linear(sizes[-1], CLASSES)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))))
+        for name in self.hidden:
+            x = torch.tanh(self.get_submodule(name)(x))
+        return self.head(x)
 
 
 class Sometimes(Classifier):
@@ -184,8 +164,9 @@ class Random(Classifier):
 
 ZOO = {
     "mlp": Mlp, "dead_and_frozen": DeadAndFrozen, "tied": Tied, "straddling": Straddling, "tiny": Tiny,
-    "sometimes": Sometimes, "wide": Wide,
-    "renamed": Renamed, "reshaped": Reshaped
+    "sometimes": Sometimes, "renamed": lambda: Straddling("large"), "reshaped": lambda: Straddling(width=62),
+    # Two tensors of more than a MiB per rank at world size 2: what DeepSpeed's swapper moves to NVMe.
+    "wide": lambda: Stack(700, 800, 700),
 }
 
 

@@ -1,9 +1,10 @@
 """Persistent rank processes: real processes, a real gloo group, started once per world size and used by many tests.
 (With ``DS_ACCELERATOR=cuda`` an NCCL group, a GPU for each rank.)
 
-``run_on_ranks(world_size, function, *args)`` calls a module-level function on every rank and returns the list of their
-results. A rank that raises fails the call with that rank's traceback; a rank that hangs is shown where it hangs. Either
-way the processes are replaced before the next test. What ranks print is kept in a file, and shown of those that died.
+``run_on_ranks(world_size, function, *args, **kwargs)`` calls a module-level function on every rank and returns the list
+of their results. A rank that raises fails the call with that rank's traceback; a rank that hangs is shown where it
+hangs. Either way the processes are replaced before the next test. What ranks print is kept in a file, and shown of
+those that died.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ class RankPool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+    def run(self, call: Callable[[], Any], timeout: float) -> list[Any]:
         for pipe in self.pipes:
-            pipe.send_bytes(pickle.dumps((function, args)))
+            pipe.send_bytes(pickle.dumps(call))
         replies: dict[int, tuple[str, Any]] = {}
         deadline = time.monotonic() + timeout
         while len(replies) < len(self.pipes) and time.monotonic() < deadline:
@@ -100,8 +101,9 @@ class RankPool:
 _pools: OrderedDict[int, RankPool] = OrderedDict()
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
-    """Call ``function(*args)`` on every rank of a process group of ``world_size``; the results, by rank.
+def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0, **kwargs: Any
+                 ) -> list[Any]:
+    """``function(*args, **kwargs)`` of every rank of a process group of ``world_size``; the results, by rank.
 
     ``function`` must be importable, and must leave no engine behind: ``engine.destroy()``.
     The timeout covers the first use of DeepSpeed's compiled ops too, about a minute.
@@ -112,7 +114,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
         _pools[world_size] = RankPool(world_size)
     _pools.move_to_end(world_size)
     try:
-        return _pools[world_size].run(function, args, timeout)
+        return _pools[world_size].run(functools.partial(function, *args, **kwargs), timeout)
     except BaseException:
         _pools.pop(world_size).close()
         raise
@@ -152,7 +154,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Any) -> None:
     imported = 0
     while True:
         try:
-            function, args = pickle.loads(pipe.recv_bytes())
+            call = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         if len(sys.modules) != imported:
@@ -162,7 +164,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Any) -> None:
             gc.collect()
             gc.freeze()
         try:
-            reply = ("result", function(*args))
+            reply = ("result", call())
         except BaseException:
             reply = ("error", traceback.format_exc())
         pipe.send_bytes(pickle.dumps(reply))

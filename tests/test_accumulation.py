@@ -15,15 +15,7 @@ import torch
 
 from .ranks import run_on_ranks
 from .test_oracle_grid import TOLERANCE
-from .training import DTYPES, Case, Result, distance, engine_for, master_weights, run_oracle
-
-MICRO_BATCHES = 3
-
-
-def managed(engine: Any, batches: list[Any]) -> None:
-    for x, y in batches:
-        engine.backward(engine(x, y))
-        engine.step()
+from .training import Case, distance, engine_for, managed, run_oracle, train
 
 
 def boundary_set_by_hand(engine: Any, batches: list[Any]) -> None:
@@ -47,15 +39,13 @@ def direct_backward(engine: Any, batches: list[Any]) -> None:
 
 def direct_backward_of_a_loss_outside(engine: Any, batches: list[Any]) -> None:
     for x, y in batches:
-        out = engine(x, y)
-        torch.square(out.sqrt()).backward()
+        torch.square(engine(x, y).sqrt()).backward()
         engine.step()
 
 
 def no_sync(engine: Any, batches: list[Any]) -> None:
     for i, (x, y) in enumerate(batches):
-        last = i == len(batches) - 1
-        with nullcontext() if last else engine.no_sync():
+        with nullcontext() if i == len(batches) - 1 else engine.no_sync():
             engine.backward(engine(x, y) / len(batches), scale_wrt_gas=False)
     engine.step()
 
@@ -67,52 +57,38 @@ def coalesced(engine: Any, batches: list[Any]) -> None:
     engine.step()
 
 
-WAYS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
-    "managed": (managed, {}),
-    "boundary_set_by_hand": (boundary_set_by_hand, {}),
-    "unmanaged": (unmanaged, {"managed_gradient_accumulation": False}),
-    "direct_backward": (direct_backward, {}),
-    "direct_backward_of_a_loss_outside": (direct_backward_of_a_loss_outside, {}),
-    "no_sync": (no_sync, {"gradient_accumulation_steps": 1}),
-    "coalesced": (coalesced, {"gradient_accumulation_steps": 1}),
+Way = Callable[[Any, list[Any]], None]
+CONFIG: dict[Way, dict[str, Any]] = {
+    unmanaged: {"managed_gradient_accumulation": False},
+    no_sync: {"gradient_accumulation_steps": 1}, coalesced: {"gradient_accumulation_steps": 1},
 }
-
 # DeepSpeed itself refuses the others: loss.backward() and coalescing on stage 0, no_sync on stages 2 and 3.
-STAGES = {"no_sync": [0, 1], "coalesced": [1, 2, 3], "direct_backward": [1, 2, 3],
-          "direct_backward_of_a_loss_outside": [1, 2, 3]}
+STAGES: dict[Way, list[int]] = {
+    boundary_set_by_hand: [0, 1, 2, 3], unmanaged: [0, 1, 2, 3], direct_backward: [1, 2, 3],
+    direct_backward_of_a_loss_outside: [1, 2, 3], no_sync: [0, 1], coalesced: [1, 2, 3],
+}
+OWN = {"micro_batch": (0, 2), "global_micro_batch": (3, )}
+CASES = [
+    *((way, stage, {}) for way in STAGES for stage in STAGES[way]),
+    *((way, stage, {"zero": {"offload_optimizer": {"device": "cpu"}}}) for way in (unmanaged, coalesced)
+      for stage in (1, 2, 3)),
+    *((way, 1, {"ascent": "rank"}) for way in (managed, *STAGES)),
+    *((way, stage, {"ascent": "rank"}) for way, stage in ((unmanaged, 0), (unmanaged, 2), (coalesced, 2))),
+    *((way, stage, {"ascent": ascent}) for way in (boundary_set_by_hand, unmanaged) for ascent in OWN
+      for stage in OWN[ascent]),
+]
 
 
-def accumulate(case: Case, way: str) -> Result:
-    """Run a case on this rank with one of WAYS. Collective."""
-    loop, config = WAYS[way]
-    with engine_for(case, adapt=lambda json: json.update(config)) as engine:
-        calls: list[None] = []
-        engine.module.register_forward_hook(lambda *_: calls.append(None))
-        for update in range(case.updates):
-            batches = case.micro_batches(update, torch.distributed.get_rank())
-            loop(engine, [(x.to(DTYPES[case.precision]), y) for x, y in batches])
-        return Result(weights=master_weights(engine), model_weights={}, history=[], forwards=len(calls),
-                      evaluations=engine.looksam.evaluations, updates=engine.looksam.updates)
-
-
-@pytest.mark.parametrize(("way", "stage"), [(way, stage) for way in WAYS for stage in STAGES.get(way, [0, 1, 2, 3])])
-def test_ways_to_accumulate(way: str, stage: int) -> None:
-    case = Case(stage=stage, accumulation=MICRO_BATCHES, clipping=0.05, updates=5)
+@pytest.mark.parametrize(("way", "stage", "settings"), CASES, ids=lambda x: getattr(
+    x, "__name__", "-".join(str(value) for value in x.values()) if isinstance(x, dict) else str(x)))
+def test_ways_to_accumulate(way: Way, stage: int, settings: dict[str, Any]) -> None:
+    case = Case(stage=stage, accumulation=3, clipping=0.05, updates=5, config=CONFIG.get(way, {}), **settings)
     reference, expected = run_oracle(case)
-    for result in run_on_ranks(case.world, accumulate, case, way):
-        assert distance(result.weights, expected) <= TOLERANCE
+    for result in run_on_ranks(case.world, train, case, loop=way):
+        # Three times for DeepSpeedCPUAdam: see test_offload.
+        assert distance(result.weights, expected) <= TOLERANCE * (3 if case.zero else 1)
         assert (result.updates, result.evaluations) == (case.updates, reference.evaluations)
-        assert result.forwards == reference.evaluations * MICRO_BATCHES, "replays are whole windows"
-
-
-@pytest.mark.parametrize("way", ["unmanaged", "coalesced"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ways_to_accumulate_with_offload(way: str, stage: int) -> None:
-    case = Case(stage=stage, accumulation=MICRO_BATCHES, clipping=0.05, updates=5,
-                zero={"offload_optimizer": {"device": "cpu"}})
-    _, expected = run_oracle(case)
-    for result in run_on_ranks(case.world, accumulate, case, way):
-        assert distance(result.weights, expected) <= 3 * TOLERANCE  # DeepSpeedCPUAdam: see test_offload
+        assert result.forwards == reference.evaluations * case.accumulation, "replays are whole windows"
 
 
 REFUSED = {
@@ -128,11 +104,9 @@ def refused_on_rank(how: str) -> str:
     (x, y), = case.micro_batches(0, 0)
     with engine_for(case) as engine:
         REFUSED[how](engine(x.float(), y))
-        try:
+        with pytest.raises(LookSAMReplayError) as error:
             engine.step()
-        except LookSAMReplayError as error:
-            return str(error)
-    raise AssertionError("not refused")
+        return str(error.value)
 
 
 @pytest.mark.parametrize("how", list(REFUSED))

@@ -3,23 +3,22 @@ runs against the oracle."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch._inductor.config
 from packaging.version import Version
 
 from ds_looksam import LookSAMConfigError
 from ds_looksam.arithmetic import choose, compiled
 from ds_looksam.arithmetic.choose import COMPILES_ON_CPU, choose_passes
-from ds_looksam.arithmetic.eager import EAGER, Passes
+from ds_looksam.arithmetic.eager import EAGER
 
-from .test_algebra import CPU, SEED, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
+from .test_algebra import CHECKS, CPU
 from .test_low_precision import TIGHT
 from .test_oracle_grid import TOLERANCE
 from .test_v_dtype import BF16_V, ROUNDED
@@ -30,76 +29,46 @@ pytestmark = pytest.mark.skipif(Version(torch.__version__) < COMPILES_ON_CPU, re
 COMPILED: dict[str, Any] = {"compile": True}
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+@pytest.mark.parametrize("check", [
+    "nothing", "projection", "sums and reuse, fp32", "sums and reuse, bf16", "fp32-bf16-out-one-nearest",
+    "fp32-bf16-out-each-nearest", "bf16-bf16-in place-one-nearest", "bf16-bf16-in place-one-random",
+    "fp32-fp16-out-one-random"])
+def test_passes(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
     """Several pieces for each flat tensor, and a short last one."""
     monkeypatch.setattr(compiled, "CHUNK", 64)
-    return choose_passes(CPU, True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_and_reuse(passes: Passes, dtype: torch.dtype) -> None:
-    check_sums(passes, 200, dtype)
-    check_reuse(passes, 200, dtype)
-
-
-def test_a_rank_that_owns_nothing(passes: Passes) -> None:
-    check_nothing(passes)
-
-
-def test_projection_keeps_a_small_difference(passes: Passes) -> None:
-    check_projection(passes, 200)
-
-
-@pytest.mark.parametrize("per_element, in_place", [(False, False), (True, False), (False, True)])
-def test_perturbation_is_measured_as_it_was_rounded(passes: Passes, per_element: bool, in_place: bool) -> None:
-    """A compiler that takes x.to(bfloat16).float() for x says that the weights moved by eps."""
-    master = torch.bfloat16 if in_place else torch.float32
-    check_perturbation(passes, 200, master, torch.bfloat16, in_place, per_element)
-
-
-@pytest.mark.parametrize("model, in_place", [(torch.bfloat16, True), (torch.float16, False)])
-def test_stochastic_rounding(passes: Passes, model: torch.dtype, in_place: bool) -> None:
-    """Bit by bit as the eager arithmetic rounds."""
-    master = model if in_place else torch.float32
-    check_perturbation(passes, 200, master, model, in_place, per_element=False, rounding=SEED)
+    CHECKS[check](choose_passes(CPU, True), 200)
 
 
 BF16 = Case(stage=2, world=2, precision="bf16", loss_scale=128.0, base="SGD", params=COMPILED,
             config={"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"})
-CASES = [
-    pytest.param(BF16, TIGHT["SGD"], id="bf16-stage2"),
-    *(pytest.param(case, tolerance, id=name, marks=pytest.mark.grid) for name, case, tolerance in [
-        ("fp32-stage0", Case(stage=0, two_groups=True, clipping=0.05, params=COMPILED), TOLERANCE),
-        ("fp32-stage3", Case(stage=3, model="straddling", world=4, zero={"sub_group_size": 30}, params=COMPILED),
-         TOLERANCE),
-        ("offload", Case(stage=1, base="SGD", zero={"offload_optimizer": {"device": "cpu"}}, params=COMPILED,
-                         config={"zero_force_ds_cpu_optimizer": False}), TOLERANCE),
-        ("layerwise", Case(stage=2, layer_scale="norm", two_groups=True, params=COMPILED), TOLERANCE),
-        ("bf16-optimizer", replace(BF16, stage=1, clipping=0.05, alpha=0.7), TIGHT["SGD"]),
-        ("bf16-stage3", replace(BF16, stage=3, world=1, config={}), TIGHT["SGD"]),
-    ]),
-]
+CASES: dict[str, tuple[Case, float]] = {
+    "bf16-stage2": (BF16, TIGHT["SGD"]),
+    "fp32-stage0": (Case(stage=0, two_groups=True, clipping=0.05, params=COMPILED), TOLERANCE),
+    "fp32-stage3": (Case(stage=3, model="straddling", world=4, zero={"sub_group_size": 30}, params=COMPILED),
+                    TOLERANCE),
+    "offload": (Case(stage=1, base="SGD", zero={"offload_optimizer": {"device": "cpu"}}, params=COMPILED,
+                     config={"zero_force_ds_cpu_optimizer": False}), TOLERANCE),
+    "layerwise": (Case(stage=2, layer_scale="norm", two_groups=True, params=COMPILED), TOLERANCE),
+    "bf16-optimizer": (replace(BF16, stage=1, clipping=0.05, alpha=0.7), TIGHT["SGD"]),
+    "bf16-stage3": (replace(BF16, stage=3, world=1, config={}), TIGHT["SGD"]),
+    "v-in-bf16": (Case(stage=2, base="SGD", alpha=0.7, params={**COMPILED, **BF16_V}), ROUNDED["SGD"]),
+}
 
 
-@pytest.mark.parametrize("case, tolerance", CASES)
-def test_against_oracle(case: Case, tolerance: float) -> None:
-    check_against_oracle(case, tolerance, dtype=DTYPES[case.precision])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.grid if name != "bf16-stage2" else [])
+                                  for name in CASES])
+def test_against_oracle(name: str) -> None:
+    case, tolerance = CASES[name]
+    check_against_oracle(case, tolerance, dtype=torch.float64 if case.precision == "fp32" else DTYPES[case.precision],
+                         v_dtype=torch.bfloat16 if name == "v-in-bf16" else torch.float64)
 
 
-@pytest.mark.grid
-def test_v_in_bf16() -> None:
-    case = Case(stage=2, base="SGD", alpha=0.7, params={**COMPILED, **BF16_V})
-    check_against_oracle(case, ROUNDED["SGD"], v_dtype=torch.bfloat16)
-
-
-def test_no_compiler(tmp_path: Path) -> None:
-    program = ("import torch; from torch._inductor import config; config.cpp.cxx = ('no-such-compiler', )\n"
-               "from ds_looksam.arithmetic.choose import choose_passes; choose_passes(torch.device('cpu'), True)")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent,
-                          env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
-    assert done.returncode and "LookSAMConfigError: optimizer.params.compile: the arithmetic could" in done.stderr
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler", )}), \
+            pytest.raises(LookSAMConfigError, match=r"optimizer\.params\.compile: the arithmetic could"):
+        choose_passes(CPU, True)
 
 
 def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,22 +80,13 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("here, everywhere", [(True, True), (True, False), (False, False)])
-def test_a_gpu_without_triton_on_any_rank(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, here: bool,
-                                          everywhere: bool) -> None:
+def test_a_gpu_without_triton_on_any_rank(monkeypatch: pytest.MonkeyPatch, here: bool, everywhere: bool) -> None:
     """No GPU here: the CPU's passes stand for the fused ones. Without ``compile`` all ranks take the same."""
-    def fused(device: torch.device) -> Passes:
-        if not here:
-            raise RuntimeError("no C compiler")
-        return replace(EAGER, squared_norm=lambda *_: None)
-
-    asked = []
-
-    def on_all_ranks(yes: bool, device: torch.device) -> bool:
-        asked.append(yes)
-        return everywhere
-
+    fused = mock.Mock(return_value=replace(EAGER, squared_norm=lambda *_: None),
+                      side_effect=None if here else RuntimeError("no C compiler"))
+    on_all_ranks = mock.Mock(return_value=everywhere)
     monkeypatch.setattr(choose, "_fused_passes", fused)
     monkeypatch.setattr(choose, "on_all_ranks", on_all_ranks)
     monkeypatch.setattr(choose.torch, "ones", lambda *_, **__: None)
     assert (choose_passes(torch.device("cuda"), None) is EAGER) == (not everywhere)
-    assert asked == [here]
+    on_all_ranks.assert_called_once_with(here, torch.device("cuda"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,19 +20,16 @@ from .training import Case, as_plain, engine_for, train, train_window
 STAGES = [0, 1, 2, 3]
 SMALL = 256
 """Bytes: what counts as an all-reduce of scalars."""
-
-
-CASE = Case(world=2, accumulation=2, k=3, alpha=0.7, updates=6)
 NUMEL = sum(p.numel() for p in Wide().parameters())
-
-
-def _case(stage: int, **changes: Any) -> Case:
-    return replace(CASE, stage=stage, zero=nothing_stays_gathered(stage), **changes)
-
-
-CASES = [_case(stage, precision=precision) for stage in STAGES for precision in ("fp32", "bf16")] + [
-    _case(0, precision="bf16", base="SGD"),  # FP16_UnfusedOptimizer
-    _case(1, precision="bf16", config={"data_types": {"grad_accum_dtype": "fp32"}}),  # BF16_Optimizer
+GRAD_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+CASES = [
+    Case(world=2, accumulation=2, k=3, alpha=0.7, updates=6, stage=stage, zero=nothing_stays_gathered(stage),
+         precision=precision, **changes)
+    for stage, precision, changes in [
+        *((stage, precision, {}) for stage in STAGES for precision in ("fp32", "bf16")),
+        (0, "bf16", {"base": "SGD"}),  # FP16_UnfusedOptimizer
+        (1, "bf16", {"config": GRAD_FP32}),  # BF16_Optimizer
+    ]
 ]
 
 
@@ -41,42 +39,33 @@ def _id(case: Case) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=_id)
 def test_collectives_and_synchronisations(case: Case) -> None:
-    stage, precision = case.stage, case.precision
-    steps = run_on_ranks(2, record_steps, case, True)[0]
-    plain = run_on_ranks(2, record_steps, case, False)[0]
+    steps, plain = run_on_ranks(2, record_steps, case, True)[0], run_on_ranks(2, record_steps, case, False)[0]
     # Windows 0 .. 2 include what happens once (stage 3 records its trace); 3 is a SAM step, 4 and 5 reuse.
     base, sam, reuse = plain[4], steps[3], steps[4:6]
 
-    assert _count(sam.evaluation) == _count(base.evaluation)
+    assert Counter(sam.evaluation) == Counter(base.evaluation)
     for step in reuse:
-        assert _count(step.evaluation) == _count(base.evaluation)
-        extra = _difference(step.update, base.update)
+        assert Counter(step.evaluation) == Counter(base.evaluation)
+        extra = _extra(step.update, base.update)
         assert sum(extra.values()) <= 1 and all(c.kind == "allreduce" and c.nbytes <= SMALL for c in extra)
         assert step.host_reads == base.host_reads
 
-    extra = _difference(sam.update, base.update + base.evaluation)
+    extra = _extra(sam.update, base.update + base.evaluation)
     scalars = Counter({c: n for c, n in extra.items() if c.kind == "allreduce" and c.nbytes <= SMALL})
     assert sum(scalars.values()) <= 2
     publications = extra - scalars
-    if stage in (1, 2):
-        # One all-gather of the whole model in its own dtype, and none to take it back.
-        assert sum(publications.values()) == 1
-        (publication, ) = publications
+    # Stages 1 and 2: one all-gather of the whole model in its own dtype, and none to take it back.
+    assert sum(publications.values()) == (1 if case.stage in (1, 2) else 0)
+    for publication in publications:
         assert "allgather" in publication.kind
-        width = 2 if precision == "bf16" else 4
-        assert NUMEL * width <= publication.nbytes <= NUMEL * width * 1.01
-    else:
-        assert not publications
+        nbytes = NUMEL * (2 if case.precision == "bf16" else 4)
+        assert nbytes <= publication.nbytes <= nbytes * 1.01
 
 
-def _count(collectives: list[Collective]) -> Counter[Collective]:
-    return Counter(collectives)
-
-
-def _difference(more: list[Collective], less: list[Collective]) -> Counter[Collective]:
+def _extra(more: list[Collective], less: list[Collective]) -> Counter[Collective]:
     """What ``more`` has beside everything in ``less``."""
-    assert not _count(less) - _count(more), "LookSAM left out a collective of the base step"
-    return _count(more) - _count(less)
+    assert not Counter(less) - Counter(more), "LookSAM left out a collective of the base step"
+    return Counter(more) - Counter(less)
 
 
 PLAIN_GRID = {"stage": STAGES, "world": [1, 2], "base": ["AdamW", "SGD"], "precision": ["fp32", "bf16"]}
@@ -92,31 +81,17 @@ def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(case: Case) -> None
             assert torch.equal(got.weights[name], weight), name
 
 
-# Bytes ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", CASES, ids=_id)
 def test_state_is_one_fp32_shard_and_a_sam_step_holds_one_more(case: Case) -> None:
-    stage, precision = case.stage, case.precision
     case = replace(case, accumulation=1, k=2)
-    ours = run_on_ranks(2, measure_memory, case, True)[0]
-    plain = run_on_ranks(2, measure_memory, case, False)[0]
-    shard = 4 * NUMEL // (1 if stage == 0 else 2)
+    ours, plain = (run_on_ranks(2, measure_memory, case, looksam)[0] for looksam in (True, False))
+    shard = 4 * NUMEL // (1 if case.stage == 0 else 2)
     slack = 0.01 * shard + 15_000  # padding, scalars; of the window its input and two RNG states of 5 kB
 
     assert abs(ours.after - plain.after - shard) <= slack
     # In the replay: g beside g_v. On stage 0 the model's weights are kept, as nothing else has their bits then.
-    weights = (shard if precision == "fp32" else shard // 2) if stage == 0 else 0
+    weights = (shard if case.precision == "fp32" else shard // 2) if case.stage == 0 else 0
     assert abs(ours.during - plain.during - 2 * shard - weights) <= slack
-
-
-class NotedWork:
-    def __init__(self, work: Any, events: list[str]) -> None:
-        self.work, self.events = work, events
-
-    def wait(self) -> None:
-        self.events.append("wait")
-        self.work.wait()
 
 
 def publication(case: Case) -> list[str]:
@@ -137,7 +112,7 @@ def publication(case: Case) -> list[str]:
         if not async_op:  # DeepSpeed's own update
             return work
         events.append("send")
-        return NotedWork(work, events)
+        return SimpleNamespace(wait=lambda: (events.append("wait"), work.wait()))
 
     with engine_for(case) as engine, patch.object(GradientShards, "_perturb_flat", noted_form), \
             patch.object(comm, "all_gather_into_tensor", noted_gather):
@@ -147,7 +122,7 @@ def publication(case: Case) -> list[str]:
 
 @pytest.mark.parametrize("stage, changes", [
     (1, {}), (2, {}), (2, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
-    (1, {"precision": "bf16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}}),
+    (1, {"precision": "bf16", "config": GRAD_FP32}),
 ], ids=["stage1", "stage2", "offload", "BF16_Optimizer"])
 def test_a_param_group_is_published_while_the_next_one_is_formed(stage: int, changes: dict[str, Any]) -> None:
     case = Case(world=2, stage=stage, two_groups=True, **changes)

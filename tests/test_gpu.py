@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from itertools import accumulate
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ from torch.nn import functional as F
 
 import ds_looksam
 from ds_looksam.arithmetic.choose import choose_passes
-from ds_looksam.arithmetic.eager import Passes
-from ds_looksam.arithmetic.layout import CUT_DEVICE, LayerMap, Segment
+from ds_looksam.arithmetic.layout import CUT_DEVICE
 
 from .fuzz import rounding_tolerance
 from .models import Mlp
 from .ranks import run_on_ranks
-from .test_algebra import NUMEL, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
-from .training import DTYPES, Case, as_plain, check_against_oracle, distance, engine_for, run_oracle, train_window
+from .test_algebra import CHECKS, NUMEL, PERTURBATIONS, layer_map
+from .training import DTYPES, Case, as_plain, check_against_oracle, distance, run_oracle, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,28 +50,27 @@ def _cases() -> list[Any]:
     cases: dict[str, dict[str, Any]] = {}
     for stage in range(4):
         at: dict[str, Any] = {"stage": stage, **COMMON}
-        cases[f"fused-stage{stage}"] = {"model": "straddling", **at}
-        cases[f"foreach-stage{stage}"] = {"params": {**FOREACH, "torch_adam": True}, **at}
-        cases[f"by-layer-stage{stage}"] = {"layer_scale": "norm", "base": "Lamb", **at}
+        zero: dict[str, Any] = {"zero": {"offload_optimizer": CPU}}
+        torchs = {"config": {"zero_force_ds_cpu_optimizer": False}}
+        by_layer = {"layer_scale": "norm", "base": "Lamb", **at}
+        of_stage = {"fused": {"model": "straddling", **at},
+                    "foreach": {"params": {**FOREACH, "torch_adam": True}, **at}, "by-layer": by_layer}
         for precision in ("bf16", "fp16"):
             low = {"stage": stage, "precision": precision, "base": "SGD", "alpha": 0.7,
                    "loss_scale": 128.0 if stage else 1.0}
-            cases[f"{precision}-stage{stage}"] = low
-            cases[f"{precision}-foreach-stage{stage}"] = {**low, "params": FOREACH}
-    cases["bf16-optimizer"] = {**cases["bf16-stage1"], "accumulation": 2, "config": GRAD_FP32}
-    for stage in (1, 2, 3):
-        zero: dict[str, Any] = {"offload_optimizer": CPU}
-        cases[f"offload-stage{stage}"] = {"stage": stage, "model": "wide", "zero": zero, **COMMON}
-        cases[f"offload-bf16-stage{stage}"] = {**cases[f"bf16-stage{stage}"], "model": "wide", "zero": zero,
-                                               "config": {"zero_force_ds_cpu_optimizer": False}}
-        cases[f"offload-by-layer-stage{stage}"] = {**cases[f"by-layer-stage{stage}"], "zero": zero,
-                                                   "config": {"zero_force_ds_cpu_optimizer": False}}
-    cases["offload-both"] = {"stage": 3, "model": "wide", "zero": {**zero, "offload_param": CPU}, **COMMON}
-    cases["sub-groups"] = {"stage": 3, "model": "straddling", "zero": {"sub_group_size": 30}, **COMMON}
-    cases["overlap"] = {"stage": 2, "model": "wide", "zero": {"overlap_comm": True}, **COMMON}
-    cases["v-in-bf16"] = {"stage": 2, "params": {"v_dtype": "bf16"}, "base": "SGD", "alpha": 0.7}
-    for ascent, stage in (("rank", 0), ("rank", 2), ("micro_batch", 1), ("global_micro_batch", 3)):
-        cases[f"{ascent}-stage{stage}"] = {"stage": stage, "ascent": ascent, **COMMON}
+            of_stage |= {precision: low, f"{precision}-foreach": {**low, "params": FOREACH}}
+        if stage > 0:
+            of_stage |= {"offload": {"model": "wide", **zero, **at}, "offload-by-layer": {**by_layer, **zero, **torchs},
+                         "offload-bf16": {**of_stage["bf16"], "model": "wide", **zero, **torchs}}
+        cases |= {f"{name}-stage{stage}": settings for name, settings in of_stage.items()}
+    cases |= {
+        "bf16-optimizer": {**cases["bf16-stage1"], "accumulation": 2, "config": GRAD_FP32},
+        "offload-both": {**cases["offload-stage3"], "zero": {"offload_optimizer": CPU, "offload_param": CPU}},
+        "sub-groups": {"stage": 3, "model": "straddling", "zero": {"sub_group_size": 30}, **COMMON},
+        "overlap": {"stage": 2, "model": "wide", "zero": {"overlap_comm": True}, **COMMON},
+        "v-in-bf16": {"stage": 2, "params": {"v_dtype": "bf16"}, "base": "SGD", "alpha": 0.7},
+        **{f"{ascent}-stage{stage}": {"stage": stage, "ascent": ascent, **COMMON}
+           for ascent, stage in (("rank", 0), ("rank", 2), ("micro_batch", 1), ("global_micro_batch", 3))}}
     worlds = [n for n in (1, 2, 4) if n <= max(1, torch.cuda.device_count())]
     return [pytest.param(Case(world=world, **settings), id=f"{name}-world{world}")
             for name, settings in cases.items() for world in worlds]
@@ -92,111 +90,74 @@ def test_against_oracle(case: Case) -> None:
 GPU = torch.device("cuda")
 
 
-@pytest.fixture
-def fused() -> Passes:
-    return choose_passes(GPU, True)
+def enough(check: str) -> int:
+    """Elements: in fewer, rounding need not show, or a thousandth of them is none."""
+    return 0 if check not in PERTURBATIONS else NUMEL[-1] if "random" in check else 200
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("numel", NUMEL)
-def test_sums_and_reuse(fused: Passes, numel: int, dtype: torch.dtype) -> None:
-    check_sums(fused, numel, dtype, GPU)
-    check_reuse(fused, numel, dtype, GPU)
-    check_projection(fused, numel, GPU)
-    check_nothing(fused, GPU)
+@pytest.mark.parametrize(("check", "numel"), [(check, n) for check in CHECKS for n in NUMEL if n >= enough(check)])
+def test_passes(check: str, numel: int) -> None:
+    CHECKS[check](choose_passes(GPU, True), numel, GPU)
 
 
-@pytest.mark.parametrize("per_element", [False, True])
-@pytest.mark.parametrize("master, model, in_place", [
-    (torch.float32, torch.float32, False), (torch.float32, torch.float32, True), (torch.float32, torch.bfloat16, False),
-    (torch.float32, torch.float16, False), (torch.bfloat16, torch.bfloat16, True),
-])
-@pytest.mark.parametrize("numel", NUMEL[2:])
-def test_perturbation(fused: Passes, numel: int, master: torch.dtype, model: torch.dtype, in_place: bool,
-                      per_element: bool) -> None:
-    check_perturbation(fused, numel, master, model, in_place, per_element, GPU, one_off=1e-3)
+def waits(engine: Any, batches: list[Any]) -> list[str]:
+    """Where step() makes the host wait for the GPU."""
+    ((x, y), ) = batches
+    engine.backward(engine(x, y))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        engine.step()
+        torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
 
 
-@pytest.mark.parametrize("master, model, in_place", [
-    (torch.float32, torch.bfloat16, False), (torch.float32, torch.float16, False),
-    (torch.bfloat16, torch.bfloat16, True), (torch.float16, torch.float16, True),
-])
-def test_perturbation_rounded_at_random(fused: Passes, master: torch.dtype, model: torch.dtype, in_place: bool) -> None:
-    check_perturbation(fused, NUMEL[-1], master, model, in_place, False, GPU, one_off=1e-3, rounding=1234)
+def waits_of(case: Case, looksam: bool) -> list[list[str]]:
+    return run_on_ranks(1, train, case, looksam, loop=waits)[0].history
 
 
-def waits(case: Case, looksam: bool) -> list[list[str]]:
-    """On a rank: where each update's step() made the host wait for the GPU."""
-    with engine_for(case, looksam) as engine:
-        found = []
-        for update in range(case.updates):
-            x, y = case.micro_batches(update, torch.distributed.get_rank())[0]
-            engine.backward(engine(x.to(engine.device, DTYPES[case.precision]), y.to(engine.device)))
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                engine.step()
-                torch.cuda.set_sync_debug_mode("default")
-            found.append([f"{w.filename}:{w.lineno}" for w in caught
-                          if "called a synchronizing CUDA operation" in str(w.message)])
-        return found
-
-
-def in_looksam(places: list[str]) -> list[str]:
-    return [where for where in places if where.startswith(str(Path(ds_looksam.__file__).parent))]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_reuse_step_never_waits_for_the_gpu(stage: int, precision: str) -> None:
-    case = Case(world=1, stage=stage, precision=precision, alpha=0.7, k=3, updates=6, params={"torch_adam": True})
-    steps, plain = run_on_ranks(1, waits, case, True)[0], run_on_ranks(1, waits, case, False)[0]
+@pytest.mark.parametrize(("stage", "precision", "layer_scale"), [
+    *product(range(4), ("fp32", "bf16"), (None, )), (2, "bf16", "norm")])
+def test_a_reuse_step_never_waits_for_the_gpu(stage: int, precision: str, layer_scale: str | None) -> None:
+    case = Case(world=1, stage=stage, precision=precision, alpha=0.7, k=3, updates=6, params={"torch_adam": True},
+                layer_scale=layer_scale)
+    steps, plain = waits_of(case, True), waits_of(case, False)
     for reuse in (4, 5):  # the first window's steps include what happens once
         assert len(steps[reuse]) == len(plain[reuse]), (steps[reuse], plain[reuse])
-    in_sam = in_looksam(steps[3])
+    in_sam = [where for where in steps[3] if where.startswith(str(Path(ds_looksam.__file__).parent))]
     assert 0 < len(in_sam) <= 2, in_sam  # is g finite; is g_v
-
-
-def test_look_layersam_waits_no_more_often() -> None:
-    case = Case(world=1, stage=2, precision="bf16", alpha=0.7, k=3, updates=4, layer_scale="norm",
-                params={"torch_adam": True})
-    in_sam = in_looksam(run_on_ranks(1, waits, case, True)[0][3])
-    assert 0 < len(in_sam) <= 2, in_sam
 
 
 def test_squares_of_large_and_small_layers() -> None:
     """Every run gives the same bits: replicas of ZeRO stage 0 must not differ. 2e-6: sums over 65,536 in fp32."""
     sizes = [1, 3 * CUT_DEVICE + 5, CUT_DEVICE, 7, 2_000_001]
-    parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
-    starts = [3, *(3 + end for end in accumulate(sizes[:-1]))]  # after three elements of padding
+    layers = layer_map(sizes, 3, 0, GPU)
     flat = torch.randn(3 + sum(sizes), device=GPU)
-    segments = [Segment(p, start, 0, size, size) for p, start, size in zip(parameters, starts, sizes, strict=True)]
-    layers = LayerMap([segments], [flat.numel()], [parameters], GPU)
     exact = torch.stack([part.double().square().sum() for part in flat[3:].split(sizes)])
     squares = layers.squares([flat])
     assert ((squares - exact) / exact).abs().max() < 2e-6
-    for _ in range(20):
-        assert torch.equal(layers.squares([flat]), squares)
+    assert all(torch.equal(layers.squares([flat]), squares) for _ in range(20))
 
 
 class Dropping(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.cuda.manual_seed(7)
+
     def body(self, x: torch.Tensor) -> torch.Tensor:
         return super().body(F.dropout(x, 0.5, training=True))
 
 
-def drop(case: Case, looksam: bool) -> tuple[torch.Tensor, float | None]:
-    """On a rank: the state of the GPU's generator after training with dropout, and ‖g_v‖ / ‖g‖."""
-    torch.cuda.manual_seed(7)
-    with engine_for(case, looksam, module=Dropping()) as engine:
-        for update in range(case.updates):
-            train_window(engine, case, update)
-        ratio = engine.looksam.orthogonal_ratio.item() if looksam else None
-        return torch.cuda.get_rng_state(), ratio
+def generator_and_ratio(engine: Any) -> tuple[torch.Tensor, float | None]:
+    """The state of the GPU's generator, and ‖g_v‖ / ‖g‖."""
+    return torch.cuda.get_rng_state(), engine.looksam.orthogonal_ratio.item() if hasattr(engine, "looksam") else None
 
 
 def test_the_second_evaluation_drops_what_the_first_did() -> None:
     """With rho 0 both evaluations are at the same weights: the same mask gives the same gradient, another a far one."""
     case = Case(world=1, k=2, rho=0.0, updates=3, accumulation=2)
-    (state, ratio), (plain_state, _) = (run_on_ranks(1, drop, case, looksam)[0] for looksam in (True, False))
+    (state, ratio), (plain_state, _) = (
+        run_on_ranks(1, train, case, looksam, module=Dropping, after=generator_and_ratio)[0].history[-1]
+        for looksam in (True, False))
     assert ratio is not None and ratio < 1e-6
     assert torch.equal(state, plain_state)

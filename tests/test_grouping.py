@@ -5,33 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
 
 import ds_looksam
 
+from .models import make_model
 from .ranks import run_on_ranks
-
-
-def vit() -> ViTForImageClassification:
-    return ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                                               intermediate_size=16, image_size=8, patch_size=4, num_channels=1))
-
-
-def described(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {names[id(p)]: {key: value for key, value in group.items() if key != "params"}
-            for group in groups for p in group["params"]}
-
+from .training import Case, train_window
 
 LEFT_OUT = {"layerwise": False, "trust_ratio": False}
 
 
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                               intermediate_size=16, image_size=8, patch_size=4, num_channels=1))
+
+
+def grouped(model: nn.Module, **arguments: Any) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The groups, and what each parameter's has of its own."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = ds_looksam.parameter_groups(model, **arguments)
+    return groups, {names[id(p)]: {key: value for key, value in group.items() if key != "params"}
+                    for group in groups for p in group["params"]}
+
+
 def test_kinds_of_a_vit() -> None:
     model = vit()
-    of = described(model, ds_looksam.parameter_groups(model, no_decay=["bias", "norm", "embedding"],
-                                                      no_layer_scaling=["bias", "norm"]))
+    _, of = grouped(model, no_decay=["bias", "norm", "embedding"], no_layer_scaling=["bias", "norm"])
     assert of.keys() == dict(model.named_parameters()).keys()
     for name, group in of.items():
         norm_or_bias = name.endswith("bias") or "norm" in name
@@ -41,10 +43,9 @@ def test_kinds_of_a_vit() -> None:
 
 
 def test_default_is_no_decay_for_biases_and_norms() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
-    groups = ds_looksam.parameter_groups(model, weight_decay=0.3)
-    assert described(model, groups) == {"0.weight": {"weight_decay": 0.3}, "0.bias": {"weight_decay": 0.0},
-                                        "1.weight": {"weight_decay": 0.0}, "1.bias": {"weight_decay": 0.0}}
+    groups, of = grouped(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), weight_decay=0.3)
+    assert of == {"0.weight": {"weight_decay": 0.3}, **{name: {"weight_decay": 0.0}
+                                                        for name in ("0.bias", "1.weight", "1.bias")}}
     assert len(groups) == 2
 
 
@@ -52,10 +53,8 @@ def test_patterns_frozen_and_tied() -> None:
     model = nn.ModuleDict({"words": nn.Embedding(5, 3), "out": nn.Linear(3, 5), "frozen": nn.Linear(2, 2)})
     model["out"].weight = model["words"].weight
     model["frozen"].requires_grad_(False)
-    by_module = described(model, ds_looksam.parameter_groups(model, no_decay=["embedding"]))
-    assert by_module == {"words.weight": {"weight_decay": 0.0}, "out.bias": {}}
-    groups = ds_looksam.parameter_groups(model, no_decay=["out.w*"], no_layer_scaling=["out.*"])
-    by_other_name = described(model, groups)
+    assert grouped(model, no_decay=["embedding"])[1] == {"words.weight": {"weight_decay": 0.0}, "out.bias": {}}
+    by_other_name = grouped(model, no_decay=["out.w*"], no_layer_scaling=["out.*"])[1]
     assert by_other_name == {"words.weight": {"weight_decay": 0.0, **LEFT_OUT}, "out.bias": LEFT_OUT}
 
 
@@ -69,33 +68,27 @@ def test_selectors_that_select_nothing_are_refused(arguments: dict[str, Any], me
         ds_looksam.parameter_groups(vit(), **arguments)
 
 
-def _groups_under_zero_init() -> tuple[dict, int]:
+def _groups_under_zero_init(case: Case) -> tuple[dict[str, dict[str, Any]], int]:
     import deepspeed
 
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3},
-              "optimizer": {"type": "LookLayerSAM",
-                            "params": {"base_optimizer": "Lamb", "lr": 1e-3, "weight_decay": 0.1, "k": 2}}}
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        model = vit()
+    with deepspeed.zero.Init(config_dict_or_path=case.json()):
+        model = make_model(case.model)
     assert next(model.parameters()).shape == (0, )
-    groups = ds_looksam.parameter_groups(model, no_decay=["vector"], no_layer_scaling=["vector"])
-    names = described(model, groups)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    groups, names = grouped(model, no_decay=["vector"], no_layer_scaling=["vector"])
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=case.json())
     try:
-        for _ in range(4):
-            engine.backward(engine(pixel_values=torch.randn(2, 1, 8, 8), labels=torch.tensor([0, 1])).loss)
-            engine.step()
-        assert [group["layerwise"] for group in engine.optimizer.param_groups] == [True, False]
-        assert [group["trust_ratio"] for group in engine.optimizer.param_groups] == [True, False]
+        for update in range(4):
+            train_window(engine, case, update)
+        for key in LEFT_OUT:
+            assert [group[key] for group in engine.optimizer.param_groups] == [True, False]
         return names, engine.looksam.evaluations
     finally:
         engine.destroy()
 
 
 def test_shapes_hidden_by_zero_init() -> None:
-    model = vit()
-    expected = {name: {"weight_decay": 0.0, **LEFT_OUT} if p.ndim <= 1 else {} for name, p in model.named_parameters()}
+    case = Case(stage=3, base="Lamb", layer_scale="norm", k=2)
+    expected = {name: {"weight_decay": 0.0, **LEFT_OUT} if p.ndim <= 1 else {}
+                for name, p in make_model(case.model).named_parameters()}
     assert any(expected.values()) and not all(expected.values())
-    for names, evaluations in run_on_ranks(2, _groups_under_zero_init):
-        assert names == expected
-        assert evaluations == 6
+    assert run_on_ranks(2, _groups_under_zero_init, case) == [(expected, 6)] * 2

@@ -1,74 +1,35 @@
-"""The oracle's ascent groups, by hand: two parabolas whose gradients have round norms. And what a case groups."""
+"""The oracle's ascent groups, by hand: two parabolas whose gradients have round norms. Layers and other groupings of it
+are compared with another program, in test_reference.py."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import pytest
 import torch
 from torch import Tensor
 
 from .oracle import Base, Group, Oracle
-from .training import Case
-
-CURVATURE = {"a": torch.tensor([1.0, 2.0]).double(), "b": torch.tensor([3.0, 1.0]).double()}
-SLOPE = {"a": torch.tensor([3.0, 4.0]).double(), "b": torch.tensor([6.0, -8.0]).double()}
-"""The gradient at the start, of norms 5 and 10."""
 
 
 def exactly(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def updated_once(start: Tensor, grouped: bool, layer_scale: str | None = None) -> Oracle:
-    """Two micro-batches "a" and one "b", rho 0.5, SGD. Each parameter is a layer of one element."""
-    def gradient(w: Tensor, window: str) -> Tensor:
-        return torch.stack([SLOPE[x] + CURVATURE[x] * (w - start) for x in window]).mean(dim=0)
-
-    group = Group(names=["x", "y"], lr=0.1, rho=0.5, alpha=0.7)
-    layers = [(slice(0, 1), group), (slice(1, 2), group)]
-    oracle = Oracle(w=start, gradient=gradient, base=Base("SGD", [group], torch.zeros(2, dtype=torch.int64), layers),
-                    k=2, layer_scale=layer_scale, groups_of=(lambda window: ["aa", "b"]) if grouped else None)
-    oracle.update("aab")
-    return oracle
+CURVATURE = {"a": exactly(1, 2), "b": exactly(3, 1)}
+SLOPE = {"a": exactly(3, 4), "b": exactly(6, -8)}
+"""The gradient at the start, of norms 5 and 10."""
 
 
 def test_two_groups() -> None:
-    """eps_a = (0.3, 0.4) and s_a = (3.3, 4.8); eps_b = (0.3, -0.4) and s_b = (6.9, -8.4); 2/3 of a and 1/3 of b."""
-    oracle = updated_once(exactly(0, 0), grouped=True)
+    """Two micro-batches "a" and one "b": eps_a = (0.3, 0.4) and s_a = (3.3, 4.8); eps_b = (0.3, -0.4) and s_b = (6.9,
+    -8.4); 2/3 of a and 1/3 of b."""
+    def gradient(w: Tensor, window: str) -> Tensor:
+        return torch.stack([SLOPE[x] + CURVATURE[x] * w for x in window]).mean(dim=0)
+
+    base = Base("SGD", [Group(names=["x", "y"], lr=0.1, rho=0.5, alpha=0.7)], torch.zeros(2, dtype=torch.int64))
+    oracle = Oracle(w=exactly(0, 0), gradient=gradient, base=base, k=2, groups_of=lambda window: ["aa", "b"])
+    oracle.update("aab")
     torch.testing.assert_close(oracle.w, -0.1 * exactly(4.5, 0.4))
     torch.testing.assert_close(oracle.v, exactly(0, 0.4))  # g = (4, 0)
     oracle.update("aab")
     g = exactly(4, 0) + (2 * CURVATURE["a"] + CURVATURE["b"]) / 3 * exactly(-0.45, -0.04)
     torch.testing.assert_close(oracle.w, exactly(-0.45, -0.04) - 0.1 * (g + 0.7 * g.norm() * exactly(0, 1)))
     assert oracle.evaluations == 3
-
-
-def test_one_group() -> None:
-    """eps = (0.5, 0), which bends nothing: the mean curvature along x is 5/3."""
-    oracle = updated_once(exactly(0, 0), grouped=False)
-    torch.testing.assert_close(oracle.w, -0.1 * exactly(4 + 5 / 6, 0))
-    torch.testing.assert_close(oracle.v, exactly(0, 0))
-
-
-@pytest.mark.parametrize("rule, s", [("relative", (1, 1)), ("norm", (5**0.5, 5**0.5)), ("gradient", (5, 10))])
-def test_layerwise(rule: str, s: tuple[float, float]) -> None:
-    """Each layer moves by half its own norm, 1 and 2, divided by the group's own s."""
-    oracle = updated_once(exactly(1, 2), grouped=True, layer_scale=rule)
-    s_a = SLOPE["a"] + CURVATURE["a"] * exactly(0.5, 1) / s[0]
-    s_b = SLOPE["b"] + CURVATURE["b"] * exactly(0.5, -1) / s[1]
-    torch.testing.assert_close(oracle.w, exactly(1, 2) - 0.1 * (2 * s_a + s_b) / 3)
-
-
-def test_groups_of_a_case() -> None:
-    """Two ranks with three micro-batches each, which a window holds one rank after the other."""
-    case = Case(world=2, accumulation=3)
-    window = [(torch.tensor(rank), torch.tensor(i)) for rank in range(2) for i in range(3)]
-    assert {mode: [[(int(rank), int(i)) for rank, i in group] for group in
-                   replace(case, ascent=mode).ascent_groups(window)]
-            for mode in ("global", "rank", "micro_batch", "global_micro_batch")} == {
-        "global": [[(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]],
-        "rank": [[(0, 0), (0, 1), (0, 2)], [(1, 0), (1, 1), (1, 2)]],
-        "micro_batch": [[(0, 0)], [(0, 1)], [(0, 2)], [(1, 0)], [(1, 1)], [(1, 2)]],
-        "global_micro_batch": [[(0, 0), (1, 0)], [(0, 1), (1, 1)], [(0, 2), (1, 2)]],
-    }

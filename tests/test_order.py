@@ -11,43 +11,27 @@ from hypothesis import strategies as st
 from order import TrainingOrder, evaluation_shard
 
 
-@st.composite
-def orders(draw):
-    world_size, micro_batch, accumulation = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    global_batch = world_size * micro_batch * accumulation
-    samples = draw(st.integers(global_batch, 4 * global_batch + 3))
-    return TrainingOrder(samples, global_batch, micro_batch, 0, world_size, draw(st.integers(0, 2**31)))
-
-
 def global_batches(order: TrainingOrder, update: int) -> list[set[int]]:
     """The samples of each update from ``update`` to the end of the epoch, over all ranks."""
     ranks = [replace(order, rank=rank).micro_batches(update) for rank in range(order.world_size)]
     accumulation = order.global_batch // order.world_size // order.micro_batch
-    updates = len(ranks[0]) // accumulation
-    return [{sample for rank in ranks for micro_batch in rank[i * accumulation:(i + 1) * accumulation]
-             for sample in micro_batch} for i in range(updates)]
+    return [set(chain(*(chain(*rank[i:i + accumulation]) for rank in ranks)))
+            for i in range(0, len(ranks[0]), accumulation)]
 
 
-@given(orders(), st.integers(0, 3))
-def test_an_epoch_has_each_sample_at_most_once_in_whole_batches(order, epoch):
-    batches = global_batches(order, epoch * order.updates_per_epoch)
-    assert len(batches) == order.samples // order.global_batch
-    assert all(len(batch) == order.global_batch for batch in batches)
-    assert len(set().union(*batches)) == order.global_batch * len(batches)
-    assert set().union(*batches) <= set(range(order.samples))
-
-
-@given(orders())
-def test_global_batches_do_not_depend_on_the_layout(order):
-    alone = replace(order, world_size=1, micro_batch=order.global_batch)
-    assert global_batches(order, 0) == global_batches(alone, 0)
-
-
-@given(orders(), st.data())
-def test_a_resume_has_the_rest_of_the_epoch(order, data):
-    epoch, done = data.draw(st.integers(0, 2)), data.draw(st.integers(0, order.updates_per_epoch - 1))
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31), st.integers(0, 3), st.data())
+def test_an_epoch(world_size, micro_batch, accumulation, seed, epoch, data):
+    """Each sample at most once in whole batches, the same ones on any layout, and after a resume the rest of them."""
+    batch = world_size * micro_batch * accumulation
+    order = TrainingOrder(data.draw(st.integers(batch, 4 * batch + 3)), batch, micro_batch, 0, world_size, seed)
     first = epoch * order.updates_per_epoch
-    assert global_batches(order, first + done) == global_batches(order, first)[done:]
+    batches = global_batches(order, first)
+    assert len(batches) == order.samples // batch and all(len(samples) == batch for samples in batches)
+    assert len(set().union(*batches)) == batch * len(batches)
+    assert set().union(*batches) <= set(range(order.samples))
+    assert global_batches(replace(order, world_size=1, micro_batch=batch), first) == batches
+    done = data.draw(st.integers(0, order.updates_per_epoch - 1))
+    assert global_batches(order, first + done) == batches[done:]
 
 
 def test_epochs_and_seeds_differ():

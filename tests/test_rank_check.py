@@ -13,40 +13,38 @@ from tests.ranks import run_on_ranks
 from tests.training import Case, engine_for
 
 
-def error_with_versions(odd_ranks: dict[int, dict[str, str]], through_engine: bool) -> tuple[str | None, int]:
-    """On this rank: the message of the check, and how many broadcasts DeepSpeed had made before it."""
-    versions = {**rank_check.rank_versions(), **odd_ranks.get(torch.distributed.get_rank(), {})}
-    with mock.patch.object(rank_check, "rank_versions", lambda: versions), \
-            mock.patch("deepspeed.comm.broadcast") as broadcast, \
-            mock.patch("socket.gethostname", lambda: f"host-{torch.distributed.get_rank() // 2}"):
-        try:
+def errors(odd_rank: int, packages: list[str], through_engine: bool) -> list[tuple[str, int]]:
+    """On this rank, for each package that ``odd_rank`` has another version of: the message of the check, and how many
+    broadcasts DeepSpeed had made before it."""
+    rank, told = torch.distributed.get_rank(), []
+    for package in packages:
+        versions = {**rank_check.rank_versions(), **({package: "9.9.9"} if rank == odd_rank else {})}
+        with mock.patch.object(rank_check, "rank_versions", lambda versions=versions: versions), \
+                mock.patch("deepspeed.comm.broadcast") as broadcast, \
+                mock.patch("socket.gethostname", lambda: f"host-{rank // 2}"), \
+                pytest.raises(LookSAMVersionError) as error:
             if through_engine:
                 with engine_for(Case(world=4)):
                     pass
             else:
                 check_ranks()
-        except LookSAMVersionError as error:
-            return str(error), broadcast.call_count
-    return None, broadcast.call_count
+        told.append((str(error.value), broadcast.call_count))
+    return told
 
 
-@pytest.mark.parametrize("package", ["ds_looksam", "deepspeed", "torch"])
-def test_one_rank_that_differs_is_named_on_every_rank(package):
-    messages = run_on_ranks(4, error_with_versions, {3: {package: "9.9.9"}}, False)
-    for message, _ in messages:
-        assert f"{package} 9.9.9 on rank 3 (host-1)" in message
-        assert "on ranks 0-2 (host-0, host-1)" in message
-        assert sum(name in message for name in ("ds_looksam ", "deepspeed ", "torch ")) == 1, message
+def test_one_rank_that_differs_is_named_on_every_rank():
+    packages = ["ds_looksam", "deepspeed", "torch"]
+    for on_rank in run_on_ranks(4, errors, 3, packages, False):
+        for package, (message, _) in zip(packages, on_rank, strict=True):
+            assert f"{package} 9.9.9 on rank 3 (host-1)" in message
+            assert "on ranks 0-2 (host-0, host-1)" in message
+            assert sum(f"{name} " in message for name in packages) == 1, message
 
 
 def test_initialize_checks_before_deepspeed_sends_weights():
-    for message, broadcasts in run_on_ranks(4, error_with_versions, {0: {"torch": "2.13.1"}}, True):
-        assert message is not None and "torch 2.13.1 on rank 0 (host-0)" in message
+    for ((message, broadcasts), ) in run_on_ranks(4, errors, 0, ["torch"], True):
+        assert "torch 9.9.9 on rank 0 (host-0)" in message
         assert broadcasts == 0
-
-
-def test_equal_versions_pass_with_one_small_all_reduce():
-    assert [sizes for sizes in run_on_ranks(2, all_reduces_of_check)] == [[2], [2]]
 
 
 def all_reduces_of_check() -> list[int]:
@@ -62,12 +60,17 @@ def all_reduces_of_check() -> list[int]:
     return sizes
 
 
+def test_equal_versions_pass_with_one_small_all_reduce():
+    assert run_on_ranks(2, all_reduces_of_check) == [[2], [2]]
+
+
 def test_a_changed_source_file_changes_the_version(tmp_path, monkeypatch):
-    before = rank_check.sources_digest()
-    for name in ("engine.py", "rank_check.py"):
-        (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.setattr(rank_check, "__file__", str(tmp_path / "rank_check.py"))
-    assert rank_check.sources_digest.__wrapped__() != before
+    monkeypatch.setattr(rank_check, "__file__", str(tmp_path / "ranks" / "check.py"))
+    digests = []
+    for line in ("x = 1", "x = 1", "x = 2"):
+        (tmp_path / "engine.py").write_text(line)
+        digests.append(rank_check.sources_digest.__wrapped__())
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_ranges():

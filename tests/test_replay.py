@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from .models import CLASSES, make_model
 from .ranks import run_on_ranks
-from .training import Case, distance, engine_for, master_weights, run_oracle, train, visible_weights
+from .training import Case, distance, engine_for, master_weights, run_oracle
 
 STAGES = [0, 1, 2, 3]
 CASE = Case(world=2, accumulation=2, updates=5, k=2, alpha=0.7)
@@ -59,51 +58,3 @@ def train_outside(case: Case, how: str) -> dict[str, Tensor]:
 def test_a_loss_formed_outside_the_model(stage: int, how: str) -> None:
     case = replace(CASE, stage=stage)
     assert distance(run_on_ranks(2, train_outside, case, how)[0], run_oracle(case)[1]) <= TOLERANCE
-
-
-# No trace -------------------------------------------------------------------------------------------------------------
-
-
-class ReplayBroke(Exception):
-    pass
-
-
-def fails_in_the_replay(case: Case, failing_rank: int | None, where: str) -> dict[str, Any]:
-    """Train; in the third update (a SAM step) the replay raises on ``failing_rank`` (None: on all); step again."""
-    forwards = -1
-
-    def explode(*_: Any) -> None:
-        nonlocal forwards
-        if forwards >= 0:
-            forwards += 1
-            # The first ones are the user's, the next ones the replay's; the last one breaks.
-            if forwards == 2 * case.accumulation and failing_rank in (None, torch.distributed.get_rank()):
-                raise ReplayBroke(where)
-
-    with engine_for(case) as engine:
-        module, untouched = engine.module.head, False
-        module.register_forward_hook(explode) if where == "forward" else module.register_full_backward_hook(explode)
-        for update in range(case.updates):
-            forwards = 0 if update == 2 else -1
-            for i, (x, y) in enumerate(micro_batches(case, update)):
-                engine.backward(engine(x, y))
-                if update == 2 and i == case.accumulation - 1:
-                    before, random, updates = master_weights(engine), torch.get_rng_state(), engine.looksam.updates
-                    with pytest.raises(ReplayBroke):
-                        engine.step()
-                    forwards = -1
-                    untouched = torch.equal(random, torch.get_rng_state()) and engine.looksam.updates == updates
-                    untouched &= all(torch.equal(before[n], w) for n, w in visible_weights(engine).items())
-                engine.step()
-        return {"untouched": untouched, "weights": master_weights(engine)}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_replay_that_raises_leaves_everything_as_it_was(stage: int, where: str) -> None:
-    case = replace(CASE, stage=stage, updates=4)
-    results = run_on_ranks(2, fails_in_the_replay, case, None, where)
-    for result, expected in zip(results, run_on_ranks(2, train, case), strict=True):
-        assert result["untouched"]
-        for name, w in expected.weights.items():  # step() was called again: to the bit what would have been
-            assert torch.equal(result["weights"][name], w), name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +17,16 @@ from .ranks import run_on_ranks
 BUILD_OPTIONS = ("adam_w_mode", "torch_adam")
 """Parameters of a base optimizer that choose its class, and are no hyper-parameters of its groups."""
 
+BASE_PARAMS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+    "Lamb": {"eps": 1e-6},
+    "Lars": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02},
+    "Adagrad": {"lr": 0.05, "weight_decay": 0.01, "eps": 1e-8},
+    "Lion": {"lr": 3e-3, "betas": (0.9, 0.99)},
+    "Muon": {"lr": 0.02, "momentum": 0.9, "eps": 1e-6, "betas": (0.9, 0.95)},
+    "Adam": {"adam_w_mode": False},  # with L2 regularisation; DeepSpeed takes "Adam" for AdamW unless it is told
+}
 LINEAR = nn.functional.linear
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -53,52 +61,7 @@ class Case:
 
     @property
     def base_params(self) -> dict[str, Any]:
-        return {**{
-            "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
-            "Lamb": {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6},
-            "Lars": {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.02},
-            "Adagrad": {"lr": 0.05, "weight_decay": 0.01, "eps": 1e-8},
-            "Lion": {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)},
-            "Muon": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "eps": 1e-6, "betas": (0.9, 0.95)},
-            # With L2 regularisation; DeepSpeed takes "Adam" for AdamW unless it is told.
-            "Adam": {"lr": 1e-2, "weight_decay": 0.1, "adam_w_mode": False},
-        }.get(self.base, {"lr": 1e-2, "weight_decay": 0.1}), **self.options}
-
-    def json(self, looksam: bool = True) -> dict[str, Any]:
-        """The DeepSpeed configuration; without ``looksam`` that of the base optimizer alone."""
-        layerwise = self.layer_scale is not None
-        own = {"k": self.k, "rho": self.rho, "alpha": self.alpha, "base_optimizer": self.base, **self.params}
-        if layerwise:
-            own["layer_scale"] = self.layer_scale
-        if self.ascent != "global":
-            own["ascent"] = self.ascent
-        if self.precision != "fp32":
-            own["rounding"] = self.rounding
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": self.clipping,
-            "zero_optimization": {"stage": self.stage, **self.zero},
-            "optimizer": {"type": "LookLayerSAM" if layerwise else "LookSAM",
-                          "params": {**own, **self.base_params}} if looksam else
-                         {"type": f"Zero{self.base}" if self.by_layer else self.base, "params": self.base_params},
-            # DeepSpeed asks for this flag with SGD, with or without LookSAM.
-            "zero_allow_untested_optimizer": True,
-        }
-        if self.precision == "bf16":
-            config["bf16"] = {"enabled": True}
-        if self.precision == "fp16":
-            config["fp16"] = {"enabled": True, "loss_scale": self.loss_scale}
-        config.update(self.config)
-        return config
-
-    def model_parameters(self, module: nn.Module) -> Any:
-        """What the user hands to deepspeed.initialize."""
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        if not self.two_groups:
-            return [p for _, p in trained]
-        return [{"params": [p for name, p in trained if _first_group(name)]},
-                {"params": [p for name, p in trained if not _first_group(name)], **self.second_group}]
+        return {"lr": 1e-2, "weight_decay": 0.1, **BASE_PARAMS.get(self.base, {}), **self.options}
 
     @property
     def by_layer(self) -> bool:
@@ -115,14 +78,46 @@ class Case:
             group.update(trust_ratio=False, lr=0.01)
         return group
 
+    def json(self, looksam: bool = True) -> dict[str, Any]:
+        """The DeepSpeed configuration; without ``looksam`` that of the base optimizer alone."""
+        layerwise = self.layer_scale is not None
+        own = {"k": self.k, "rho": self.rho, "alpha": self.alpha, "base_optimizer": self.base, **self.params,
+               **({"layer_scale": self.layer_scale} if layerwise else {}),
+               **({"ascent": self.ascent} if self.ascent != "global" else {}),
+               **({"rounding": self.rounding} if self.precision != "fp32" else {})}
+        scale = {"loss_scale": self.loss_scale} if self.precision == "fp16" else {}
+        return {
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clipping,
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            "optimizer": {"type": "LookLayerSAM" if layerwise else "LookSAM",
+                          "params": {**own, **self.base_params}} if looksam else
+                         {"type": f"Zero{self.base}" if self.by_layer else self.base, "params": self.base_params},
+            # DeepSpeed asks for this flag with SGD, with or without LookSAM.
+            "zero_allow_untested_optimizer": True,
+            **({self.precision: {"enabled": True, **scale}} if self.precision != "fp32" else {}),
+            **self.config,
+        }
+
+    def _groups(self, names: Iterable[str]) -> list[tuple[list[str], dict[str, Any]]]:
+        """The names of each param group, and what it has of its own."""
+        if not self.two_groups:
+            return [(list(names), {})]
+        return [([n for n in names if not n.endswith("bias")], {}),
+                ([n for n in names if n.endswith("bias")], self.second_group)]
+
+    def model_parameters(self, module: nn.Module) -> Any:
+        """What the user hands to deepspeed.initialize."""
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        groups = [{"params": [trained[name] for name in names], **own} for names, own in self._groups(trained)]
+        return groups if self.two_groups else groups[0]["params"]
+
     def oracle_groups(self, module: nn.Module) -> list[oracle.Group]:
         names = [name for name, p in module.named_parameters() if p.requires_grad]
         hyper = {key: value for key, value in self.base_params.items() if key not in BUILD_OPTIONS}
-        common = {**hyper, "rho": self.rho, "alpha": self.alpha}
-        if not self.two_groups:
-            return [oracle.Group(names=names, **common)]
-        return [oracle.Group(names=[n for n in names if _first_group(n)], **common),
-                oracle.Group(names=[n for n in names if not _first_group(n)], **{**common, **self.second_group})]
+        return [oracle.Group(names=part, **{**hyper, "rho": self.rho, "alpha": self.alpha, **own})
+                for part, own in self._groups(names)]
 
     def micro_batches(self, update: int, rank: int) -> list[tuple[Tensor, Tensor]]:
         """This rank's micro-batches of one accumulation window, x in float64."""
@@ -153,20 +148,17 @@ class Case:
         return x, y
 
 
-def _first_group(name: str) -> bool:
-    return not name.endswith("bias")
-
-
 @dataclass
 class Result:
-    """Of one rank. Weights are fp32 and whole: the fp32 master's, and the model's own in its dtype."""
+    """Of one rank. Weights are fp32 and whole: the fp32 master's, and the model's own in its dtype. ``history``: of
+    each update, see :func:`train`."""
 
     weights: dict[str, Tensor]
-    model_weights: dict[str, Tensor]
-    history: list[dict[str, Tensor]]
-    forwards: int
-    evaluations: int
-    updates: int
+    model_weights: dict[str, Tensor] = field(default_factory=dict)
+    history: list[Any] = field(default_factory=list)
+    forwards: int = 0
+    evaluations: int = 0
+    updates: int = 0
     extra: Any = None
 
 
@@ -218,12 +210,21 @@ def _let_cpu_compute_fp16(yes: bool) -> None:
         get_accelerator().is_fp16_supported = lambda: yes
 
 
-def train_window(engine: Any, case: Case, update: int) -> None:
+def batches_for(engine: Any, case: Case, update: int) -> list[tuple[Tensor, Tensor]]:
+    """This rank's micro-batches of one accumulation window, as the engine's model takes them."""
+    return [(x.to(engine.device, DTYPES[case.precision]), y.to(engine.device))
+            for x, y in case.micro_batches(update, torch.distributed.get_rank())]
+
+
+def managed(engine: Any, batches: list[tuple[Tensor, Tensor]]) -> None:
     """One accumulation window of an ordinary user's loop."""
-    for x, y in case.micro_batches(update, torch.distributed.get_rank()):
-        loss = engine(x.to(engine.device, DTYPES[case.precision]), y.to(engine.device))
-        engine.backward(loss)
+    for x, y in batches:
+        engine.backward(engine(x, y))
         engine.step()
+
+
+def train_window(engine: Any, case: Case, update: int) -> None:
+    managed(engine, batches_for(engine, case, update))
 
 
 def master_weights(engine: Any) -> dict[str, Tensor]:
@@ -234,13 +235,12 @@ def master_weights(engine: Any) -> dict[str, Tensor]:
         # DeepSpeed 0.19.8's API looks for each parameter where it would lie without this option.
         assert not engine.fp16_enabled() and not engine.bfloat16_enabled(), "fp32 weights are only visible in fp32"
         return visible_weights(engine)
-    weights = {}
-    masters = _replicated_masters(engine)
+    weights, masters = {}, _replicated_masters(engine)
     for name, p in engine.module.named_parameters():
-        if p.requires_grad and id(p) in masters:
-            weights[name] = masters[id(p)].detach().cpu().clone()
-        elif p.requires_grad:
-            full = safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") else p.detach()
+        if p.requires_grad:
+            full = masters.get(id(p), p)
+            if full is p and (hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")):
+                full = safe_get_full_fp32_param(p)
             weights[name] = full.detach().float().cpu().clone()
     return weights
 
@@ -268,16 +268,21 @@ def visible_weights(engine: Any) -> dict[str, Tensor]:
         return {name: p.detach().cpu().clone() for name, p in named}
 
 
-def train(case: Case, looksam: bool = True, keep_history: bool = False) -> Result:
-    """Run a case on this rank of the process group that is there. Collective."""
-    with engine_for(case, looksam) as engine:
+def train(case: Case, looksam: bool = True, module: Callable[[], nn.Module] | None = None,
+          after: Callable[[Any], Any] | None = None,
+          loop: Callable[[Any, list[tuple[Tensor, Tensor]]], Any] = managed) -> Result:
+    """Run a case on this rank of the process group that is there. Collective.
+
+    ``module`` builds another model than the case's; ``loop`` is called with the engine and each window's micro-batches,
+    and then ``after`` with the engine: what they return is the result's ``history``.
+    """
+    with engine_for(case, looksam, module=module and module()) as engine:
         calls: list[None] = []
         engine.module.register_forward_hook(lambda *_: calls.append(None))
         history = []
         for update in range(case.updates):
-            train_window(engine, case, update)
-            if keep_history:
-                history.append(master_weights(engine))
+            told = loop(engine, batches_for(engine, case, update))
+            history.append(after(engine) if after is not None else told)
         status = getattr(engine, "looksam", None)
         return Result(weights=master_weights(engine), model_weights=visible_weights(engine), history=history,
                       forwards=len(calls), evaluations=status.evaluations if status else case.updates,
@@ -285,15 +290,15 @@ def train(case: Case, looksam: bool = True, keep_history: bool = False) -> Resul
 
 
 def start_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.dtype = torch.float64,
-                 autocast: torch.dtype | None = None) -> tuple[oracle.Oracle, nn.Module, list[oracle.Group]]:
-    """The oracle before its first update, and what :func:`named` asks for."""
+                 autocast: torch.dtype | None = None, module: nn.Module | None = None
+                 ) -> tuple[oracle.Oracle, nn.Module, list[oracle.Group]]:
+    """The oracle before its first update, and what :func:`named` asks for. ``module``: another than the case's."""
     if autocast is not None:
         dtype = torch.float32
-    module = make_model(case.model, case.seed)
+    module = make_model(case.model, case.seed) if module is None else module
     if case.precision != "fp32":
         module.to(DTYPES[case.precision])  # DeepSpeed's master starts from the model's rounded weights
-    groups = case.oracle_groups(module)
-    groups = [g for g in groups if g.names]
+    groups = [group for group in case.oracle_groups(module) if group.names]
     reference = oracle.build(module, groups, base=case.base, k=case.k, clipping=case.clipping, dtype=dtype,
                              layer_scale=case.layer_scale, autocast=autocast,
                              loss_scale=case.loss_scale if case.precision == "fp16" and case.stage > 0 else 1.0)
@@ -313,13 +318,13 @@ def start_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.
 
 
 def run_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.dtype = torch.float64,
-               autocast: torch.dtype | None = None,
-               rounding: Callable[[Tensor], Tensor] | None = None) -> tuple[oracle.Oracle, dict[str, Tensor]]:
+               autocast: torch.dtype | None = None, rounding: Callable[[Tensor], Tensor] | None = None,
+               module: nn.Module | None = None) -> tuple[oracle.Oracle, dict[str, Tensor]]:
     """The same case by the oracle: the oracle itself, and its weights by name.
 
     ``rounding``: what becomes of the weights after each update.
     """
-    reference, module, groups = start_oracle(case, dtype, v_dtype, autocast)
+    reference, module, groups = start_oracle(case, dtype, v_dtype, autocast, module)
     for update in range(case.updates):
         reference.update(case.window(update))
         if rounding is not None:
@@ -330,19 +335,14 @@ def run_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.dt
 def named(w: Tensor, module: nn.Module, groups: list[oracle.Group]) -> dict[str, Tensor]:
     """The oracle's vector as tensors by name."""
     shapes = {name: p.shape for name, p in module.named_parameters()}
-    weights, offset = {}, 0
-    for name in (n for group in groups for n in group.names):
-        numel = shapes[name].numel()
-        weights[name] = w[offset:offset + numel].view(shapes[name])
-        offset += numel
-    return weights
+    names = [name for group in groups for name in group.names]
+    parts = w.split([shapes[name].numel() for name in names])
+    return {name: part.view(shapes[name]) for name, part in zip(names, parts, strict=True)}
 
 
 def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Relative error over all weights as one vector. The names and shapes must be the same."""
-    assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
-    for name in expected:
-        assert got[name].shape == expected[name].shape, name
+    assert {name: w.shape for name, w in got.items()} == {name: w.shape for name, w in expected.items()}
     return oracle.relative_error(torch.cat([got[n].double().reshape(-1) for n in expected]),
                                  torch.cat([expected[n].double().reshape(-1) for n in expected]))
 
@@ -350,20 +350,12 @@ def distance(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def check_against_oracle(case: Case, tolerance: float, dtype: torch.dtype = torch.float64,
                          v_dtype: torch.dtype = torch.float64) -> oracle.Oracle:
     """Train on ``case.world`` ranks, and compare every rank's weights with the oracle's; what else is compared, see
-    :func:`compare_with_oracle`.
-
-    ``tolerance`` is for a g_v that is used at its own length. A fixed alpha makes a short g_v (small rho, flat loss) as
-    long as alpha ‖g‖, and its rounding error with it; the 10 lets the usual alpha and rho pass without an allowance.
-
-    Samples on which an element of the gradient happens to cancel, so that Adam divides rounding by rounding, are held
-    to what they leave to anybody: ``ROUNDING`` times the error of a naive program in fp32, and never more than 1e-4.
+    :func:`compare_with_oracle`, and what is allowed, :func:`allowed`.
 
     In low precision (``dtype``) the run may be another one that rounds as well as the oracle: :func:`error_to_nearest`.
     """
     reference, error, weights = compare_with_oracle(case, dtype, v_dtype)
-    tolerance *= max(1.0, reference.amplification / 10)
-    if error > tolerance and case.precision == "fp32":
-        tolerance = max(tolerance, min(ROUNDING * naive_error(case), 1e-4))
+    tolerance = allowed(case, tolerance, error, reference)
     if error > tolerance and dtype in (torch.bfloat16, torch.float16):
         error = error_to_nearest(weights, case, dtype, v_dtype)
     assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e} for {case}"
@@ -375,11 +367,19 @@ ROUNDING = 20
 1 - beta2^t, which starts at 1e-3, in fp32 too."""
 
 
-def naive_error(case: Case) -> float:
-    """Relative error of the oracle when it computes gradients in fp32 and rounds its weights to fp32 after each update.
+def allowed(case: Case, tolerance: float, error: float, reference: oracle.Oracle) -> float:
+    """``tolerance`` is for a g_v that is used at its own length. A fixed alpha makes a short g_v (small rho, flat loss)
+    as long as alpha ‖g‖, and its rounding error with it; the 10 lets the usual alpha and rho pass without an allowance.
+
+    Samples on which an element of the gradient happens to cancel, so that Adam divides rounding by rounding, are held
+    to what they leave to anybody: ``ROUNDING`` times the error of a naive program in fp32, which computes gradients in
+    fp32 and rounds its weights to fp32 after each update; and never more than 1e-4.
     """
-    _, naive = run_oracle(case, torch.float32, rounding=lambda w: w.float().double())
-    return distance(naive, run_oracle(case)[1])
+    tolerance *= max(1.0, reference.amplification / 10)
+    if error > tolerance and case.precision == "fp32":
+        _, naive = run_oracle(case, torch.float32, rounding=lambda w: w.float().double())
+        tolerance = max(tolerance, min(ROUNDING * distance(naive, run_oracle(case)[1]), 1e-4))
+    return tolerance
 
 
 NUDGES = (1e-7, 3e-7, 1e-6)
@@ -419,8 +419,7 @@ def compare_with_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype:
             assert torch.equal(weight, results[0].weights[name]), f"rank {rank} differs from rank 0 in {name}"
             assert torch.equal(result.model_weights[name], weight.to(DTYPES[case.precision])), \
                 f"rank {rank}: the model's {name} is not the master's"
-        assert result.updates == case.updates
-        assert result.evaluations == reference.evaluations
+        assert (result.updates, result.evaluations) == (case.updates, reference.evaluations)
         assert reference.evaluations == case.updates + max(0, -(-(case.updates - reference.off) // case.k))
         assert result.forwards == result.evaluations * case.accumulation
     return reference, distance(results[0].weights, expected), results[0].weights
