@@ -37,8 +37,9 @@ def rebuilt(value: Any, of_leaf: Callable[[Any], Any], known: dict[int, Any] | N
     if id(value) in known:  # shared, or a circle
         return known[id(value)]
     if isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom):
-        new = known[id(value)] = _copy_of_generator(value)
-        return new
+        known[id(value)] = (torch.Generator(value.device).set_state(value.get_state())
+                            if isinstance(value, torch.Generator) else copy.deepcopy(value))
+        return known[id(value)]
 
     def inner(item: Any) -> Any:
         return rebuilt(item, of_leaf, known)
@@ -59,12 +60,6 @@ def rebuilt(value: Any, of_leaf: Callable[[Any], Any], known: dict[int, Any] | N
     for name, item in attributes(value).items():
         object.__setattr__(new, name, inner(item))  # also where the class is frozen
     return new
-
-
-def _copy_of_generator(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return torch.Generator(generator.device).set_state(generator.get_state())
-    return copy.deepcopy(generator)
 
 
 def attributes(value: Any) -> dict[str, Any]:

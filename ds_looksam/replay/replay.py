@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from ..errors import LookSAMReplayError
 from ..ranks.agree import raised_everywhere
 from ..shards import GradientShards
-from .guard import refuse_state_dicts
 from .module_state import Isolation
-from .side_effects import without_side_effects
-from .snapshot import ModelSnapshot
+from .snapshot import ModelSnapshot, submodules
 from .tape import in_functorch
 from .window import Backward, LossFn, Window
 
@@ -208,11 +206,14 @@ class Replay:
         Raises:
             LookSAMReplayError: this rank's error is only what came of another rank's.
         """
-        snapshot = ModelSnapshot.take(self._module, optimized=shards.parameters())
+        snapshot = ModelSnapshot(self._module, optimized=shards.parameters())
         try:
             self._where = Where.PERTURBED
-            self._guards = self._guards or refuse_state_dicts(self._module, lambda m: self.refuse(
-                f"{type(m).__name__}.state_dict()"))
+            # The door through which perturbed weights could leave: torch.save(model.state_dict()) from a forward hook,
+            # or from an exit handler after an interruption. Assigning parameters cannot be intercepted.
+            self._guards = self._guards or [
+                m.register_state_dict_pre_hook(lambda m, *_: self.refuse(f"{type(m).__name__}.state_dict()"))
+                for m in submodules(self._module)]
             with self._isolation.second_evaluation(self._module, self.window.before):
                 yield
         except Exception as error:
@@ -247,7 +248,7 @@ class Replay:
         self._replayed = Window()
         self._where = Where.EVALUATING
         try:
-            with self._engine.running_again(), torch.enable_grad(), without_side_effects(self._module):
+            with self._engine.running_again(), torch.enable_grad():
                 self._announce_next_backward()
                 if self._closure is not None:
                     self._call_closure(self._closure)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,12 @@ from torch.distributed import Work
 from ..arithmetic.eager import EAGER, Passes, Shard, squared_norm
 from ..arithmetic.layout import LayerMap, Segment
 from ..arithmetic.rounding import seed_for
-from .own import OwnModel, ScaleOf
+
+if TYPE_CHECKING:
+    from .own import OwnModel
+
+ScaleOf = Callable[[int, int, int], Tensor]
+"""(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
 
 Publish = Callable[[int], Work | None]
 """(flat tensor's index) -> the all-gather that has been started for it, to be waited for; None on a single rank."""
@@ -66,18 +71,19 @@ class GradientShards(ABC):
         whole_groups: the parameters of each param group of the optimizer, the same lists on every rank.
     """
 
-    process_group: Any | None
+    process_group: Any | None = None
     device: torch.device
     group_of: list[int]
     passes: Passes = EAGER
     whole_groups: list[list[torch.nn.Parameter]]
+    _groups: list[list[Any]]  # for each flat tensor the parameters that ranks have in theirs
     _changed: bool = False
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
-    @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:
         """The model's parameters that the base optimizer trains."""
+        return [p for params in self._groups for p in params]
 
     def follow_changes(self, v: Shard | None) -> Shard | None:
         """Called before each update. Where parameters were frozen, unfrozen or added since: v, laid out anew, with 0
@@ -135,13 +141,6 @@ class GradientShards(ABC):
 
         noting.notes_changes = True  # type: ignore[attr-defined]
         return noting
-
-    def _watch_fragments(self) -> None:
-        """Stages 1 and 2: a method of each parameter, which DeepSpeed sets anew when it loads a checkpoint."""
-        for p in self.parameters():
-            write = getattr(p, "set_full_hp_grad", None)
-            if write is not None and not hasattr(write, "notes_changes"):
-                p.set_full_hp_grad = self._noting_changes(write)  # type: ignore[attr-defined]
 
     def end_window(self) -> None:  # noqa: B027 - most wrappers have nothing to forget
         """The update is over, applied or skipped: nothing of this window's gradient may show in the next one.
@@ -229,8 +228,7 @@ class GradientShards(ABC):
         """This rank's whole model, where it has one: stages 0 to 2."""
         raise NotImplementedError(type(self).__name__)
 
-    @abstractmethod
-    def unperturb_local(self) -> None:
+    def unperturb_local(self) -> None:  # noqa: B027 - most steps read master weights, which were never perturbed
         """Bring back what the base optimizer's step reads. Sends nothing: that step publishes the new weights."""
 
     @abstractmethod

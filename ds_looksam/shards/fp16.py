@@ -19,8 +19,6 @@ Two oddities of DeepSpeed 0.19.8 that LookSAM leaves as they are, so that a run 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -35,8 +33,7 @@ from .replicated import WholeShards
 class FP16Shards(WholeShards):
     def __init__(self, optimizer: FP16_UnfusedOptimizer | FP16_Optimizer) -> None:
         self._wrapper = optimizer
-        self.process_group: Any | None = None
-        self._groups: list[list[torch.nn.Parameter]] = optimizer.fp16_groups
+        self._groups = optimizer.fp16_groups
         self.group_of = list(range(len(self._groups)))
         self.device = self._groups[0][0].device
         for p in self.parameters():

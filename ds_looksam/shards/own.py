@@ -12,7 +12,6 @@ Nothing here is collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,27 +19,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ..arithmetic.eager import Passes, Shard
+from ..arithmetic.eager import Shard
 from ..arithmetic.layout import LayerMap, Segment
 from ..arithmetic.rounding import seed_for
-
-ScaleOf = Callable[[int, int, int], Tensor]
-"""(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
+from .base import GradientShards, ScaleOf
 
 
 class OwnModel:
     """The model's weights in flat tensors of which the parameters are views: stages 1 and 2.
 
     Args:
-        flats: for each param group the model's weights, [numel of the whole group, padding included].
-        groups: for each param group the parameters that lie in its flat tensor.
-        whole_groups: as :class:`GradientShards` has it.
-        passes: the arithmetic.
+        wholes: for each param group the model's weights, [numel of the whole group, padding included].
     """
 
-    def __init__(self, flats: Callable[[], Shard], groups: list[list[torch.nn.Parameter]],
-                 whole_groups: list[list[torch.nn.Parameter]], passes: Callable[[], Passes]) -> None:
-        self._flats, self._groups, self._whole_groups, self._passes = flats, groups, whole_groups, passes
+    def __init__(self, shards: GradientShards, wholes: Shard) -> None:
+        self._shards, self._wholes = shards, wholes
         self._gradient: Shard | None = None
         self._hooks: list[Any] = []
         self._clean: Shard | None = None
@@ -58,7 +51,7 @@ class OwnModel:
         """
         if self._hooks:
             return
-        self._gradient = so_far if so_far is not None else self._new_gradient()
+        self._gradient = so_far if so_far is not None else self.new_gradient()
         for flat, segments in zip(self._gradient, self.layout, strict=True):
             for s in segments:
                 if s.parameter.requires_grad:  # no layer that was frozen since initialize
@@ -79,31 +72,35 @@ class OwnModel:
             hook.remove()
         self._hooks, self._gradient = [], None
 
-    def _new_gradient(self) -> Shard:
-        return [torch.zeros_like(flat) for flat in self._flats()]
+    def new_gradient(self) -> Shard:
+        return [torch.zeros_like(flat) for flat in self._flats]
 
     # The weights ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _flats(self) -> Shard:
+        return [flat.detach() for flat in self._wholes]
 
     @cached_property
     def layout(self) -> list[list[Segment]]:
         """For each flat tensor what lies in it, in ascending order."""
         layout = []
-        for flat, params in zip(self._flats(), self._groups, strict=True):
-            starts = [(p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()) for p in params if p.numel() > 0]
-            layout.append([Segment(p, start, 0, p.numel(), p.numel()) for p, start in sorted(starts, key=_start)])
+        for flat, params in zip(self._flats, self._shards._groups, strict=True):
+            starts = {(p.data_ptr() - flat.data_ptr()) // flat.element_size(): p for p in params if p.numel() > 0}
+            layout.append([Segment(p, start, 0, p.numel(), p.numel()) for start, p in sorted(starts.items())])
         return layout
 
     @cached_property
     def layers(self) -> LayerMap:
-        flats = self._flats()
-        return LayerMap(self.layout, [flat.numel() for flat in flats], self._whole_groups, flats[0].device)
+        sizes = [flat.numel() for flat in self._flats]
+        return LayerMap(self.layout, sizes, self._shards.whole_groups, self._flats[0].device)
 
     def layer_squares(self) -> Tensor:
         """‖w_l‖² of every layer, float64 [L]."""
-        return self.layers.squares(self._flats())
+        return self.layers.squares(self._flats)
 
     def squared_norm(self, gradient: Shard) -> Tensor:
-        return self._passes().squared_norm(gradient, gradient[0].device)
+        return self._shards.passes.squared_norm(gradient, gradient[0].device)
 
     def perturb(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
         """w <- w + scale * gradient, in the model's dtype.
@@ -114,7 +111,7 @@ class OwnModel:
         Returns:
             The sums of :func:`add_perturbation`, float64 [3].
         """
-        flats = self._flats()
+        flats = self._flats
         if keep_clean:
             self._clean = [flat.clone() for flat in flats]
         moved = torch.zeros(3, dtype=torch.float64, device=flats[0].device)
@@ -122,12 +119,12 @@ class OwnModel:
             for i, (w, g) in enumerate(zip(flats, gradient, strict=True)):
                 if w.numel() > 0:
                     seed = seed_for(w.dtype, rounding, i)
-                    moved += self._passes().add_perturbation(w, g, partial(scale_of, i), w, seed)
+                    moved += self._shards.passes.add_perturbation(w, g, partial(scale_of, i), w, seed)
         return moved
 
     def restore(self) -> None:
         """Copy back what was kept."""
-        for flat, clean in zip(self._flats(), self._clean or [], strict=False):
+        for flat, clean in zip(self._flats, self._clean or [], strict=False):
             flat.copy_(clean)
         self._clean = None
 
@@ -135,7 +132,3 @@ class OwnModel:
 def _add(total: Tensor, gradient: Tensor | None) -> None:
     if gradient is not None:
         total.add_(gradient.detach().reshape(-1))
-
-
-def _start(item: tuple[torch.nn.Parameter, int]) -> int:
-    return item[1]

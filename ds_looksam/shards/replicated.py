@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +21,9 @@ from .own import OwnModel
 class WholeShards(GradientShards):
     """Every rank holds everything: one flat tensor per param group, its parameters one after another."""
 
-    _groups: list[list[torch.nn.Parameter]]
     _marks: list[tuple[int, int]] | None = None
     _clean: Shard | None = None
     """The model's weights as they were, while it computes with w + eps."""
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for params in self._groups for p in params]
 
     def layout(self) -> list[list[Segment]]:
         return [[Segment(p, lo, 0, hi - lo, hi - lo) for p, (lo, hi) in zip(params, _ends(params), strict=True)]
@@ -43,7 +38,7 @@ class WholeShards(GradientShards):
                 p.grad = view
 
     def own_model(self) -> OwnModel:
-        return OwnWholeModel(self)
+        return OwnWholeModel(self, [])
 
     def watch_gradient(self) -> None:
         self._marks = self._gradient_marks()
@@ -89,10 +84,6 @@ class OwnWholeModel(OwnModel):
     """On stage 0 the shards are the whole model, in a tensor for each parameter. They follow what is trained, so
     nothing of theirs is kept here."""
 
-    def __init__(self, shards: WholeShards) -> None:
-        super().__init__(lambda: [], [], shards.whole_groups, lambda: shards.passes)
-        self._shards = shards
-
     @property
     def layout(self) -> list[list[Segment]]:
         return self._shards.layout()
@@ -110,15 +101,13 @@ class OwnWholeModel(OwnModel):
     def restore(self) -> None:
         self._shards.restore_weights()
 
-    def _new_gradient(self) -> Shard:
+    def new_gradient(self) -> Shard:
         return self._shards.new_shard()
 
 
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.process_group: Any | None = None
-        self.device = device
-        self._optimizer = optimizer
+        self.device, self._optimizer = device, optimizer
         self._groups = self._trained()
         self.group_of = list(range(len(self._groups)))
 

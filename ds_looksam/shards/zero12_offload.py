@@ -58,7 +58,7 @@ class Zero12OffloadShards(Zero12Shards):
 
     def _publish(self, i: int) -> Work | None:
         on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups[i]
-        self._own_model_partition(i).copy_(on_host, non_blocking=True)
+        self._own_partition(i).copy_(on_host, non_blocking=True)
         return super()._publish(i)
 
     def _start_window(self) -> None:

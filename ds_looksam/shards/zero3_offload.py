@@ -92,9 +92,6 @@ class Zero3OffloadShards(Zero3Shards):
         self._republish()
         return moved
 
-    def unperturb_local(self) -> None:
-        """Nothing to do: the step reads the master weights only, and those were never perturbed."""
-
     def restore_weights(self) -> None:
         for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
             with self._master(i) as master:
