@@ -137,8 +137,8 @@ MUTANTS = [
            "the second evaluation runs with the flags of the moment", "test_lightning.py test_torch_features.py"),
     Mutant("replay/replay.py", "share = 1 / self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1.0",
            "share = 1.0", "sharpness: summed over micro-batches instead of averaged", "test_metrics.py -k oracles"),
-    Mutant("replay/replay.py", "lambda m, *_: self.refuse(", "lambda m, *_: str(", "perturbed weights leave by state_dict()",
-           "test_checkpoint_broken.py -k test_every_door"),
+    Mutant("replay/replay.py", "lambda m, *_: self.refuse(", "lambda m, *_: str(",
+           "perturbed weights leave by state_dict()", "test_checkpoint_broken.py -k test_every_door"),
     # step
     Mutant("step/update.py", "                self._state.keep(fresh)\n", "                pass\n",
            "v is never stored", UPDATE),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -193,13 +192,6 @@ def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int,
     return torch.stack([add_up(parts, weights.device) for parts in columns])
 
 
-class AddPerturbation(Protocol):
-    """:func:`add_perturbation`, whose last argument may be left out."""
-
-    def __call__(self, weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
-                 rounding: int | None = None) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Passes:
     """Everything that goes through whole shards: this module's functions of these names, or others that do the same."""
@@ -207,7 +199,7 @@ class Passes:
     squared_norm: Callable[[Shard, torch.device], Tensor]
     reuse_sums: Callable[[Shard, Shard, torch.device], Tensor]
     add_reused_: Callable[[Shard, Shard, list[Tensor | None]], Shard]
-    add_perturbation: AddPerturbation
+    add_perturbation: Callable[..., Tensor]
     replay_sums: Callable[[Shard, Shard, Shard | None, torch.device], Tensor]
     project_out_: Callable[[Shard, Shard, Tensor], Shard]
 

@@ -21,7 +21,7 @@ from ..config.accept import accept, explain_unknown_key, refuse_model
 from ..config.base_optimizers import TESTED_WITH_ZERO
 from ..config.support import Run
 from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
-from ..shards import GradientShards, open_shards
+from ..shards import open_shards
 from . import deepspeed_fixes
 
 
@@ -36,26 +36,17 @@ class HostEngine(DeepSpeedEngine):
     # DeepSpeed's own, for the type checker.
     _is_gradient_accumulation_boundary: bool | None
     _unmanaged_backward_count: int
-    _running_engine_step: bool
     warn_unscaled_loss: bool
-    inside_no_sync_ctxt: bool
     enable_backward_allreduce: bool
-    _running_engine_backward: bool
-    _manual_backward_expected: bool
-    device: torch.device
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
         self.read_configuration(config_class, kwargs["model"], kwargs.get("optimizer"))
         super().__init__(*args, config_class=config_class, **kwargs)
-        # The room for the wrapper that DeepSpeed has put around the base optimizer.
-        self._shards = open_shards(self, self._whole_groups)
+        self.gradient_shards = open_shards(self)
+        # Whole parameters, the same lists on every rank, from before the wrapper put flat tensors in their place.
+        self.gradient_shards.whole_groups = self._whole_groups
         if isinstance(self.basic_optimizer, LayerwiseOptimizer):
-            self.basic_optimizer.bind(self._shards)
-
-    @property
-    def gradient_shards(self) -> GradientShards:
-        """This rank's part of gradient and weights."""
-        return self._shards
+            self.basic_optimizer.bind(self.gradient_shards)
 
     def refuse_steps_of_optimizer(self, error: Exception) -> None:
         """``engine.optimizer.step()`` raises ``error`` from now on, where it is not called by ``engine.step()``."""
@@ -106,17 +97,9 @@ class HostEngine(DeepSpeedEngine):
                 p.grad is None and getattr(p, "grad_accum", None) is None
                 for p in self.module.parameters() if p.requires_grad)
 
-    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
-        """Check DeepSpeed's parsed configuration, and make it that of the base optimizer. Called before anything else.
-
-        Raises:
-            LookSAMConfigError: it is wrong, or not supported.
-        """
-        self.accept(config, client_optimizer)
-
-    @staticmethod
-    def accept(config: Any, client_optimizer: Any) -> Run:
-        """Check a configuration, with the keys of its JSON that DeepSpeed does not read.
+    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> Run:
+        """Check DeepSpeed's parsed configuration, with the keys of its JSON that DeepSpeed does not read, and make it
+        that of the base optimizer. Called before anything else.
 
         Raises:
             LookSAMConfigError: it is wrong, or not supported.
@@ -136,11 +119,11 @@ class HostEngine(DeepSpeedEngine):
     def update_at_boundary(self, apply_update: Callable[[], bool]) -> None:
         """Called once per accumulation window, with the averaged gradient in place. ``apply_update`` is
         DeepSpeed's clipping, optimizer step, publication of the weights and LR schedule; False if it skipped them."""
-        self._shards.keep_gradient()
+        self.gradient_shards.keep_gradient()
         try:
             apply_update()
         finally:
-            self._shards.end_window()
+            self.gradient_shards.end_window()
 
     @contextmanager
     def running_again(self) -> Iterator[None]:
@@ -215,13 +198,11 @@ class HostEngine(DeepSpeedEngine):
         else:
             self.allreduce_gradients()
 
-    def monitors(self) -> bool:
-        """Whether this rank writes to monitors that DeepSpeed's configuration asks for."""
-        return bool(self.monitor.enabled) and self.global_rank == 0
-
-    def write_to_monitors(self, events: list[tuple[str, float, int]]) -> None:
-        """(name, value, number of samples) each, beside what DeepSpeed writes itself."""
-        self.monitor.write_events(events)
+    def write_to_monitors(self, events: Callable[[], list[tuple[str, float, int]]]) -> None:
+        """(name, value, number of samples) each, beside what DeepSpeed writes: on rank 0, where the JSON asks for it.
+        """
+        if self.monitor.enabled and self.global_rank == 0:
+            self.monitor.write_events(events())
 
     def gradient_loss_scale(self) -> float:
         """What the gradients in the wrapper are multiplied by. That is the loss scale for ZeRO optimizers only: for the
@@ -291,7 +272,6 @@ class HostEngine(DeepSpeedEngine):
                 deepspeed_fixes.keep_group_keys(model_parameters, optimizer)
         except TypeError as error:
             raise self.explain(error) from error
-        # Whole parameters, the same lists on every rank; the wrapper will put flat shards in their place.
         self._whole_groups = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
         if isinstance(optimizer, LayerwiseOptimizer):
             optimizer.wait_for_wrapper()

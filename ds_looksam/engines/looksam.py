@@ -23,6 +23,7 @@ from ..checkpoint.checkpointer import Checkpointer
 from ..config.accept import explain_unknown_key
 from ..config.params import group_settings, parse_group, set_group_defaults
 from ..config.rounding import computes_in, rounding_warning
+from ..config.support import Run
 from ..errors import LookSAMReplayError
 from ..ranks.check import check_ranks
 from ..replay.replay import Closure, Replay
@@ -85,13 +86,14 @@ class LookSAMEngine(HostEngine):
 
     # Construction ---------------------------------------------------------------------------------------------------
 
-    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
-        run = self.accept(config, client_optimizer)
+    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> Run:
+        run = super().read_configuration(config, model, client_optimizer)
         assert run.settings is not None
         self._settings, self._computes_in = run.settings, computes_in(config)
         # From here on DeepSpeed sees the configuration of a run with the base optimizer alone.
         config.optimizer_name, config.optimizer_params = run.base, run.base_params
         tag_for_muon(config, model)
+        return run
 
     def before_first_communication(self, device: torch.device) -> None:
         check_ranks(device)
@@ -219,9 +221,8 @@ class LookSAMEngine(HostEngine):
         if self._state.status.next_is_sam:
             self._warn_of_freezing()
         self._update(apply_update)
-        if self.monitors():
-            status = self._state.status
-            self.write_to_monitors(monitor.events(status, self.global_samples, measured=status.step_kind == "sam"))
+        status = self._state.status
+        self.write_to_monitors(lambda: monitor.events(status, self.global_samples, status.step_kind == "sam"))
 
     def _warn_of_freezing(self) -> None:
         """Once, where DeepSpeed ignores that parameters were frozen or unfrozen: everywhere but on stage 0 in fp32."""

@@ -7,9 +7,8 @@ Source: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aw
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,38 +19,12 @@ from ..arithmetic.rounding import rounding_seed
 from ..config.params import GroupSettings, LookSAMConfig, parse_group, set_group_defaults
 from ..errors import LookSAMReplayError
 from ..ranks.reduce import ranks_in, sum_over_all_ranks, sum_over_ranks, this_rank, world_size
+from ..replay.replay import Replay
 from ..shards import GradientShards
-from .ascent import OWN, PER_MICRO_BATCH, Ascent, GlobalAscent, OwnAscent, own_norms, sum_norms
+from .ascent import OWN, PER_MICRO_BATCH, Ascent, OwnAscent, own_norms, sum_norms
 from .schedule import RhoFactors
 from .state import Fresh, LookSAMState
 from .status import StepKind
-
-
-class SecondEvaluation(Protocol):
-    """What evaluates the window again: :class:`ds_looksam.replay.replay.Replay`, or a closure in a test."""
-
-    @property
-    def is_perturbed(self) -> bool:
-        """Whether the weights are perturbed at the moment."""
-
-    def edit_gradients(self) -> None:
-        """Let the user change the gradient that the wrapper has just averaged."""
-
-    def check(self, in_step: bool = True) -> None:
-        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet."""
-
-    def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> AbstractContextManager[None]:
-        """While the weights are perturbed. Whatever happens inside leaves nothing of it behind. ``put_back``: gives the
-        first gradient back to the wrapper where the evaluation fails."""
-
-    def evaluate(self) -> None:
-        """Forward and backward of the whole window, at the weights as they are. Collective."""
-
-    def loss_rise(self, device: torch.device) -> Tensor:
-        """The window's loss at w + eps minus its loss at w on this rank, float64 [1] on ``device``."""
-
-    def forget(self) -> None:
-        """The window's update is over: nothing of it is kept."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +61,7 @@ class Update:
     """Turns the averaged gradient of a window into the one that the base optimizer gets.
 
     Args:
+        replay: evaluates the window again.
         param_groups: the optimizer's, as they stand at the moment; users change rho, alpha and lr in them.
         loss_scale: what the gradients in the wrapper are multiplied by at the moment.
 
@@ -96,7 +70,7 @@ class Update:
             :meth:`micro_batch_is_done`.
     """
 
-    def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: SecondEvaluation,
+    def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: Replay,
                  rho_factors: RhoFactors, param_groups: Callable[[], list[dict[str, Any]]],
                  loss_scale: Callable[[], float]) -> None:
         self._settings, self._state, self._shards, self._replay = settings, state, shards, replay
@@ -104,8 +78,7 @@ class Update:
         self._param_groups, self._loss_scale = param_groups, loss_scale
         self._rounds_at_random = settings.rounding == "stochastic"
         self.is_per_micro_batch = settings.ascent in PER_MICRO_BATCH
-        kind = OwnAscent if settings.ascent in OWN else GlobalAscent
-        self._ascent: Ascent = kind(shards, settings.layer_scale)
+        self._ascent = (OwnAscent if settings.ascent in OWN else Ascent)(shards, settings.layer_scale)
         self._so_far: Gradients | None = None
         self._is_watched = False
 
