@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_looksam.arithmetic import triton_passes
+from ds_looksam.arithmetic import eager
 from ds_looksam.arithmetic.triton_passes import FUSED
 
 from .test_algebra import NUMEL, SEED, check_nothing, check_perturbation, check_projection, check_reuse, check_sums
@@ -47,7 +47,7 @@ def test_perturbation(numel: int, master: torch.dtype, model: torch.dtype, in_pl
 def test_stochastic_rounding(monkeypatch: pytest.MonkeyPatch, numel: int, master: torch.dtype, model: torch.dtype,
                              in_place: bool) -> None:
     """Bit by bit as the eager arithmetic rounds, in several launches."""
-    monkeypatch.setattr(triton_passes, "chunk_size", lambda device: 8192)
+    monkeypatch.setattr(eager, "chunk_size", lambda device: 8192)
     check_perturbation(FUSED, numel, master, model, in_place, per_element=False, rounding=SEED)
 
 

@@ -1,4 +1,4 @@
-"""Which code goes through the shards: :mod:`.algebra`'s, or its fused forms, torch.compile's and Triton's."""
+"""Which code goes through the shards: :mod:`.eager`'s, or its fused forms, torch.compile's and Triton's."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class LayerMap:
             first, last = bisect_right(starts, lo) - 1, bisect_left(starts, hi)
             lengths = [end - start for start, end in pairwise([lo, *starts[first + 1:last], hi])]
             layers = self._layers[i][first:last]
-            # What a sum in fp32 is exact enough for (algebra.CHUNK_CPU).
+            # What a sum in fp32 is exact enough for (eager.CHUNK_CPU).
             most = chunk_size(self.device) if self.device.type == "cpu" else CUT_DEVICE
             cuts = [[b - a for a, b in chunks(length, most)] for length in lengths]
             flat_cuts = [cut for of_piece in cuts for cut in of_piece]

@@ -1,7 +1,5 @@
-"""What LookSAM asks of a DeepSpeed optimizer wrapper: hand out the gradient, move the weights, start over.
-
-One subclass per wrapper. The way of a gradient: wrapper -> take_gradient -> arithmetic -> give_gradient -> the
-wrapper's own step.
+"""What LookSAM asks of a DeepSpeed optimizer wrapper, a subclass for each: hand out the gradient, move the weights,
+start over. The way of a gradient: wrapper -> take_gradient -> arithmetic -> give_gradient -> the wrapper's own step.
 
 A picture of the flat tensors for two ranks (one param group, three tensors a b c, padding .)::
 
@@ -43,10 +41,7 @@ def part_norms(parts: Shard) -> list[Tensor]:
 
 
 def in_fp32(flat: Tensor, survives_evaluation: bool) -> Tensor:
-    """A wrapper's own gradient buffer in fp32, as take_gradient has to hand it out: a copy where it must survive.
-
-    ``.to`` copies where the dtype differs; only an fp32 alias of the buffer must be copied by hand.
-    """
+    """A wrapper's own gradient buffer in fp32, as take_gradient has to hand it out: a copy where it must survive."""
     return flat.clone() if survives_evaluation and flat.dtype == torch.float32 else flat.to(torch.float32)
 
 
@@ -87,11 +82,7 @@ class GradientShards(ABC):
 
     def follow_changes(self, v: Shard | None) -> Shard | None:
         """Called before each update. Where parameters were frozen, unfrozen or added since: v, laid out anew, with 0
-        for what is new. Only stage 0 in fp32 can: DeepSpeed's wrappers keep the partitions they began with.
-
-        Returns:
-            ``v`` itself where nothing changed.
-        """
+        for what is new; else ``v`` itself. Only stage 0 in fp32 can: DeepSpeed's wrappers keep their partitions."""
         return v
 
     @abstractmethod
@@ -112,8 +103,8 @@ class GradientShards(ABC):
         """Take the window's averaged gradient out of the wrapper, which is then ready to accumulate a new one.
 
         Args:
-            survives_evaluation: True if the caller still needs these values while another evaluation writes into
-                the wrapper's gradient buffers; False lets the wrapper hand out the buffers themselves.
+            survives_evaluation: these values are still needed while another evaluation writes into the wrapper's
+                gradient buffers; False lets the wrapper hand out the buffers themselves.
 
         Returns:
             Flat fp32 gradients with the loss scale still in them. The caller owns them until give_gradient.
@@ -143,16 +134,12 @@ class GradientShards(ABC):
         return noting
 
     def end_window(self) -> None:  # noqa: B027 - most wrappers have nothing to forget
-        """The update is over, applied or skipped: nothing of this window's gradient may show in the next one.
-
-        For wrappers whose gradient buffers outlive the step; the others drop theirs. Not collective.
-        """
+        """The update is over, applied or skipped: nothing of this window's gradient may show in the next one, where
+        gradient buffers outlive the step. Not collective."""
 
     def keep_gradient(self) -> None:  # noqa: B027 - most wrappers need nothing
-        """Called instead of take_gradient and give_gradient where the update uses the averaged gradient as it is.
-
-        For wrappers that would step with another window's gradient where this window's loss has none. Not collective.
-        """
+        """Called instead of take_gradient and give_gradient where the update uses the averaged gradient as it is: for
+        wrappers that would step with another window's where this window's loss has none. Not collective."""
 
     def tell_squared_norm(self, squared_norm: Tensor) -> None:  # noqa: B027 - most wrappers sum over ranks themselves
         """‖gradient‖² over the whole model of what was last given, float64 0-dim. Always called after a SAM step's
@@ -160,10 +147,7 @@ class GradientShards(ABC):
 
     def reserve_v(self, dtype: torch.dtype) -> None:  # noqa: B027 - memory needs no reservation
         """Called once, before training, with what g_v will be kept in: take the room for it that is not in memory.
-
-        Raises:
-            OSError: there is not enough.
-        """
+        Raises OSError where there is not enough."""
 
     def keep_v(self, v: Shard, dtype: torch.dtype) -> Shard:
         """``v`` in ``dtype``, where the optimizer's state lives, to be read until the next call. Not collective."""
@@ -179,8 +163,7 @@ class GradientShards(ABC):
         return self.layers.squares(self.master_weights())
 
     def flat_sizes(self) -> list[int]:
-        """Elements of each flat tensor, padding included. Copies no weights, as master_weights() does on stage 0 and
-        with NVMe."""
+        """Elements of each flat tensor, padding included. Overridden where master_weights() copies."""
         return [w.numel() for w in self.master_weights()]
 
     def new_shard(self) -> Shard:
@@ -192,12 +175,10 @@ class GradientShards(ABC):
         """Make every rank's model compute with w + eps, eps = scale * gradient formed in fp32. Collective on ZeRO.
 
         Args:
-            rounding: how a low-precision model's weights are rounded, see ``add_perturbation``: to nearest, or at
-                random from this seed, which is to be another one on every rank of ``process_group``.
+            rounding: as ``add_perturbation`` has it; a seed is to be another one on every rank of ``process_group``.
 
         Returns:
-            What the move came to in the model's dtype: the sums of ``add_perturbation``, float64 [3] on
-            ``device``, this rank's part.
+            The sums of ``add_perturbation``, float64 [3] on ``device``, this rank's part.
         """
 
     def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, rounding: int | None,
@@ -233,16 +214,12 @@ class GradientShards(ABC):
 
     @abstractmethod
     def restore_weights(self) -> None:
-        """Bring back the clean weights for good, everywhere. Collective on ZeRO.
-
-        Needed where no update follows that would publish them: the update was skipped, or the replay raised.
-        """
+        """Bring back the clean weights for good, everywhere, where no update follows that would publish them: it was
+        skipped, or the replay raised. Collective on ZeRO."""
 
     def cast_weights(self, i: int) -> None:
-        """Copy the master weights of flat tensor ``i`` into this rank's part of the model. Sends nothing.
-
-        For a base optimizer that changes flat tensor ``i`` after the wrapper has copied it, inside the wrapper's step.
-        Only asked of wrappers that step one flat tensor after the other.
+        """Copy the master weights of flat tensor ``i`` into this rank's part of the model. Sends nothing. For a base
+        optimizer that changes it after the wrapper has copied it, in wrappers that step one flat tensor after another.
         """
         raise NotImplementedError(type(self).__name__)
 

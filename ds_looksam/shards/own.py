@@ -26,11 +26,8 @@ from .base import GradientShards, ScaleOf
 
 
 class OwnModel:
-    """The model's weights in flat tensors of which the parameters are views: stages 1 and 2.
-
-    Args:
-        wholes: for each param group the model's weights, [numel of the whole group, padding included].
-    """
+    """The model's weights in flat tensors of which the parameters are views: stages 1 and 2. ``wholes``: one for each
+    param group, [numel of the whole group, padding included]."""
 
     def __init__(self, shards: GradientShards, wholes: Shard) -> None:
         self._shards, self._wholes = shards, wholes
@@ -41,13 +38,10 @@ class OwnModel:
     # The gradient -----------------------------------------------------------------------------------------------------
 
     def listen(self, so_far: Shard | None = None) -> None:
-        """From here to :meth:`take_gradient` the gradient of every backward is added up, before it is reduced.
+        """From here to :meth:`take_gradient` the gradient of every backward is added up, to ``so_far`` if given.
 
         It is heard where it is about to be accumulated in p.grad: after every hook of the user's on the tensor, before
-        DeepSpeed's, and not at all when torch.autograd.grad takes it (a gradient penalty).
-
-        Args:
-            so_far: what is added to, instead of zeros.
+        DeepSpeed's, which reduce it, and not at all when torch.autograd.grad takes it (a gradient penalty).
         """
         if self._hooks:
             return
@@ -103,14 +97,8 @@ class OwnModel:
         return self._shards.passes.squared_norm(gradient, gradient[0].device)
 
     def perturb(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
-        """w <- w + scale * gradient, in the model's dtype.
-
-        Args:
-            keep_clean: :meth:`restore` will be called. Otherwise whoever publishes the weights overwrites them.
-
-        Returns:
-            The sums of :func:`add_perturbation`, float64 [3].
-        """
+        """w <- w + scale * gradient, in the model's dtype. Returns the sums of :func:`add_perturbation`, float64 [3].
+        ``keep_clean``: :meth:`restore` will be called. Otherwise whoever publishes the weights overwrites them."""
         flats = self._flats
         if keep_clean:
             self._clean = [flat.clone() for flat in flats]
