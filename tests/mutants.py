@@ -186,9 +186,7 @@ MUTANTS = [
     Mutant("engines/looksam.py", "save(save_dir, folder.name, with_ours, False, exclude",
            "save(save_dir, folder.name, with_ours, save_latest, exclude",
            "`latest` is written before every rank has saved", "test_checkpoint_broken.py -k full_disk"),
-    Mutant("engines/host.py", "            self._unmanaged_backward_count = backwards\n"
-           "            self._is_gradient_accumulation_boundary = boundary\n",
-           "            self._unmanaged_backward_count = backwards\n",
+    Mutant("engines/host.py", "(self, (\"_is_gradient_accumulation_boundary\", ", "(self, (",
            "the second evaluation moves the end of the next window", "test_accumulation.py"),
     Mutant("engines/deepspeed_fixes.py", "    wrapper.optimizer = adagrad\n", "",
            "Adagrad: groups are lost", "test_bases.py -k Adagrad"),

@@ -126,6 +126,11 @@ def frozen_layer(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(out, y)
 
 
+def thawed_layer(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    inside(m).body[0].requires_grad_(i > 0)
+    return plain(m, i, x, y)
+
+
 # Forwards in between --------------------------------------------------------------------------------------------------
 
 
@@ -214,8 +219,8 @@ def auxiliary(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
 SITUATIONS: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module]]] = {
     **{f.__name__: (f, Knobs) for f in (attributes, buffer_in_place, buffer_rebound, inference, failures,
                                         two_in_one_loss)},
-    **{f.__name__: (f, Net) for f in (hook, submodule, frozen_layer, generator_in_loss, hooks_on_gradients, inner_loop,
-                                      checkpointed, copy_as_teacher, empty)},
+    **{f.__name__: (f, Net) for f in (hook, submodule, frozen_layer, thawed_layer, generator_in_loss,
+                                      hooks_on_gradients, inner_loop, checkpointed, copy_as_teacher, empty)},
     "normed": (plain, Normed), "generators_in_inputs": (generators_in_inputs, Noisy),
 }
 # loss, model, and loss_fn with the module and the targets
@@ -245,6 +250,7 @@ def train(name: str, stage: int, accumulation: int, ascent: str, world: int) -> 
                                                   "hooks_on_gradients", "inner_loop")),
     *((name, 2, 2, "global", 2) for name in ("hook", "frozen_layer", "generator_in_loss", "submodule")),
     *((name, 3, 2, "global", 1) for name in ("attributes", "buffer_in_place", "hook")),
+    *((name, 0, 2, "rank", 1) for name in ("frozen_layer", "thawed_layer", "hook")),
 ])
 def test_siblings(name: str, stage: int, accumulation: int, ascent: str, world: int) -> None:
     run_on_ranks(world, train, name, stage, accumulation, ascent, world)
@@ -294,6 +300,22 @@ def accumulation_changes(ascent: str) -> None:
 @pytest.mark.parametrize("ascent", ["global", "micro_batch"])
 def test_the_accumulation_changes(ascent: str) -> None:
     run_on_ranks(1, accumulation_changes, ascent)
+
+
+def steps_in_inference_mode(stage: int) -> None:
+    twin = Twin(Net)
+    with engine_of(Net, stage) as engine:
+        for (x, y), in batches(1):
+            engine.backward(plain(engine, 0, x.float(), y.float()))
+            with torch.inference_mode():
+                engine.step()
+            twin.update(lambda m, x=x, y=y: [plain(m, 0, x, y)])
+        twin.check(master_weights(engine))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_in_inference_mode(stage: int) -> None:
+    run_on_ranks(1, steps_in_inference_mode, stage)
 
 
 def autograd_backward() -> None:

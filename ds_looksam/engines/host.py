@@ -27,16 +27,10 @@ from . import deepspeed_fixes
 
 class HostEngine(DeepSpeedEngine):
     """A DeepSpeedEngine whose update can be surrounded, whose forward and backward can be run again, and whose base
-    optimizer may have trust ratios (LAMB, LARS).
-
-    Subclasses override :meth:`read_configuration`, :meth:`before_first_communication`, :meth:`explain`,
-    :meth:`base_optimizer_is_built` and :meth:`update_at_boundary`.
-    """
+    optimizer may have trust ratios (LAMB, LARS)."""
 
     # DeepSpeed's own, for the type checker.
     _is_gradient_accumulation_boundary: bool | None
-    _unmanaged_backward_count: int
-    warn_unscaled_loss: bool
     enable_backward_allreduce: bool
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
@@ -128,17 +122,14 @@ class HostEngine(DeepSpeedEngine):
     @contextmanager
     def running_again(self) -> Iterator[None]:
         """Forward and backward inside do not count as micro-batches, samples or throughput of the user's loop."""
-        boundary = self._is_gradient_accumulation_boundary
-        backwards = self._unmanaged_backward_count
-        timer = (self.tput_timer.started, self.tput_timer.start_time)
-        unscaled_loss_warning = self.warn_unscaled_loss
+        kept = [(owner, name, getattr(owner, name)) for owner, names in (
+            (self, ("_is_gradient_accumulation_boundary", "_unmanaged_backward_count", "warn_unscaled_loss")),
+            (self.tput_timer, ("started", "start_time"))) for name in names]
         try:
             yield
         finally:
-            self.warn_unscaled_loss = unscaled_loss_warning
-            self.tput_timer.started, self.tput_timer.start_time = timer
-            self._unmanaged_backward_count = backwards
-            self._is_gradient_accumulation_boundary = boundary
+            for owner, name, value in kept:
+                setattr(owner, name, value)
 
     def set_boundary_of_next_backward(self, is_boundary: bool) -> None:
         """Override the engine's accumulation counter for one backward of a replay."""
@@ -213,10 +204,8 @@ class HostEngine(DeepSpeedEngine):
         """Called when every rank's writer has written the last decoupled checkpoint."""
 
     def _commit_decoupled_checkpoint(self) -> None:
-        """As DeepSpeed's, which lets rank 0 name the checkpoint in ``latest`` when its own writer is done. Collective.
-
-        A rank whose writer has failed raises here, and then none gets through the barrier.
-        """
+        """As DeepSpeed's, which lets rank 0 name the checkpoint in ``latest`` when its own writer is done. Collective:
+        where a rank's writer has failed, it raises here, and none gets through the barrier."""
         save = self.checkpoint_engine.get_commit_info()
         if save is not None:
             self.checkpoint_engine.commit(save)

@@ -209,7 +209,9 @@ class LookSAMEngine(HostEngine):
         """
         self._refuse_per_micro_batch(closure is not None and self._update.is_per_micro_batch,
                                      "engine.step(closure=...)", "set engine.loss_fn")
-        with self._replay.stepping(closure):
+        # The second evaluation takes gradients, and v is written to in later steps: neither is for inference tensors.
+        leave_inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with leave_inference, self._replay.stepping(closure):
             try:
                 with self.nothing_left_to_reduce() if self._evaluates_micro_batches_again else nullcontext():
                     super().step(lr_kwargs)

@@ -44,11 +44,7 @@ def _attributes_of(module: nn.Module) -> dict[str, Any]:
 
 
 class ModuleState:
-    """One module's state at one moment.
-
-    Args:
-        frozen: parameters that nobody optimizes and that are to be copied.
-    """
+    """One module's state at one moment. ``frozen``: parameters that nobody optimizes and that are to be copied."""
 
     def __init__(self, module: nn.Module, frozen: Iterable[nn.Parameter] = ()) -> None:
         modules = submodules(module)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from deepspeed.utils import logger
@@ -33,23 +33,6 @@ _WHEN = ("was called while the weights are perturbed: from inside the second eva
          "say), or after it was interrupted. Call it after step(); load a checkpoint after an interruption.")
 
 
-class Engine(Protocol):
-    """What the replay asks of the engine, which is :class:`ds_looksam.engines.host.HostEngine`."""
-
-    def gradient_accumulation_steps(self) -> int: ...
-    def gradient_loss_scale(self) -> float: ...
-    def is_gradient_accumulation_boundary(self) -> bool: ...
-    def gradients_are_gone(self) -> bool: ...
-    def inside_no_sync(self) -> bool: ...
-    def inside_coalesce(self) -> bool: ...
-    def no_sync(self) -> AbstractContextManager[None]: ...
-    def coalesce_grad_reduction(self) -> AbstractContextManager[None]: ...
-    def running_again(self) -> AbstractContextManager[None]: ...
-    def set_boundary_of_next_backward(self, is_boundary: bool) -> None: ...
-    def backward_directly(self, loss: Tensor, retain_graph: bool = False) -> Tensor: ...
-    def finish_unmanaged_window(self) -> None: ...
-
-
 class Where(Enum):
     IDLE = auto()
     PERTURBED = auto()
@@ -61,7 +44,7 @@ class Replay:
     """See the module's docstring.
 
     Args:
-        engine: see :class:`Engine`.
+        engine: a :class:`ds_looksam.engines.host.HostEngine`; its own methods, and DeepSpeed's public ones.
         forward, backward: DeepSpeed's own.
         is_recorded: whether the window now running may have to be evaluated again. The same throughout a window.
 
@@ -71,7 +54,7 @@ class Replay:
         gradient_is_complete: the boundary's backward has run since.
     """
 
-    def __init__(self, engine: Engine, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
+    def __init__(self, engine: Any, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
                  is_recorded: Callable[[], bool]) -> None:
         self.loss_fn: LossFn | None = None
         self.gradient_edit: Callable[[], None] | None = None
@@ -183,20 +166,15 @@ class Replay:
             raise LookSAMReplayError(f"{what} {_WHEN}")
 
     def check(self, in_step: bool = True) -> None:
-        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet.
-
-        Args:
-            in_step: ``engine.step`` asks, which may have been given a closure.
-        """
+        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet. ``in_step``:
+        ``engine.step`` asks, which may be given a closure."""
         if self._closure is None:
             self.window.check(self.loss_fn, with_closure=in_step)
 
     @contextmanager
     def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> Iterator[None]:
         """While the weights are perturbed for a second evaluation. On leaving it the module and all generators are
-        as before.
-
-        The weights are clean again only when the update publishes them; until :meth:`forget` they stay marked.
+        as before; the weights are clean, and no longer marked, when the update has published them (:meth:`forget`).
 
         Args:
             put_back: gives the first gradient back to the wrapper, where the evaluation fails. If it did so on every

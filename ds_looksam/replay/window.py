@@ -172,8 +172,7 @@ class Window:
                     on_backward: Callable[[Tensor, bool, str | None], None],
                     before: Callable[[nn.Module], Before] | None = None) -> Any:
         """Run a forward and remember it, as long as a tensor depends on it. What is made of its output is recorded from
-        here on, and ``on_backward`` called for a backward that ``engine.backward`` did not begin (LossTape).
-        ``before`` remembers the module's state."""
+        here on. ``on_backward``: :class:`LossTape`'s. ``before`` remembers the module's state."""
         if in_functorch():  # its output is a value like any other, or refused where it gets into the loss
             with self.not_recording():
                 return run(*args, **kwargs)
@@ -209,8 +208,7 @@ class Window:
         return output
 
     def add_backward(self, loss: Tensor, how: Backward, problem: str | None = None) -> None:
-        """Remember a backward of this engine that is about to run. What is wrong is told by :meth:`check`, at the
-        boundary."""
+        """Remember a backward of this engine that is about to run. What is wrong is told by :meth:`check`."""
         if self._tape is None:
             self._problem = "no forward of the engine was seen in this window before a backward"
             return

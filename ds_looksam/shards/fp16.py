@@ -26,7 +26,7 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ..arithmetic.eager import Shard
-from .base import ScaleOf, views_of
+from .base import ScaleOf
 from .replicated import WholeShards
 
 
@@ -45,18 +45,6 @@ class FP16Shards(WholeShards):
                 "fp16 with zero_optimization.stage 0: DeepSpeed 0.19.8 does not multiply the loss by the loss scale "
                 "there, but divides the gradient by it, with LookSAM or without. Use zero_optimization.stage 1, bf16, "
                 "or \"fp16\": {\"loss_scale\": 1}.")
-
-    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
-        gradient = []
-        for params in self._groups:
-            flat = torch.zeros(sum(p.numel() for p in params), dtype=torch.float32, device=self.device)
-            views = views_of(flat, params)
-            with_gradient = [(view, p.grad) for view, p in zip(views, params, strict=True) if p.grad is not None]
-            if with_gradient:
-                torch._foreach_copy_([view for view, _ in with_gradient], [grad for _, grad in with_gradient])
-            gradient.append(flat)
-        self._clear_gradients()
-        return gradient
 
     def master_weights(self) -> Shard:
         if isinstance(self._wrapper, FP16_Optimizer):

@@ -1,13 +1,7 @@
 """What one rank has for itself on stages 0 to 2: the whole model, and the gradient of its own examples.
 
 For the JSON key ``ascent``: a perturbation that one rank's examples decide moves that rank's model alone, by the
-gradient as it was before DeepSpeed reduced it. A picture for two ranks (one param group, tensors a b c, padding .)::
-
-    master weights    rank 0: [ a a a a b b ]               rank 1: [ b b c c c . ]
-    own model         rank 0: [ a a a a b b b b c c c . ]   rank 1: the same, in the model's dtype
-    own gradient      rank 0: d loss_0 / d (a b c), 0       rank 1: d loss_1 / d (a b c), 0
-
-Nothing here is collective.
+gradient as it was before DeepSpeed reduced it (a picture is in docs/inside.md). Nothing here is collective.
 """
 
 from __future__ import annotations
@@ -32,7 +26,7 @@ class OwnModel:
     def __init__(self, shards: GradientShards, wholes: Shard) -> None:
         self._shards, self._wholes = shards, wholes
         self._gradient: Shard | None = None
-        self._hooks: list[Any] = []
+        self._hooks: dict[torch.nn.Parameter, tuple[Any, Any]] = {}
         self._clean: Shard | None = None
 
     # The gradient -----------------------------------------------------------------------------------------------------
@@ -41,18 +35,23 @@ class OwnModel:
         """From here to :meth:`take_gradient` the gradient of every backward is added up, to ``so_far`` if given.
 
         It is heard where it is about to be accumulated in p.grad: after every hook of the user's on the tensor, before
-        DeepSpeed's, which reduce it, and not at all when torch.autograd.grad takes it (a gradient penalty).
+        DeepSpeed's, which reduce it, and not at all when torch.autograd.grad takes it (a gradient penalty). To be
+        called before each forward: parameters may have been unfrozen since.
         """
-        if self._hooks:
-            return
-        self._gradient = so_far if so_far is not None else self.new_gradient()
+        if self._gradient is None:
+            self._gradient = so_far if so_far is not None else [torch.zeros_like(flat) for flat in self._flats]
         for flat, segments in zip(self._gradient, self.layout, strict=True):
             for s in segments:
-                if s.parameter.requires_grad:  # no layer that was frozen since initialize
-                    part = flat[s.start:s.start + s.numel]
-                    node = get_gradient_edge(s.parameter).node
-                    hook = node.register_prehook(lambda grads, part=part: _add(part, grads[0]))
-                    self._hooks.append((hook, node))  # torch keeps no node that only its tensor knows
+                if s.parameter.requires_grad and s.parameter not in self._hooks:
+                    self._hear(s.parameter, flat[s.start:s.start + s.numel])
+
+    def _hear(self, parameter: torch.nn.Parameter, total: Tensor) -> None:
+        def add(gradients: tuple[Tensor | None, ...]) -> None:
+            if gradients[0] is not None:
+                total.add_(gradients[0].detach().reshape(-1))
+
+        node = get_gradient_edge(parameter).node  # kept: torch keeps none that only its tensor knows
+        self._hooks[parameter] = node.register_prehook(add), node
 
     def take_gradient(self) -> Shard:
         """What was heard since :meth:`listen`, in the model's dtype and with the loss scale in it."""
@@ -62,12 +61,9 @@ class OwnModel:
         return gradient
 
     def stop_listening(self) -> None:
-        for hook, _ in self._hooks:
+        for hook, _ in self._hooks.values():
             hook.remove()
-        self._hooks, self._gradient = [], None
-
-    def new_gradient(self) -> Shard:
-        return [torch.zeros_like(flat) for flat in self._flats]
+        self._hooks, self._gradient = {}, None
 
     # The weights ------------------------------------------------------------------------------------------------------
 
@@ -115,8 +111,3 @@ class OwnModel:
         for flat, clean in zip(self._flats, self._clean or [], strict=False):
             flat.copy_(clean)
         self._clean = None
-
-
-def _add(total: Tensor, gradient: Tensor | None) -> None:
-    if gradient is not None:
-        total.add_(gradient.detach().reshape(-1))

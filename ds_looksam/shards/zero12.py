@@ -70,8 +70,7 @@ class PartitionedShards(GradientShards):
         self._zero._backward_hook_state.reset_for_new_step()
 
     def _zero_gradients(self) -> None:
-        """The class's zero_grad: the engine watches the wrapper's own for calls of the user, who throws a window away.
-        """
+        """The class's own: the engine watches the instance's for calls of the user, who throws a window away."""
         type(self._zero).zero_grad(self._zero, set_to_none=True)
 
     def _own_partition(self, i: int) -> Tensor:

@@ -57,13 +57,11 @@ class Ascent:
     def norms(self, g: Shard, v_squared: Tensor | None, groups: Sequence[GroupSettings],
               loss_scale: float) -> tuple[Tensor, Tensor, ScaleOf]:
         """‖g‖² and ‖v‖² of the whole model, and the factor of each element of this group's gradient in eps.
-
         Collective: one all-reduce of scalars.
 
         Args:
-            g: the averaged gradient on the shards.
+            g: the averaged gradient on the shards, multiplied by ``loss_scale``.
             v_squared: this rank's part of ‖v‖².
-            loss_scale: what the group's gradient is multiplied by.
         """
         shards = self._shards
         if not any(group.layerwise for group in groups):
@@ -89,8 +87,8 @@ class Ascent:
 
 
 class OwnAscent(Ascent):
-    """Each rank perturbs its own model, by the gradient of its own examples. Nothing is sent for it but ‖g‖² and ‖v‖²,
-    by which all ranks decide alike whether the gradient is finite: one rank's overflow shows in the average."""
+    """Each rank perturbs its own model, by the gradient of its own examples. ‖g‖² and ‖v‖² are sent, by which all ranks
+    decide alike whether the gradient is finite: one rank's overflow shows in the average."""
 
     is_local = True
 

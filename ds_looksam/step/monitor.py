@@ -16,18 +16,13 @@ PREFIX = "Train/Samples/looksam_"
 STEP_KINDS: dict[StepKind, int] = {"skipped": -1, "base": 0, "reuse": 1, "sam": 2}
 """The numbers that stand for step kinds in a monitor, which takes nothing else."""
 
-
 ASCENTS = {"global": 0, "rank": 1, "micro_batch": 2, "global_micro_batch": 3}
 """The numbers that stand for who shares one perturbation."""
 
 
 def events(status: LookSAMStatus, samples: int, measured: bool) -> list[Event]:
-    """What to write after an update.
-
-    Args:
-        samples: the x axis, DeepSpeed's ``engine.global_samples``.
-        measured: the update was a SAM step, so there are fresh measurements. Reading them waits for the device.
-    """
+    """What to write after an update. ``samples``: the x axis, DeepSpeed's ``engine.global_samples``. ``measured``: it
+    was a SAM step, so there are fresh measurements; reading them waits for the device."""
     values: dict[str, float] = {"updates": status.updates, "evaluations": status.evaluations,
                                 "step_kind": STEP_KINDS[status.step_kind], "ascent": ASCENTS[status.ascent]}
     # One number if the param groups agree, otherwise one per group. Alpha "auto" (None) has none: see beta.

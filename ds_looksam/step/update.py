@@ -66,8 +66,7 @@ class Update:
         loss_scale: what the gradients in the wrapper are multiplied by at the moment.
 
     Attributes:
-        is_per_micro_batch: each micro-batch of a SAM step's window is to be evaluated again by itself, see
-            :meth:`micro_batch_is_done`.
+        is_per_micro_batch: each micro-batch of a SAM step's window is to be evaluated again by itself.
     """
 
     def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: Replay,
@@ -90,7 +89,8 @@ class Update:
         """
         status = self._state.status
         self._refuse_edited_gradient()
-        self._state.follow_changes()
+        if self._so_far is None:
+            self._state.follow_changes()
         groups = self._groups_in_force()
         if not (status.next_is_sam and self.is_per_micro_batch):
             self._replay.edit_gradients()
@@ -211,12 +211,8 @@ class Update:
         return Fresh(g_v, g_squared, v_squared, scalars, loss_rise.sum() / ranks, self._loss_scale())
 
     def _two_gradients(self, groups: list[GroupSettings], loss_scale: float, keep_clean: bool) -> Gradients:
-        """Take the gradient that the wrapper has, and that of the same examples at w + eps. Collective.
-
-        Args:
-            loss_scale: what the group's gradient is multiplied by.
-            keep_clean: the weights are to be restored before the update.
-        """
+        """Take the gradient that the wrapper has, multiplied by ``loss_scale``, and that of the same examples at w +
+        eps. ``keep_clean``: the weights are to be restored before the update. Collective."""
         shards, ascent = self._shards, self._ascent
         g = shards.take_gradient(survives_evaluation=True)
         g_squared, v_squared, scale_of = ascent.norms(g, self._state.v_squared, groups, loss_scale)
@@ -257,14 +253,11 @@ class Update:
     def window_runs(self) -> None:
         """A forward of the user's loop begins."""
         if self._state.status.next_is_sam:
-            self._state.follow_changes()  # before anything is heard of the parameters
             self._ascent.listen()
 
     def micro_batch_is_done(self, share: float) -> None:
-        """The wrapper has the gradient of one micro-batch: evaluate that again, and add both gradients up. Collective.
-
-        Args:
-            share: the weight of the micro-batch's loss in the window's.
+        """The wrapper has the gradient of one micro-batch, whose loss has the weight ``share`` in the window's:
+        evaluate that again, and add both gradients up. Collective.
 
         Raises:
             LookSAMReplayError: it cannot be evaluated again. All is as before its backward, unless another rank alone
@@ -273,6 +266,8 @@ class Update:
         so_far = self._so_far
         try:
             self._replay.check(in_step=False)
+            if so_far is None:
+                self._state.follow_changes()
             self._replay.edit_gradients()
             if so_far is not None and so_far.g_s is None:  # an overflow: the update will be skipped
                 found = replace(so_far, g=self._shards.take_gradient(survives_evaluation=True))
@@ -288,8 +283,8 @@ class Update:
         self._replay.forget()
 
     def forget_gradient(self, told: bool) -> None:
-        """The user has thrown away the gradient of the window so far. ``told``: by a call that was seen. That
-        ``p.grad`` is None says nothing of earlier micro-batches where their gradients were taken out one by one."""
+        """The user has thrown away the gradient of the window so far. ``told``: by a call that was seen; that
+        ``p.grad`` is None says nothing of earlier micro-batches whose gradients were taken out."""
         if told or not self.is_per_micro_batch:
             self._so_far = None
         self._is_watched = False
