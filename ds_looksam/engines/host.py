@@ -173,11 +173,10 @@ class HostEngine(DeepSpeedEngine):
     def direct_backward_begins(self) -> None:
         """Called when a backward reaches the output of a forward without ``engine.backward``."""
 
-    def backward_directly(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+    def backward_directly(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
         """``loss.backward()``, as a user who has scaled the loss where fp16 asks for it."""
         self._manual_backward_expected = True
         loss.backward(retain_graph=retain_graph)
-        return loss
 
     def finish_unmanaged_window(self) -> None:
         """Reduce what ``managed_gradient_accumulation: false`` leaves for step() to reduce. Collective."""

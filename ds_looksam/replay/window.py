@@ -83,21 +83,13 @@ class Forward(Step):
 
 @dataclass(frozen=True)
 class Backward:
-    """How the user ran one backward.
+    """How the user ran one backward."""
 
-    Attributes:
-        is_boundary: whether DeepSpeed took it for the last one of its accumulation window.
-        scale_wrt_gas: ``engine.backward``'s argument.
-        direct: ``loss.backward()`` instead of ``engine.backward(loss)``.
-        no_sync: inside ``engine.no_sync()``.
-        coalesced: inside ``engine.coalesce_grad_reduction()``.
-    """
-
-    is_boundary: bool
-    scale_wrt_gas: bool = True
-    direct: bool = False
-    no_sync: bool = False
-    coalesced: bool = False
+    is_boundary: bool  # whether DeepSpeed took it for the last one of its accumulation window
+    scale_wrt_gas: bool = True  # engine.backward's argument
+    direct: bool = False  # loss.backward() instead of engine.backward(loss)
+    no_sync: bool = False  # inside engine.no_sync()
+    coalesced: bool = False  # inside engine.coalesce_grad_reduction()
 
 
 @dataclass(eq=False)
@@ -279,12 +271,8 @@ class Window:
 
     def evaluate_again(self, forward: Callable[..., Any], backward: Callable[[Tensor, Backward, bool], None],
                        loss_fn: LossFn | None) -> None:
-        """Run the window's forwards, the forming of each loss, and its backwards in the user's order.
-
-        Args:
-            forward: called with the inputs, returns the output.
-            backward: called with the loss, how its backward was run, and whether its graph is still needed.
-            loss_fn: forms the loss instead of the recorded calls.
+        """Run the window's forwards, the forming of each loss (by ``loss_fn``, where there is one), and its backwards
+        in the user's order. ``backward`` gets the loss, how its backward was run, and whether its graph is still needed.
         """
         steps, values = self._steps(loss_fn), Values()
 

@@ -33,11 +33,8 @@ class Zero3Shards(GradientShards):
         self.process_group = optimizer.dp_process_group
         self.device = optimizer.fp32_partitioned_groups_flat[0].device
         self.group_of = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
-        self._model_flat_is_master = [
-            master.data_ptr() == model.data_ptr()
-            for master, model in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat,
-                                     strict=True)
-        ]
+        flats = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+        self._model_flat_is_master = [master.data_ptr() == model.data_ptr() for master, model in flats]
         self._clean: dict[int, torch.Tensor] = {}
         for name in ("set_fp32_grad_for_param", "set_local_grad_for_param", "update_fp32_grad_for_param_vectorized"):
             setattr(optimizer, name, self._noting_changes(getattr(optimizer, name)))
@@ -149,10 +146,8 @@ class Zero3Shards(GradientShards):
         """Gather again what DeepSpeed keeps gathered. Collective.
 
         After an evaluation that is the persistent parameters alone, as between two micro-batches. If anything else is
-        still gathered or on its way, all is dropped first, as DeepSpeed's step does, which takes longer than to gather.
-
-        Args:
-            drop_all: do so in any case. An evaluation that broke off has left modules marked as running.
+        still gathered or on its way, all is dropped first, as DeepSpeed's step does, which takes longer than to gather;
+        with ``drop_all`` in any case: an evaluation that broke off has left modules marked as running.
         """
         parameters: list[Any] = self.parameters()
         if drop_all or any(p.ds_status != ZeroParamStatus.NOT_AVAILABLE and not p.ds_persist for p in parameters):

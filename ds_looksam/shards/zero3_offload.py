@@ -154,11 +154,8 @@ class Zero3OffloadShards(Zero3Shards):
 
 
 def file_backed(folder: str, numel: int, dtype: torch.dtype) -> Tensor:
-    """A flat tensor [numel] whose memory is a file in ``folder``. The file has no name: it goes with the process.
-
-    Raises:
-        OSError: the file system has not that much room. (Without taking it beforehand a write would kill the process.)
-    """
+    """A flat tensor [numel] whose memory is a file in ``folder``, without a name: it goes with the process. Raises
+    OSError where there is not that much room; without taking it beforehand a write would kill the process."""
     handle, path = mkstemp(dir=folder, prefix="looksam_g_v_")
     size = numel * dtype.itemsize
     try:
