@@ -272,7 +272,7 @@ class Window:
     def evaluate_again(self, forward: Callable[..., Any], backward: Callable[[Tensor, Backward, bool], None],
                        loss_fn: LossFn | None) -> None:
         """Run the window's forwards, the forming of each loss (by ``loss_fn``, where there is one), and its backwards
-        in the user's order. ``backward`` gets the loss, how its backward was run, and whether its graph is still needed.
+        in the user's order. ``backward`` gets the loss, how its backward was run, and whether its graph is needed on.
         """
         steps, values = self._steps(loss_fn), Values()
 
