@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant("config/params.py", "if value in (AUTO, CALIBRATED):", "if value in (AUTO, ):",
            "\"calibrated\" is not \"auto\" any more", "test_huggingface.py -k test_accelerate"),
     # replay
-    Mutant("replay/snapshot.py", "        self.random.restore()\n", "",
+    Mutant("replay/snapshot.py", "        self._random.restore()\n", "",
            "what is drawn after a SAM step is not what it would have been", "test_replay.py -k randomness"),
     Mutant("replay/module_state.py", "                buffer.copy_(saved)\n", "",
            "BatchNorm's statistics keep the second evaluation", "test_replay.py -k randomness"),
