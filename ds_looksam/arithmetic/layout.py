@@ -46,11 +46,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What lies in a range: consecutive pieces, each of one layer, and these cut into what is summed at once.
-
-    ``lengths`` and ``layers``: of the pieces. ``cuts``: the lengths of their parts. On the device, int64: the same, and
-    ``parts``, into how many each piece is cut.
-    """
+    """What lies in a range: consecutive pieces, each of one layer, and these cut into what is summed at once:
+    ``lengths`` and ``layers`` of the pieces, and the lengths of all ``cuts``. On the device, int64: the same, and
+    ``parts``, into how many each piece is cut."""
 
     lengths: list[int]
     layers: list[int]

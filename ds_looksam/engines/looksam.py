@@ -1,8 +1,7 @@
 """The DeepSpeed engine that trains with LookSAM: builds its four parts, and forwards DeepSpeed's calls to them.
 
-One SAM step, from here: :meth:`LookSAMEngine.update_at_boundary` -> ``step/update.py`` (Algorithm 1) -> ``shards/``
-(this rank's part of gradient and weights) -> ``replay/replay.py`` (the second evaluation) -> ``step/state.py`` (what is
-kept).
+One SAM step: :meth:`LookSAMEngine.update_at_boundary` -> ``step/update.py`` (Algorithm 1) -> ``shards/`` (this rank's
+part of gradient and weights) -> ``replay/replay.py`` (the second evaluation) -> ``step/state.py`` (what is kept).
 """
 
 from __future__ import annotations

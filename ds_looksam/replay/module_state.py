@@ -249,8 +249,7 @@ class Isolation:
 
     A forward may change them without a trace in their version counters (``p.data.mul_``), and copies of a large frozen
     model would not fit. So they are copied at first if they are no more than twice what is trained; once a second
-    evaluation has come, only those are that were seen to change, by comparison or by their norms in fp64.
-    """
+    evaluation has come, only those are that were seen to change, by comparison or by their norms in fp64."""
 
     def __init__(self) -> None:
         self._changing: set[nn.Parameter] | None = None  # None: not known yet

@@ -89,30 +89,28 @@ class Replay:
             self._refuse_unless_in_closure("backward")
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         if self._is_recorded():
-            self._record(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas), self._share(scale_wrt_gas))
+            self._record(loss, scale_wrt_gas)
         self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
         with self.window.not_recording():
             return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-
-    def _backward_now(self, scale_wrt_gas: bool = True, direct: bool = False) -> Backward:
-        engine = self._engine
-        return Backward(engine.is_gradient_accumulation_boundary(), scale_wrt_gas, direct,
-                        no_sync=engine.inside_no_sync(), coalesced=engine.inside_coalesce())
 
     def _note_backward(self, loss: Tensor, by_engine: bool, problem: str | None) -> None:
         """A backward that this engine did not begin is about to run over its output: ``loss.backward()``, or another
         engine's ``backward``, which has divided the loss by its own accumulation steps."""
         if by_engine and self._engine.gradient_loss_scale() != 1:
             problem = "the loss went through the backward of another engine, which has a loss scale of its own"
-        self._record(loss, self._backward_now(scale_wrt_gas=not by_engine, direct=not by_engine),
-                     self._share(scale_wrt_gas=not by_engine, direct=True), problem)
+        self._record(loss, not by_engine, direct=not by_engine, is_scaled=True, problem=problem)
         self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
 
-    def _record(self, loss: Tensor, how: Backward, share: float, problem: str | None = None) -> None:
-        if self.window.backwards and self._engine.gradients_are_gone():
+    def _record(self, loss: Tensor, scale_wrt_gas: bool, direct: bool = False, is_scaled: bool = False,
+                problem: str | None = None) -> None:
+        engine = self._engine
+        if self.window.backwards and engine.gradients_are_gone():
             self.forget_backwards(told=False)
+        how = Backward(engine.is_gradient_accumulation_boundary(), scale_wrt_gas, direct, engine.inside_no_sync(),
+                       engine.inside_coalesce())
         self.window.add_backward(loss, how, problem)
-        self.window.add_loss(loss, share)
+        self.window.add_loss(loss, self._share(scale_wrt_gas, is_scaled))
 
     def forget_backwards(self, told: bool) -> None:
         """The user has thrown away what backwards had left since the last update. ``told``: by a call that we saw; else
@@ -314,8 +312,8 @@ class Replay:
         if not (by_closure and torch.is_grad_enabled()):
             self.refuse(f"engine.{what}()")
 
-    def _share(self, scale_wrt_gas: bool = True, direct: bool = False) -> float:
-        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so. A loss
-        whose backward was called directly carries the loss scale."""
+    def _share(self, scale_wrt_gas: bool, is_scaled: bool) -> float:
+        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so.
+        ``is_scaled``: it carries the loss scale, as one whose backward was called directly."""
         share = 1 / self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1.0
-        return share / self._engine.gradient_loss_scale() if direct else share
+        return share / self._engine.gradient_loss_scale() if is_scaled else share

@@ -1,4 +1,4 @@
-"""One small room per DeepSpeed optimizer wrapper; the only code that touches DeepSpeed's private attributes."""
+"""One small room per DeepSpeed optimizer wrapper, whose private attributes are touched nowhere else."""
 
 from __future__ import annotations
 
