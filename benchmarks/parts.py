@@ -171,7 +171,7 @@ def main() -> None:
             else:
                 parts.put_around_engine(contender.engine)
             # A class attribute: the next engine's calls are not this one's.
-            with patch.object(ModelSnapshot, "take", parts.around("ModelSnapshot.take", ModelSnapshot.take)):
+            with patch.object(ModelSnapshot, "__init__", parts.around("ModelSnapshot", ModelSnapshot.__init__)):
                 print_tables(f"stage {stage}, {name}", contender, data, parts, args.updates)
             contender.engine.destroy()
             del contender, data

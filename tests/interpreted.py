@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_looksam.arithmetic import triton_passes
+from ds_looksam.arithmetic import eager
 from ds_looksam.arithmetic.triton_passes import FUSED
 
 from .test_algebra import CHECKS, NUMEL, PERTURBATIONS
@@ -22,5 +22,5 @@ from .test_algebra import CHECKS, NUMEL, PERTURBATIONS
     if not check.startswith("fp32-bf16") and not ("bf16" in check and "nearest" in check)])
 def test_passes(monkeypatch: pytest.MonkeyPatch, check: str, numel: int) -> None:
     """In several launches."""
-    monkeypatch.setattr(triton_passes, "chunk_size", lambda device: 8192)
+    monkeypatch.setattr(eager, "chunk_size", lambda device: 8192)
     CHECKS[check](FUSED, numel)

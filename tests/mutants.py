@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant("config/params.py", "if value in (AUTO, «CALIBRATED→»):", '"calibrated" is not "auto" any more',
            "test_huggingface.py -k test_accelerate"),
     # replay
-    Mutant("replay/snapshot.py", "«        self.random.restore()\n→»",
+    Mutant("replay/snapshot.py", "«        self._random.restore()\n→»",
            "what is drawn after a SAM step is not what it would have been", "test_loops.py -k dropout"),
     Mutant("replay/module_state.py", "«                buffer.copy_(saved)\n→»",
            "BatchNorm's statistics keep the second evaluation", "test_loops.py -k dropout"),
@@ -129,7 +129,7 @@ MUTANTS = [
            "the second evaluation runs with the flags of the moment", "test_loops.py -k mode"),
     Mutant("replay/replay.py", "share = 1« / self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1→».0",
            "sharpness: summed over micro-batches instead of averaged", "test_metrics.py -k oracles"),
-    Mutant("replay/guard.py", "        «refuse(m)→pass»\n", "perturbed weights leave by state_dict()",
+    Mutant("replay/replay.py", "lambda m, *_: «self.refuse→str»(", "perturbed weights leave by state_dict()",
            "test_checkpoint_broken.py -k test_every_door"),
     # step
     Mutant("step/update.py", "                «self._state.keep(fresh)→pass»\n", "v is never stored"),
@@ -169,8 +169,7 @@ MUTANTS = [
     # engines
     Mutant("engines/looksam.py", "save(save_dir, folder.name, with_ours, «False→save_latest», exclude",
            "`latest` is written before every rank has saved", "test_checkpoint_broken.py -k full_disk"),
-    Mutant("engines/host.py",
-           "= backwards\n            «self._is_gradient_accumulation_boundary = boundary→pass»",
+    Mutant("engines/host.py", "(self, («\"_is_gradient_accumulation_boundary\", →»",
            "the second evaluation moves the end of the next window", "test_accumulation.py"),
     Mutant("engines/deepspeed_fixes.py", "«    wrapper.optimizer = adagrad\n→»", "Adagrad: groups are lost",
            "test_bases.py -k Adagrad"),

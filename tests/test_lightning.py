@@ -153,13 +153,13 @@ class Counting(nn.Module):
 
 
 def test_metrics_are_as_before_whatever_kind_of_state_they_have() -> None:
-    from ds_looksam.replay.side_effects import without_side_effects
+    from ds_looksam.replay.module_state import Isolation
 
     module = Counting()
     scores, labels = torch.eye(CLASSES), torch.arange(CLASSES)
     module.accuracy(scores, labels)
     module.mean.update(torch.tensor([1.0]))
-    with without_side_effects(module):
+    with Isolation().second_evaluation(module, before=None):
         module.accuracy(scores, labels.flip(0))
         module.mean.update(torch.tensor([2.0]))
     assert module.accuracy.compute() == 1

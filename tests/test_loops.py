@@ -478,6 +478,7 @@ SITUATIONS: dict[str, Situation] = {
     "buffer_rebound": Situation(build=Knobs, sets=lambda module, i: setattr(
         module, "queue", torch.full((3, ), float(i)))),
     "submodule": Situation(sets=lambda module, i: setattr(module.body, "1", nn.Sigmoid() if i else nn.Tanh())),
+    "thawed_layer": Situation(sets=lambda module, i: module.body[0].requires_grad_(i > 0)),
     "normed": Situation(build=Normed),
     "dropout": Situation(build=Noisy, sets=lambda module, i: torch.manual_seed(i)),
     "generators_in_inputs": Situation(lambda m, i, x, y: F.mse_loss(
@@ -503,8 +504,8 @@ SITUATIONS: dict[str, Situation] = {
     "accumulates_more": accumulates(lambda update: 1 + update // 2), "accumulates_less": accumulates(lambda update: 1),
 }
 SET = ["attributes", "buffer_in_place", "buffer_rebound", "inference", "failures", "two_in_one_loss", "hook",
-       "submodule", "frozen_layer", "generator_in_loss", "hooks_on_gradients", "inner_loop", "checkpointed",
-       "copy_as_teacher", "empty", "normed", "generators_in_inputs"]
+       "submodule", "frozen_layer", "thawed_layer", "generator_in_loss", "hooks_on_gradients", "inner_loop",
+       "checkpointed", "copy_as_teacher", "empty", "normed", "generators_in_inputs"]
 OWN = ["rank", "micro_batch", "global_micro_batch"]
 ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "zero_grad of module"
 
@@ -521,7 +522,7 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["inference", "failures", "hook", "generators_in_inputs", "normed", "hooks_on_gradients", "inner_loop"],
          [(2, 1, "micro_batch")]),
         (["hook", "frozen_layer", "generator_in_loss", "submodule"], [(2, 2, "global", 2)]),
-        (["attributes", "buffer_in_place", "hook"], [(3, 2)]),
+        (["attributes", "buffer_in_place", "hook"], [(3, 2)]), (["frozen_layer", "thawed_layer"], [(0, 2, "rank")]),
         (["dropout", "mode"], [(stage, 2) for stage in range(4)]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),
         (["returned", *REFILLED], [(2, 2)]),
@@ -557,6 +558,22 @@ def test_refused(name: str, words: str, case: dict[str, Any]) -> None:
     way_out = {"was changed in place after its forward": "", "was changed between": "engine.edit_gradients"}
     for told in run_on_ranks(case.get("world", 1), partial(train, name, **case)):
         assert told and all(words in message and way_out.get(words, "engine.loss_fn") in message for message in told)
+
+
+def steps_in_inference_mode(stage: int) -> None:
+    twin = Twin(Net)
+    with engine_of(Net, stage) as engine:
+        for (x, y), in batches(1):
+            engine.backward(plain(engine, 0, x.float(), y.float()))
+            with torch.inference_mode():
+                engine.step()
+            twin.update(lambda m, x=x, y=y: [plain(m, 0, x, y)])
+        twin.check(engine)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_in_inference_mode(stage: int) -> None:
+    run_on_ranks(1, steps_in_inference_mode, stage)
 
 
 # Where DeepSpeed has its say, and before the first step ---------------------------------------------------------------

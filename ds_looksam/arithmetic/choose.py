@@ -1,4 +1,4 @@
-"""Which code goes through the shards: :mod:`.algebra`'s, or its fused forms, torch.compile's and Triton's."""
+"""Which code goes through the shards: :mod:`.eager`'s, or its fused forms, torch.compile's and Triton's."""
 
 from __future__ import annotations
 
@@ -29,22 +29,19 @@ def choose_passes(device: torch.device, fuse: bool | None) -> Passes:
     """
     if fuse is False or (fuse is None and device.type == "cpu"):
         return EAGER
-    error: Exception | None = None
+    works = False
     try:
         passes = _fused_passes(device)
         passes.squared_norm([torch.ones(2, device=device)], device)  # a missing compiler is noticed here
-    except Exception as raised:
-        error = raised
-    if fuse:
-        if error is not None:
+        works = True
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        if fuse:
             raise LookSAMConfigError("optimizer.params.compile: the arithmetic could not be compiled on this machine; "
-                                     f"leave the key out, or install what it asks for. {type(error).__name__}: {error}"
-                                     ) from error
-        return passes
-    if error is not None:
+                                     f"leave the key out, or install what it asks for. {told}") from error
         logger.warning("LookSAM: Triton does not work on this rank, so LookSAM's arithmetic is fused on no rank. "
-                       f"{type(error).__name__}: {error}")
-    return passes if on_all_ranks(error is None, device) else EAGER
+                       f"{told}")
+    return passes if fuse or on_all_ranks(works, device) else EAGER
 
 
 def _fused_passes(device: torch.device) -> Passes:

@@ -1,8 +1,8 @@
 """The arithmetic on shards as ``torch.compile`` fuses it: what the JSON key ``compile`` means on a CPU.
 
-The operations of :mod:`.algebra` each go through a core's cache by themselves. Fused, a pass reads every operand once
-and writes every result once. Same signatures, same formulas; sums are formed in float64 here, where ``algebra`` adds up
-fp32 sums of chunks.
+The operations of :mod:`.eager` each go through a core's cache by themselves. Fused, a pass reads every operand once
+and writes every result once. Functions of the same names do the same; sums are formed in float64 here, where ``eager``
+adds up fp32 sums of chunks.
 """
 
 from __future__ import annotations
@@ -13,26 +13,22 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import eager as algebra
-from .eager import Passes, Shard
-from .rounding import round_, rounding_keys
+from .eager import Passes, Shard, chunks, perturb_by
+from .rounding import round_
 
 CHUNK = 1 << 20
 """Elements per call. A call takes some 20 microseconds; a layer-wise perturbation writes a factor for each."""
 
 
 def squared_norm(x: Shard, device: torch.device) -> Tensor:
-    """As :func:`algebra.squared_norm`."""
     return _total(_squared, (), device, x)
 
 
 def reuse_sums(g: Shard, v: Shard, device: torch.device) -> Tensor:
-    """As :func:`algebra.reuse_sums`."""
     return torch.stack([_total(_reuse_sums, (3, ), device, [g_i], [v_i]) for g_i, v_i in zip(g, v, strict=True)])
 
 
 def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
-    """As :func:`algebra.add_reused_`."""
     for g_i, v_i, coefficient in zip(g, v, coefficients, strict=True):
         if coefficient is None:
             continue
@@ -42,27 +38,17 @@ def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
     return g
 
 
-def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
-                     rounding: int | None = None) -> Tensor:
-    """As :func:`algebra.add_perturbation`, and that itself where ``out`` is fp32: one operation has nothing to fuse."""
-    if out.dtype == torch.float32:
-        return algebra.add_perturbation(weights, gradient, scale_of, out)
-    total = torch.zeros(3, dtype=torch.float64, device=weights.device)
+def _perturb_piece(weights: Tensor, gradient: Tensor, scale: Tensor, out: Tensor,
+                   keys: tuple[int, int] | None) -> Tensor:
     in_place = weights.data_ptr() == out.data_ptr()  # one argument then: a compiler takes two for two memories
-    for lo, hi in _ranges(weights):
-        clean_and_out = (weights[lo:hi], ) if in_place else (weights[lo:hi], out[lo:hi])
-        keys = None if rounding is None else rounding_keys(rounding, lo)
-        total += _compile(_perturb_)(gradient[lo:hi], scale_of(lo, hi), keys, *clean_and_out)
-    return total
+    return _compile(_perturb_)(gradient, scale, keys, *((weights, ) if in_place else (weights, out)))
 
 
 def replay_sums(g: Shard, g_s: Shard, v: Shard | None, device: torch.device) -> Tensor:
-    """As :func:`algebra.replay_sums`."""
     return _total(_replay_sums, (4, ), device, g, g_s, *([] if v is None else [v]))
 
 
 def project_out_(g: Shard, g_s: Shard, along: Tensor) -> Shard:
-    """As :func:`algebra.project_out_`."""
     along = along.float()
     for g_c, s_c in _pieces(g, g_s):
         _compile(_project_out_)(g_c, s_c, along)
@@ -80,15 +66,11 @@ def _total(kernel: Callable[..., Tensor], shape: tuple[int, ...], device: torch.
 def _pieces(*shards: Shard) -> Iterator[tuple[Tensor, ...]]:
     """The same range of a flat tensor of each shard, until all are through."""
     for flats in zip(*shards, strict=True):
-        for lo, hi in _ranges(flats[0]):
+        for lo, hi in chunks(flats[0].numel(), CHUNK):
             yield tuple(flat[lo:hi] for flat in flats)
 
 
-def _ranges(flat: Tensor) -> Iterator[tuple[int, int]]:
-    return algebra.chunks(flat.numel(), CHUNK)
-
-
-COMPILED = Passes(squared_norm, reuse_sums, add_reused_, add_perturbation, replay_sums, project_out_)
+COMPILED = Passes(squared_norm, reuse_sums, add_reused_, perturb_by(_perturb_piece, CHUNK), replay_sums, project_out_)
 
 
 @functools.cache

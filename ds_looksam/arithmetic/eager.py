@@ -2,8 +2,7 @@
 
 A *shard* is a list of flat fp32 tensors ([numel_local] each, one per param group or sub-group); the lists g, g_s and v
 below have the same lengths and sizes. Only v may be stored in another dtype; it is read in fp32, chunk by chunk.
-Scalars are 0-dim float64 tensors on the shards' device. Sums are per rank: the caller adds them up over ranks
-(reduction.py) before they mean anything.
+Scalars are 0-dim float64 tensors on the shards' device. Sums are per rank: the caller adds them up over ranks.
 
 Source: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022
 (arXiv 2203.02714), Algorithm 1. ``beta`` of alpha "auto" is not in the paper.
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -159,10 +157,9 @@ def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int,
         scale_of: (lo, hi) -> factor of gradient[lo:hi], fp32, 0-dim or [hi - lo].
         out: where the model's weights lie, in its dtype.
         rounding: None rounds to nearest. A seed rounds stochastically (rounding.py), another one for every update, rank
-            and tensor (:func:`.rounding.rounding_seed`). Then out = cast(weights) + eps on average: eps is added to
-            what the model computed the gradient with. To the master it would come with the rounding of the master,
-            which is no noise where a run starts from low-precision weights: it is what the updates since have added
-            up to, and that points against the gradient. Nothing to round where ``out`` is fp32.
+            and tensor. Then out = cast(weights) + eps on average: eps is added to what the model computed the gradient
+            with. To the master it would come with the rounding of the master, which is no noise where a run starts from
+            low-precision weights: it is what the updates since have added up to, and that points against the gradient.
 
     Returns:
         float64 [3]: ‖Δw‖², <Δw, eps> and ‖eps‖² with Δw = out - cast(weights), this rank's part. A low-precision weight
@@ -193,11 +190,21 @@ def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int,
     return torch.stack([add_up(parts, weights.device) for parts in columns])
 
 
-class AddPerturbation(Protocol):
-    """:func:`add_perturbation`, whose last argument may be left out."""
+def perturb_by(piece: Callable[..., Tensor], step: int | None = None) -> Callable[..., Tensor]:
+    """:func:`add_perturbation` by a fused ``piece``, which is given ``step`` elements at a time: their clean weights,
+    gradient, scale, out, and keys of the rounding (None: to nearest). Where ``out`` is fp32 there is nothing to fuse.
+    """
+    def perturb(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
+                rounding: int | None = None) -> Tensor:
+        if out.dtype == torch.float32:
+            return add_perturbation(weights, gradient, scale_of, out)
+        total = torch.zeros(3, dtype=torch.float64, device=weights.device)
+        for lo, hi in chunks(weights.numel(), step or chunk_size(weights.device)):
+            keys = None if rounding is None else rounding_keys(rounding, lo)
+            total += piece(weights[lo:hi], gradient[lo:hi], scale_of(lo, hi), out[lo:hi], keys)
+        return total
 
-    def __call__(self, weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
-                 rounding: int | None = None) -> Tensor: ...
+    return perturb
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class Passes:
     squared_norm: Callable[[Shard, torch.device], Tensor]
     reuse_sums: Callable[[Shard, Shard, torch.device], Tensor]
     add_reused_: Callable[[Shard, Shard, list[Tensor | None]], Shard]
-    add_perturbation: AddPerturbation
+    add_perturbation: Callable[..., Tensor]
     replay_sums: Callable[[Shard, Shard, Shard | None, torch.device], Tensor]
     project_out_: Callable[[Shard, Shard, Tensor], Shard]
 

@@ -1,15 +1,13 @@
 """Which layer each element of this rank's shards belongs to, and sums over layers.
 
 A *layer* is one parameter tensor, numbered 0 .. L-1 in the order of the optimizer's param groups, which is the same on
-every rank. A rank holds pieces of some layers, anywhere in its flat tensors, and padding that belongs to none::
+every rank. A rank holds pieces of some layers, anywhere in its flat tensors, and padding that belongs to none; the
+ranks' squares add up to those of whole layers, in one all-reduce of L numbers::
 
     rank 0: [ a a a a b b ]      rank 1: [ b b c c c . ]        layers a b c = 0 1 2
     rank 0: squares = [‖a‖², ‖first part of b‖², 0]             rank 1: [0, ‖rest of b‖², ‖c‖²]
 
-The two add up to the squares of the whole layers, in one all-reduce of L numbers however many ranks share them.
-
-Sums over pieces are ``torch.segment_reduce`` on a GPU, a few kernels whatever the number of layers, and dot products on
-a CPU. ``benchmarks/segment_sums.py`` compares them with others.
+Sums over pieces are ``torch.segment_reduce`` on a GPU, and dot products on a CPU: ``benchmarks/segment_sums.py``.
 """
 
 from __future__ import annotations
@@ -48,11 +46,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What lies in a range: consecutive pieces, each of one layer, and these cut into what is summed at once.
-
-    ``lengths`` and ``layers``: of the pieces. ``cuts``: the lengths of their parts. On the device, int64: the same, and
-    ``parts``, into how many each piece is cut.
-    """
+    """What lies in a range: consecutive pieces, each of one layer, and these cut into what is summed at once:
+    ``lengths`` and ``layers`` of the pieces, and the lengths of all ``cuts``. On the device, int64: the same, and
+    ``parts``, into how many each piece is cut."""
 
     lengths: list[int]
     layers: list[int]
@@ -70,7 +66,6 @@ class LayerMap:
         layout: for each flat tensor its segments in ascending order of ``start``, as GradientShards.layout gives them.
         sizes: for each flat tensor its number of elements, padding included.
         groups: the parameters of each param group of the optimizer, the same lists on every rank.
-        device: where the flat tensors live.
 
     Attributes:
         count: L, the number of layers of the whole model.
@@ -165,7 +160,7 @@ class LayerMap:
             first, last = bisect_right(starts, lo) - 1, bisect_left(starts, hi)
             lengths = [end - start for start, end in pairwise([lo, *starts[first + 1:last], hi])]
             layers = self._layers[i][first:last]
-            # What a sum in fp32 is exact enough for (algebra.CHUNK_CPU).
+            # What a sum in fp32 is exact enough for (eager.CHUNK_CPU).
             most = chunk_size(self.device) if self.device.type == "cpu" else CUT_DEVICE
             cuts = [[b - a for a, b in chunks(length, most)] for length in lengths]
             flat_cuts = [cut for of_piece in cuts for cut in of_piece]

@@ -1,14 +1,13 @@
 """The arithmetic on shards as Triton kernels: what is used on a GPU, unless the JSON says ``"compile": false``.
 
-The operations of :mod:`.algebra` each go through the GPU's memory by themselves. Fused, a pass reads every operand once
-and writes every result once. Same signatures, same formulas; a sum is formed in fp32 over ``BLOCK`` elements, in a
-tree, and in float64 over the blocks.
+The operations of :mod:`.eager` each go through the GPU's memory by themselves. Fused, a pass reads every operand once
+and writes every result once. Functions of the same names do the same; a sum is formed in fp32 over ``BLOCK`` elements,
+in a tree, and in float64 over the blocks.
 """
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import eager as algebra
-from .eager import Passes, Shard, chunk_size, chunks
-from .rounding import rounding_keys
+from .eager import Passes, Shard, perturb_by
 
 BLOCK = 8192
 """Elements of one program: 32 for each of its threads."""
@@ -26,53 +23,41 @@ WARPS = 8
 
 
 def squared_norm(x: Shard, device: torch.device) -> Tensor:
-    """As :func:`algebra.squared_norm`."""
     return _add_up([_sums(_squared_norm, 1, x_i) for x_i in x], 1, device)[0]
 
 
 def reuse_sums(g: Shard, v: Shard, device: torch.device) -> Tensor:
-    """As :func:`algebra.reuse_sums`."""
     return torch.stack([_sums(_reuse_sums, 3, g_i, v_i).to(device) for g_i, v_i in zip(g, v, strict=True)])
 
 
 def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
-    """As :func:`algebra.add_reused_`."""
     for g_i, v_i, coefficient in zip(g, v, coefficients, strict=True):
         if coefficient is not None:
             _launch(_add_reused, g_i, v_i, coefficient.float())
     return g
 
 
-def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
-                     rounding: int | None = None) -> Tensor:
-    """As :func:`algebra.add_perturbation`, and that itself where ``out`` is fp32: one operation has nothing to fuse."""
-    if out.dtype == torch.float32:
-        return algebra.add_perturbation(weights, gradient, scale_of, out)
-    total = torch.zeros(3, dtype=torch.float64, device=weights.device)
-    for lo, hi in chunks(weights.numel(), chunk_size(weights.device)):
-        scale = scale_of(lo, hi)
-        key, other_key = (0, 0) if rounding is None else rounding_keys(rounding, lo)
-        total += _sums(_perturb, 3, weights[lo:hi], gradient[lo:hi], scale, out[lo:hi], PER_ELEMENT=scale.dim() > 0,
-                       STOCHASTIC=rounding is not None, key=key, other_key=other_key)
-    return total
+def _perturb_piece(weights: Tensor, gradient: Tensor, scale: Tensor, out: Tensor,
+                   keys: tuple[int, int] | None) -> Tensor:
+    key, other_key = keys or (0, 0)
+    return _sums(_perturb, 3, weights, gradient, scale, out, PER_ELEMENT=scale.dim() > 0, STOCHASTIC=keys is not None,
+                 key=key, other_key=other_key)
 
 
 def replay_sums(g: Shard, g_s: Shard, v: Shard | None, device: torch.device) -> Tensor:
-    """As :func:`algebra.replay_sums`."""
     rows = [_sums(_replay_sums, 4, g_i, s_i, g_i if v is None else v[i], WITH_V=v is not None)
             for i, (g_i, s_i) in enumerate(zip(g, g_s, strict=True))]
     return _add_up(rows, 4, device)
 
 
 def project_out_(g: Shard, g_s: Shard, along: Tensor) -> Shard:
-    """As :func:`algebra.project_out_`."""
     along = along.float()
     for g_i, s_i in zip(g, g_s, strict=True):
         _launch(_project_out, g_i, s_i, along)
     return g
 
 
-FUSED = Passes(squared_norm, reuse_sums, add_reused_, add_perturbation, replay_sums, project_out_)
+FUSED = Passes(squared_norm, reuse_sums, add_reused_, perturb_by(_perturb_piece), replay_sums, project_out_)
 
 
 def _launch(kernel: Any, first: Tensor, *others: Tensor, **constants: int) -> None:

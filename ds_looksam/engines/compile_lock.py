@@ -31,11 +31,7 @@ def warn_of_stale_locks() -> None:
 def stale_locks(root: Path) -> list[Path]:
     """Locks of builds in which nothing has been written for a minute while no compiler runs on this host."""
     old = [lock for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)
-           if time.time() - max(path.stat().st_mtime for path in (lock, *_files_of(lock.parent))) > OLD]
+           if time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir() if path.is_file()) > OLD]
     if not old or any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"])):
         return []
     return old
-
-
-def _files_of(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file()]

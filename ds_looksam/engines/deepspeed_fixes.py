@@ -16,15 +16,13 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 
 def tag_for_muon(config_class: Any, model: torch.nn.Module) -> None:
-    """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize saw only "LookSAM" there.
-
-    Shown by test_muon.py."""
+    """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize saw only "LookSAM" there. Shown by
+    test_muon.py."""
     deepspeed.set_optimizer_flags(config_class, model)
 
 
 def keep_group_keys(given: list[Any], optimizer: torch.optim.Optimizer) -> None:
     """Bring back what DeepSpeed drops of a user's param groups when it makes two of each, for Muon and for its Adam.
-
     Shown by test_muon.py with two groups."""
     for built in optimizer.param_groups:
         if "use_muon" in built:
@@ -36,13 +34,9 @@ def keep_group_keys(given: list[Any], optimizer: torch.optim.Optimizer) -> None:
 
 
 def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:
-    """Undo what DeepSpeed's ZeRO wrappers do to ``torch.optim.Adagrad``.
-
-    They put a new one, made from its defaults, in its place, because it makes its state at construction, for parameters
-    that are no longer those it steps. Every param group but one is lost with it, and what the groups brought.
-
-    Shown by test_bases.py with Adagrad.
-    """
+    """Undo what DeepSpeed's ZeRO wrappers do to ``torch.optim.Adagrad``: they put a new one, made from its defaults, in
+    its place, because its state is made at construction, for other parameters. Every param group but one is lost with
+    it, and what the groups brought. Shown by test_bases.py with Adagrad."""
     if not isinstance(adagrad, torch.optim.Adagrad) or getattr(wrapper, "optimizer", adagrad) is adagrad:
         return
     in_stage_3 = hasattr(wrapper, "fp32_partitioned_groups_flat")
@@ -60,8 +54,7 @@ def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:
 @contextmanager
 def whole_pickles(checkpoint_engine: CheckpointEngine) -> Iterator[None]:
     """DeepSpeed 0.19.8 reads with ``checkpoint.writer`` by torch's default, weights_only, which refuses what it has
-    written. Inside it reads as it does without that key. Shown by test_faults.py, resume with
-    a writer."""
+    written. Inside it reads as it does without that key. Shown by test_faults.py, resume with a writer."""
     checkpoint_engine.load = TorchCheckpointEngine().load
     try:
         yield
@@ -86,10 +79,8 @@ def take_cpu_adam_steps_again(optimizer: torch.optim.Optimizer) -> None:
 
     It keeps beta^t between the steps, multiplied by beta from each to the next, but takes it from pow() where a step
     does not follow the last one. So the steps after a load would differ in their last bits from those of the run that
-    never stopped. Costs some microseconds for each step. Nothing to do for other optimizers, on an accelerator, or
-    where groups have different betas (pow() each time then).
-
-    Shown by test_checkpoint.py, test_late_resume_on_a_cpu_adam_is_bit_exact.
+    never stopped. Nothing to do for other optimizers, on an accelerator, or where groups have different betas (pow()
+    each time then). Shown by test_checkpoint.py, test_late_resume_on_a_cpu_adam_is_bit_exact.
     """
     update = _update_of(getattr(optimizer, "aux_optimizer", optimizer))  # of Muon, for what is no matrix
     betas = {tuple(group["betas"]) for group in optimizer.param_groups if "betas" in group}

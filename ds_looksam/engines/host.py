@@ -21,41 +21,26 @@ from ..config.accept import accept, explain_unknown_key, refuse_model
 from ..config.base_optimizers import TESTED_WITH_ZERO
 from ..config.support import Run
 from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
-from ..shards import GradientShards, open_shards
+from ..shards import open_shards
 from . import deepspeed_fixes
 
 
 class HostEngine(DeepSpeedEngine):
     """A DeepSpeedEngine whose update can be surrounded, whose forward and backward can be run again, and whose base
-    optimizer may have trust ratios (LAMB, LARS).
-
-    Subclasses override :meth:`read_configuration`, :meth:`before_first_communication`, :meth:`explain`,
-    :meth:`base_optimizer_is_built` and :meth:`update_at_boundary`.
-    """
+    optimizer may have trust ratios (LAMB, LARS)."""
 
     # DeepSpeed's own, for the type checker.
     _is_gradient_accumulation_boundary: bool | None
-    _unmanaged_backward_count: int
-    _running_engine_step: bool
-    warn_unscaled_loss: bool
-    inside_no_sync_ctxt: bool
     enable_backward_allreduce: bool
-    _running_engine_backward: bool
-    _manual_backward_expected: bool
-    device: torch.device
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
         self.read_configuration(config_class, kwargs["model"], kwargs.get("optimizer"))
         super().__init__(*args, config_class=config_class, **kwargs)
-        # The room for the wrapper that DeepSpeed has put around the base optimizer.
-        self._shards = open_shards(self, self._whole_groups)
+        self.gradient_shards = open_shards(self)
+        # Whole parameters, the same lists on every rank, from before the wrapper put flat tensors in their place.
+        self.gradient_shards.whole_groups = self._whole_groups
         if isinstance(self.basic_optimizer, LayerwiseOptimizer):
-            self.basic_optimizer.bind(self._shards)
-
-    @property
-    def gradient_shards(self) -> GradientShards:
-        """This rank's part of gradient and weights."""
-        return self._shards
+            self.basic_optimizer.bind(self.gradient_shards)
 
     def refuse_steps_of_optimizer(self, error: Exception) -> None:
         """``engine.optimizer.step()`` raises ``error`` from now on, where it is not called by ``engine.step()``."""
@@ -106,17 +91,9 @@ class HostEngine(DeepSpeedEngine):
                 p.grad is None and getattr(p, "grad_accum", None) is None
                 for p in self.module.parameters() if p.requires_grad)
 
-    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
-        """Check DeepSpeed's parsed configuration, and make it that of the base optimizer. Called before anything else.
-
-        Raises:
-            LookSAMConfigError: it is wrong, or not supported.
-        """
-        self.accept(config, client_optimizer)
-
-    @staticmethod
-    def accept(config: Any, client_optimizer: Any) -> Run:
-        """Check a configuration, with the keys of its JSON that DeepSpeed does not read.
+    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> Run:
+        """Check DeepSpeed's parsed configuration, with the keys of its JSON that DeepSpeed does not read, and make it
+        that of the base optimizer. Called before anything else.
 
         Raises:
             LookSAMConfigError: it is wrong, or not supported.
@@ -136,26 +113,23 @@ class HostEngine(DeepSpeedEngine):
     def update_at_boundary(self, apply_update: Callable[[], bool]) -> None:
         """Called once per accumulation window, with the averaged gradient in place. ``apply_update`` is
         DeepSpeed's clipping, optimizer step, publication of the weights and LR schedule; False if it skipped them."""
-        self._shards.keep_gradient()
+        self.gradient_shards.keep_gradient()
         try:
             apply_update()
         finally:
-            self._shards.end_window()
+            self.gradient_shards.end_window()
 
     @contextmanager
     def running_again(self) -> Iterator[None]:
         """Forward and backward inside do not count as micro-batches, samples or throughput of the user's loop."""
-        boundary = self._is_gradient_accumulation_boundary
-        backwards = self._unmanaged_backward_count
-        timer = (self.tput_timer.started, self.tput_timer.start_time)
-        unscaled_loss_warning = self.warn_unscaled_loss
+        kept = [(owner, name, getattr(owner, name)) for owner, names in (
+            (self, ("_is_gradient_accumulation_boundary", "_unmanaged_backward_count", "warn_unscaled_loss")),
+            (self.tput_timer, ("started", "start_time"))) for name in names]
         try:
             yield
         finally:
-            self.warn_unscaled_loss = unscaled_loss_warning
-            self.tput_timer.started, self.tput_timer.start_time = timer
-            self._unmanaged_backward_count = backwards
-            self._is_gradient_accumulation_boundary = boundary
+            for owner, name, value in kept:
+                setattr(owner, name, value)
 
     def set_boundary_of_next_backward(self, is_boundary: bool) -> None:
         """Override the engine's accumulation counter for one backward of a replay."""
@@ -199,11 +173,10 @@ class HostEngine(DeepSpeedEngine):
     def direct_backward_begins(self) -> None:
         """Called when a backward reaches the output of a forward without ``engine.backward``."""
 
-    def backward_directly(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+    def backward_directly(self, loss: torch.Tensor, retain_graph: bool = False) -> None:
         """``loss.backward()``, as a user who has scaled the loss where fp16 asks for it."""
         self._manual_backward_expected = True
         loss.backward(retain_graph=retain_graph)
-        return loss
 
     def finish_unmanaged_window(self) -> None:
         """Reduce what ``managed_gradient_accumulation: false`` leaves for step() to reduce. Collective."""
@@ -215,13 +188,11 @@ class HostEngine(DeepSpeedEngine):
         else:
             self.allreduce_gradients()
 
-    def monitors(self) -> bool:
-        """Whether this rank writes to monitors that DeepSpeed's configuration asks for."""
-        return bool(self.monitor.enabled) and self.global_rank == 0
-
-    def write_to_monitors(self, events: list[tuple[str, float, int]]) -> None:
-        """(name, value, number of samples) each, beside what DeepSpeed writes itself."""
-        self.monitor.write_events(events)
+    def write_to_monitors(self, events: Callable[[], list[tuple[str, float, int]]]) -> None:
+        """(name, value, number of samples) each, beside what DeepSpeed writes: on rank 0, where the JSON asks for it.
+        """
+        if self.monitor.enabled and self.global_rank == 0:
+            self.monitor.write_events(events())
 
     def gradient_loss_scale(self) -> float:
         """What the gradients in the wrapper are multiplied by. That is the loss scale for ZeRO optimizers only: for the
@@ -232,10 +203,8 @@ class HostEngine(DeepSpeedEngine):
         """Called when every rank's writer has written the last decoupled checkpoint."""
 
     def _commit_decoupled_checkpoint(self) -> None:
-        """As DeepSpeed's, which lets rank 0 name the checkpoint in ``latest`` when its own writer is done. Collective.
-
-        A rank whose writer has failed raises here, and then none gets through the barrier.
-        """
+        """As DeepSpeed's, which lets rank 0 name the checkpoint in ``latest`` when its own writer is done. Collective:
+        where a rank's writer has failed, it raises here, and none gets through the barrier."""
         save = self.checkpoint_engine.get_commit_info()
         if save is not None:
             self.checkpoint_engine.commit(save)
@@ -291,7 +260,6 @@ class HostEngine(DeepSpeedEngine):
                 deepspeed_fixes.keep_group_keys(model_parameters, optimizer)
         except TypeError as error:
             raise self.explain(error) from error
-        # Whole parameters, the same lists on every rank; the wrapper will put flat shards in their place.
         self._whole_groups = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
         if isinstance(optimizer, LayerwiseOptimizer):
             optimizer.wait_for_wrapper()

@@ -1,8 +1,7 @@
 """The DeepSpeed engine that trains with LookSAM: builds its four parts, and forwards DeepSpeed's calls to them.
 
-One SAM step, from here: :meth:`LookSAMEngine.update_at_boundary` -> ``step/update.py`` (Algorithm 1) -> ``shards/``
-(this rank's part of gradient and weights) -> ``replay/replay.py`` (the second evaluation) -> ``step/state.py`` (what is
-kept).
+One SAM step: :meth:`LookSAMEngine.update_at_boundary` -> ``step/update.py`` (Algorithm 1) -> ``shards/`` (this rank's
+part of gradient and weights) -> ``replay/replay.py`` (the second evaluation) -> ``step/state.py`` (what is kept).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from ..checkpoint.checkpointer import Checkpointer
 from ..config.accept import explain_unknown_key
 from ..config.params import group_settings, parse_group, set_group_defaults
 from ..config.rounding import computes_in, rounding_warning
+from ..config.support import Run
 from ..errors import LookSAMReplayError
 from ..ranks.check import check_ranks
 from ..replay.replay import Closure, Replay
@@ -85,13 +85,14 @@ class LookSAMEngine(HostEngine):
 
     # Construction ---------------------------------------------------------------------------------------------------
 
-    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> None:
-        run = self.accept(config, client_optimizer)
+    def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> Run:
+        run = super().read_configuration(config, model, client_optimizer)
         assert run.settings is not None
         self._settings, self._computes_in = run.settings, computes_in(config)
         # From here on DeepSpeed sees the configuration of a run with the base optimizer alone.
         config.optimizer_name, config.optimizer_params = run.base, run.base_params
         tag_for_muon(config, model)
+        return run
 
     def before_first_communication(self, device: torch.device) -> None:
         check_ranks(device)
@@ -208,7 +209,9 @@ class LookSAMEngine(HostEngine):
         """
         self._refuse_per_micro_batch(closure is not None and self._update.is_per_micro_batch,
                                      "engine.step(closure=...)", "set engine.loss_fn")
-        with self._replay.stepping(closure):
+        # The second evaluation takes gradients, and v is written to in later steps: neither is for inference tensors.
+        leave_inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with leave_inference, self._replay.stepping(closure):
             try:
                 with self.nothing_left_to_reduce() if self._evaluates_micro_batches_again else nullcontext():
                     super().step(lr_kwargs)
@@ -220,9 +223,8 @@ class LookSAMEngine(HostEngine):
         if self._state.status.next_is_sam:
             self._warn_of_freezing()
         self._update(apply_update)
-        if self.monitors():
-            status = self._state.status
-            self.write_to_monitors(monitor.events(status, self.global_samples, measured=status.step_kind == "sam"))
+        status = self._state.status
+        self.write_to_monitors(lambda: monitor.events(status, self.global_samples, status.step_kind == "sam"))
 
     def _warn_of_freezing(self) -> None:
         """Once, where DeepSpeed ignores that parameters were frozen or unfrozen: everywhere but on stage 0 in fp32."""

@@ -1,4 +1,4 @@
-"""The one place that changes anything in DeepSpeed: which engine class a configuration gets.
+"""Which engine class a configuration gets.
 
 ``deepspeed.initialize`` constructs ``DeepSpeedEngine``. Registration gives that class a ``__new__`` that looks at the
 parsed configuration: one whose optimizer type is LookSAM's gets a :class:`LookSAMEngine` (a subclass, so ``isinstance``

@@ -37,8 +37,9 @@ def rebuilt(value: Any, of_leaf: Callable[[Any], Any], known: dict[int, Any] | N
     if id(value) in known:  # shared, or a circle
         return known[id(value)]
     if isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom):
-        new = known[id(value)] = _copy_of_generator(value)
-        return new
+        known[id(value)] = (torch.Generator(value.device).set_state(value.get_state())
+                            if isinstance(value, torch.Generator) else copy.deepcopy(value))
+        return known[id(value)]
 
     def inner(item: Any) -> Any:
         return rebuilt(item, of_leaf, known)
@@ -59,12 +60,6 @@ def rebuilt(value: Any, of_leaf: Callable[[Any], Any], known: dict[int, Any] | N
     for name, item in attributes(value).items():
         object.__setattr__(new, name, inner(item))  # also where the class is frozen
     return new
-
-
-def _copy_of_generator(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return torch.Generator(generator.device).set_state(generator.get_state())
-    return copy.deepcopy(generator)
 
 
 def attributes(value: Any) -> dict[str, Any]:
@@ -89,26 +84,23 @@ class Watched:
 
     def __init__(self, value: Any) -> None:
         self.iterator: Iterator[Any] | None = None  # one that the forward has used up
-        self._versions: list[tuple[Tensor, int | None]] = []
-        self._sums: list[tuple[Any, int]] = []
+        self._marks: list[tuple[Any, Callable[[Any], int | None], int | None]] = []
         rebuilt(value, self._watch)
 
     def _watch(self, leaf: Any) -> Any:
         if isinstance(leaf, Iterator):
             self.iterator = leaf
         elif isinstance(leaf, Tensor):
-            self._versions.append((leaf, version_of(leaf)))
+            self._marks.append((leaf, version_of, version_of(leaf)))
         is_foreign = isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided and (
             not leaf.untyped_storage().resizable())
         if is_foreign or isinstance(leaf, np.ndarray):
-            self._sums.append((leaf, _crc(leaf)))
+            self._marks.append((leaf, _crc, _crc(leaf)))
         return leaf
 
     def check(self) -> None:
         """Raise LookSAMReplayError if one of them was changed."""
-        changed = next((t for t, version in self._versions if version_of(t) != version), None)
-        if changed is None:
-            changed = next((x for x, bytes_sum in self._sums if _crc(x) != bytes_sum), None)
+        changed = next((x for x, look, then in self._marks if look(x) != then), None)
         if changed is not None:
             raise LookSAMReplayError(
                 f"an input of the model (shape {tuple(changed.shape)}, {changed.dtype}) was changed in place after its "

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .recording import version_of
 from .snapshot import submodules
 
-Restore = Callable[[], None]
+Restore = Callable[[], Any]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward", "trainer", "_trainer", "_fabric"}
 _OF_DEEPSPEED = ("ds_", "_ds", "_external_params", "_original_parameters", "applied_pre_backward", "pre_bwd_fn",
@@ -43,11 +43,7 @@ def _attributes_of(module: nn.Module) -> dict[str, Any]:
 
 
 class ModuleState:
-    """One module's state at one moment.
-
-    Args:
-        frozen: parameters that nobody optimizes and that are to be copied.
-    """
+    """One module's state at one moment. ``frozen``: parameters that nobody optimizes and that are to be copied."""
 
     def __init__(self, module: nn.Module, frozen: Iterable[nn.Parameter] = ()) -> None:
         modules = submodules(module)
@@ -57,6 +53,8 @@ class ModuleState:
         self._attributes = [(m, _attributes_of(m)) for m in modules]
         self._opaque: list[tuple[str, Any, str]] = []
         self._bytes_left, self._known = _LIMIT, set[int]()
+        self._metric_states = {id(vars(m).get(name)) for m in _instances(modules, "Metric", "torchmetrics")
+                               for name in m._defaults}  # type: ignore[union-attr]
         self._contents = [restore for m, attributes in self._attributes for name, value in attributes.items()
                           for restore in self._contents_of(value, f"{type(m).__name__}.{name}", _DEPTH)]
 
@@ -86,12 +84,11 @@ class ModuleState:
         inner: Iterable[Any] = ()
         if isinstance(value, (Tensor, np.ndarray)):
             yield from self._copy_of(value)
-        elif isinstance(value, torch.Generator):
-            yield partial(_set_state, value, value.get_state())
+        elif isinstance(value, (torch.Generator, np.random.RandomState)):
+            state: Any = value.get_state()
+            yield partial(value.set_state, state)
         elif isinstance(value, np.random.Generator):
             yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-        elif isinstance(value, np.random.RandomState):
-            yield partial(value.set_state, value.get_state())
         elif isinstance(value, random.Random):
             yield partial(value.setstate, value.getstate())
         elif isinstance(value, (tuple, frozenset)):
@@ -108,9 +105,10 @@ class ModuleState:
             yield from self._contents_of(item, name, depth - 1)
 
     def _copy_of(self, value: Any) -> Iterator[Restore]:
-        self._bytes_left -= value.nbytes
-        if self._bytes_left < 0:
-            return
+        if id(value) not in self._metric_states:  # those are copied whatever their size: they are counted up in place
+            self._bytes_left -= value.nbytes
+            if self._bytes_left < 0:
+                return
         if isinstance(value, np.ndarray):
             yield partial(np.copyto, value, value.copy())
         elif not value.is_inference() and value.layout == torch.strided:
@@ -123,8 +121,14 @@ def _is_entered(module: str) -> bool:
     return package in ("types", "collections") or package not in {*_NOT_ENTERED, *sys.stdlib_module_names}
 
 
-def _set_state(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
+def _instances(modules: list[nn.Module], name: str, *packages: str) -> list[nn.Module]:
+    """Those of the class of that name in a package that the user has imported."""
+    classes = tuple(getattr(sys.modules[package], name) for package in packages if package in sys.modules)
+    return [m for m in modules if isinstance(m, classes)]
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def _refill(container: Any, items: Any) -> None:
@@ -143,7 +147,7 @@ class Attributes:
     def __init__(self, module: nn.Module, since: Attributes | None = None) -> None:
         modules = submodules(module)
         known: dict[int, _Held] = {}  # many modules hold one configuration
-        self._of = {m: {name: known.get(id(value)) or known.setdefault(id(value), _Held.of(value))
+        self._of = {m: {name: known.get(id(value)) or known.setdefault(id(value), _Held(value))
                         for name, value in _attributes_of(m).items()} for m in modules}
         self._buffers = {(m, name): (_Weak(buffer), version_of(buffer)) for m in modules
                          for name, buffer in m._buffers.items() if buffer is not None}
@@ -189,41 +193,30 @@ class _Weak(weakref.ref[Tensor]):
     """Not one of the user's own weak references."""
 
 
-@dataclass(frozen=True)
 class _Held:
-    """``value``, and its ``contents`` if it has any, with weak references to tensors."""
+    """A value, and what is in it (by key or place) if it is a container, with weak references to tensors."""
 
-    value: Any
-    contents: dict[Any, Any] | list[Any] | None = None
-
-    @classmethod
-    def of(cls, value: Any) -> _Held:
+    def __init__(self, value: Any) -> None:
         inner = _inside(value)
-        if inner is None:
-            return cls(_weak(value))
-        return cls(value, {key: _weak(item) for key, item in inner.items()} if isinstance(inner, dict) else
-                   [_weak(item) for item in inner])
+        self._value = _weak(value)
+        self._contents = {key: _weak(item) for key, item in (
+            inner.items() if isinstance(inner, dict) else enumerate(inner or ()))}
 
     def get(self) -> Any:
         """None also where it is gone."""
-        return _strong(self.value)
+        return _strong(self._value)
 
     def is_same(self, other: _Held) -> bool:
-        if not _is_same(self.value, other.value):
-            return False
-        mine, others = list(_pairs(self.contents)), list(_pairs(other.contents))
-        return len(mine) == len(others) and all(a == c and _is_same(b, d)
-                                                for (a, b), (c, d) in zip(mine, others, strict=True))
+        return _is_same(self._value, other._value) and list(self._contents) == list(other._contents) and all(
+            map(_is_same, self._contents.values(), other._contents.values()))
 
     def put(self, module: nn.Module, name: str) -> None:
         """What is gone is left as it is."""
-        everything = [self.value, *(item for _, item in _pairs(self.contents))]
-        if any(isinstance(item, _Weak) and item() is None for item in everything):
+        if any(isinstance(item, _Weak) and item() is None for item in (self._value, *self._contents.values())):
             return
-        if isinstance(self.contents, dict):
-            _refill(_inside(self.value), {key: _strong(item) for key, item in self.contents.items()})
-        elif self.contents is not None:
-            _refill(self.value, [_strong(item) for item in self.contents])
+        inner, items = _inside(self.get()), {key: _strong(item) for key, item in self._contents.items()}
+        if inner is not None:
+            _refill(inner, items if isinstance(inner, dict) else items.values())
         vars(module)[name] = self.get()
 
 
@@ -233,10 +226,6 @@ def _inside(value: Any) -> Any:
         return value
     is_plain = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and not callable(value)
     return vars(value) if is_plain and _is_entered(type(value).__module__) else None
-
-
-def _pairs(contents: Any) -> Iterable[tuple[Any, Any]]:
-    return contents.items() if isinstance(contents, dict) else enumerate(contents or ())
 
 
 def _weak(value: Any) -> Any:
@@ -265,8 +254,7 @@ class Isolation:
 
     A forward may change them without a trace in their version counters (``p.data.mul_``), and copies of a large frozen
     model would not fit. So they are copied at first if they are no more than twice what is trained; once a second
-    evaluation has come, only those are that were seen to change, by comparison or by their norms in fp64.
-    """
+    evaluation has come, only those are that were seen to change, by comparison or by their norms in fp64."""
 
     def __init__(self) -> None:
         self._changing: set[nn.Parameter] | None = None  # None: not known yet
@@ -286,12 +274,18 @@ class Isolation:
 
     @contextmanager
     def second_evaluation(self, module: nn.Module, before: Before | None) -> Iterator[None]:
-        """Inside, the module goes on from ``before``, as the first evaluation did; afterwards it is as that left it."""
+        """Inside, the module goes on from ``before``, as the first evaluation did; afterwards it is as that left it.
+
+        Lightning's ``self.log``, which a ``training_step`` calls, does nothing inside: it would count every sample of a
+        SAM step twice, the second time with the loss of the perturbed weights.
+        """
         if before is not None:
             self._learn(before)
         after = ModuleState(module, self._changing or ())
         if before is not None:
             before.state.restore()
+        for m in _instances(submodules(module), "LightningModule", "lightning.pytorch", "pytorch_lightning"):
+            vars(m)["log"] = vars(m)["log_dict"] = _ignore
         try:
             yield
         finally:

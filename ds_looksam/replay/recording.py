@@ -54,11 +54,9 @@ class Made:
 
 @dataclass(eq=False)
 class Apart:
-    """Stands for a tensor that requires grad and does not come from the model: another model's output or parameter.
-
-    Its gradient was counted in the first evaluation; in the second one a detached tensor is in its place. ``norm`` is
-    kept of parameters, which ZeRO changes without telling their version counters.
-    """
+    """Stands for a tensor that requires grad and does not come from the model: another model's output or parameter. Its
+    gradient was counted in the first evaluation; in the second one a detached tensor is in its place. ``norm`` is kept
+    of parameters, which ZeRO changes without telling their version counters."""
 
     tensor: Tensor
     made_by: GraphId

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from deepspeed.utils import logger
@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from ..errors import LookSAMReplayError
 from ..ranks.agree import raised_everywhere
 from ..shards import GradientShards
-from .guard import refuse_state_dicts
 from .module_state import Isolation
-from .side_effects import without_side_effects
-from .snapshot import ModelSnapshot
+from .snapshot import ModelSnapshot, submodules
 from .tape import in_functorch
 from .window import Backward, LossFn, Window
 
@@ -33,23 +31,6 @@ Closure = Callable[[], Any]
 
 _WHEN = ("was called while the weights are perturbed: from inside the second evaluation of a SAM step (a forward hook, "
          "say), or after it was interrupted. Call it after step(); load a checkpoint after an interruption.")
-
-
-class Engine(Protocol):
-    """What the replay asks of the engine, which is :class:`ds_looksam.engines.host.HostEngine`."""
-
-    def gradient_accumulation_steps(self) -> int: ...
-    def gradient_loss_scale(self) -> float: ...
-    def is_gradient_accumulation_boundary(self) -> bool: ...
-    def gradients_are_gone(self) -> bool: ...
-    def inside_no_sync(self) -> bool: ...
-    def inside_coalesce(self) -> bool: ...
-    def no_sync(self) -> AbstractContextManager[None]: ...
-    def coalesce_grad_reduction(self) -> AbstractContextManager[None]: ...
-    def running_again(self) -> AbstractContextManager[None]: ...
-    def set_boundary_of_next_backward(self, is_boundary: bool) -> None: ...
-    def backward_directly(self, loss: Tensor, retain_graph: bool = False) -> Tensor: ...
-    def finish_unmanaged_window(self) -> None: ...
 
 
 class Where(Enum):
@@ -63,7 +44,7 @@ class Replay:
     """See the module's docstring.
 
     Args:
-        engine: see :class:`Engine`.
+        engine: a :class:`ds_looksam.engines.host.HostEngine`; its own methods, and DeepSpeed's public ones.
         forward, backward: DeepSpeed's own.
         is_recorded: whether the window now running may have to be evaluated again. The same throughout a window.
 
@@ -73,7 +54,7 @@ class Replay:
         gradient_is_complete: the boundary's backward has run since.
     """
 
-    def __init__(self, engine: Engine, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
+    def __init__(self, engine: Any, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
                  is_recorded: Callable[[], bool]) -> None:
         self.loss_fn: LossFn | None = None
         self.gradient_edit: Callable[[], None] | None = None
@@ -108,30 +89,28 @@ class Replay:
             self._refuse_unless_in_closure("backward")
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         if self._is_recorded():
-            self._record(loss, self._backward_now(scale_wrt_gas=scale_wrt_gas), self._share(scale_wrt_gas))
+            self._record(loss, scale_wrt_gas)
         self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
         with self.window.not_recording():
             return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-
-    def _backward_now(self, scale_wrt_gas: bool = True, direct: bool = False) -> Backward:
-        engine = self._engine
-        return Backward(engine.is_gradient_accumulation_boundary(), scale_wrt_gas, direct,
-                        no_sync=engine.inside_no_sync(), coalesced=engine.inside_coalesce())
 
     def _note_backward(self, loss: Tensor, by_engine: bool, problem: str | None) -> None:
         """A backward that this engine did not begin is about to run over its output: ``loss.backward()``, or another
         engine's ``backward``, which has divided the loss by its own accumulation steps."""
         if by_engine and self._engine.gradient_loss_scale() != 1:
             problem = "the loss went through the backward of another engine, which has a loss scale of its own"
-        self._record(loss, self._backward_now(scale_wrt_gas=not by_engine, direct=not by_engine),
-                     self._share(scale_wrt_gas=not by_engine, direct=True), problem)
+        self._record(loss, not by_engine, direct=not by_engine, is_scaled=True, problem=problem)
         self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
 
-    def _record(self, loss: Tensor, how: Backward, share: float, problem: str | None = None) -> None:
-        if self.window.backwards and self._engine.gradients_are_gone():
+    def _record(self, loss: Tensor, scale_wrt_gas: bool, direct: bool = False, is_scaled: bool = False,
+                problem: str | None = None) -> None:
+        engine = self._engine
+        if self.window.backwards and engine.gradients_are_gone():
             self.forget_backwards(told=False)
+        how = Backward(engine.is_gradient_accumulation_boundary(), scale_wrt_gas, direct, engine.inside_no_sync(),
+                       engine.inside_coalesce())
         self.window.add_backward(loss, how, problem)
-        self.window.add_loss(loss, share)
+        self.window.add_loss(loss, self._share(scale_wrt_gas, is_scaled))
 
     def forget_backwards(self, told: bool) -> None:
         """The user has thrown away what backwards had left since the last update. ``told``: by a call that we saw; else
@@ -185,20 +164,15 @@ class Replay:
             raise LookSAMReplayError(f"{what} {_WHEN}")
 
     def check(self, in_step: bool = True) -> None:
-        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet.
-
-        Args:
-            in_step: ``engine.step`` asks, which may have been given a closure.
-        """
+        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet. ``in_step``:
+        ``engine.step`` asks, which may be given a closure."""
         if self._closure is None:
             self.window.check(self.loss_fn, with_closure=in_step)
 
     @contextmanager
     def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> Iterator[None]:
         """While the weights are perturbed for a second evaluation. On leaving it the module and all generators are
-        as before.
-
-        The weights are clean again only when the update publishes them; until :meth:`forget` they stay marked.
+        as before; the weights are clean, and no longer marked, when the update has published them (:meth:`forget`).
 
         Args:
             put_back: gives the first gradient back to the wrapper, where the evaluation fails. If it did so on every
@@ -208,11 +182,14 @@ class Replay:
         Raises:
             LookSAMReplayError: this rank's error is only what came of another rank's.
         """
-        snapshot = ModelSnapshot.take(self._module, optimized=shards.parameters())
+        snapshot = ModelSnapshot(self._module, optimized=shards.parameters())
         try:
             self._where = Where.PERTURBED
-            self._guards = self._guards or refuse_state_dicts(self._module, lambda m: self.refuse(
-                f"{type(m).__name__}.state_dict()"))
+            # The door through which perturbed weights could leave: torch.save(model.state_dict()) from a forward hook,
+            # or from an exit handler after an interruption. Assigning parameters cannot be intercepted.
+            self._guards = self._guards or [
+                m.register_state_dict_pre_hook(lambda m, *_: self.refuse(f"{type(m).__name__}.state_dict()"))
+                for m in submodules(self._module)]
             with self._isolation.second_evaluation(self._module, self.window.before):
                 yield
         except Exception as error:
@@ -247,7 +224,7 @@ class Replay:
         self._replayed = Window()
         self._where = Where.EVALUATING
         try:
-            with self._engine.running_again(), torch.enable_grad(), without_side_effects(self._module):
+            with self._engine.running_again(), torch.enable_grad():
                 self._announce_next_backward()
                 if self._closure is not None:
                     self._call_closure(self._closure)
@@ -335,8 +312,8 @@ class Replay:
         if not (by_closure and torch.is_grad_enabled()):
             self.refuse(f"engine.{what}()")
 
-    def _share(self, scale_wrt_gas: bool = True, direct: bool = False) -> float:
-        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so. A loss
-        whose backward was called directly carries the loss scale."""
+    def _share(self, scale_wrt_gas: bool, is_scaled: bool) -> float:
+        """What DeepSpeed multiplies the loss of one micro-batch with: 1 / accumulation, unless the user did so.
+        ``is_scaled``: it carries the loss scale, as one whose backward was called directly."""
         share = 1 / self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1.0
-        return share / self._engine.gradient_loss_scale() if direct else share
+        return share / self._engine.gradient_loss_scale() if is_scaled else share

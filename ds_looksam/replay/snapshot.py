@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -152,32 +152,22 @@ class Structure:
                 p.requires_grad_(flag)
 
 
-@dataclass
 class ModelSnapshot:
-    """Generators, flags, and gradients of parameters that nobody optimizes. See also module_state.py."""
+    """Generators, flags, and gradients of parameters that nobody optimizes. See also module_state.py.
 
-    module: nn.Module
-    random: RandomState
-    mode: ComputeMode
-    outside_gradients: list[tuple[nn.Parameter, Tensor | None]] = field(default_factory=list)
+    Sets aside ``.grad`` of trainable parameters that are not in ``optimized``: the replay would add to them.
+    """
 
-    @classmethod
-    def take(cls, module: nn.Module, optimized: Iterable[nn.Parameter]) -> ModelSnapshot:
-        """Sets aside ``.grad`` of trainable parameters that are not in ``optimized``, so that the replay does not add
-        to them."""
-        mode = ComputeMode.capture(module)
-        known = {id(p) for p in optimized}
-        outside = []
-        for m, _ in mode.training:
-            for p in m._parameters.values():
-                if p is not None and p.requires_grad and id(p) not in known:
-                    known.add(id(p))  # once, where it is tied
-                    outside.append((p, p.grad))
-                    p.grad = None
-        return cls(module=module, random=RandomState.capture(), mode=mode, outside_gradients=outside)
+    def __init__(self, module: nn.Module, optimized: Iterable[nn.Parameter]) -> None:
+        self._module, self._random, self._mode = module, RandomState.capture(), ComputeMode.capture(module)
+        known = set(optimized)
+        self._outside = [(p, p.grad) for m, _ in self._mode.training for p in m._parameters.values()
+                         if p is not None and p.requires_grad and p not in known]
+        for p, _ in self._outside:
+            p.grad = None
 
     def restore(self) -> None:
-        for p, gradient in self.outside_gradients:
+        for p, gradient in self._outside:
             p.grad = gradient
-        self.mode.apply(self.module)
-        self.random.restore()
+        self._mode.apply(self._module)
+        self._random.restore()

@@ -78,12 +78,9 @@ def in_functorch() -> bool:
 
 class LossTape(TorchFunctionMode):
     """Records while it is on. It lies at the bottom of torch's stack of function modes, so that the user's own modes
-    may be entered and left around it in any order.
-
-    Args:
-        on_backward: called before each backward of this model that ``engine.backward`` did not begin, with the loss,
-            whether another engine's ``backward`` began it, and what cannot be repeated of it.
-    """
+    may be entered and left around it in any order. ``on_backward`` is called before each backward of this model that
+    ``engine.backward`` did not begin, with the loss, whether another engine's ``backward`` began it, and what cannot be
+    repeated of it."""
 
     def __init__(self, module: nn.Module, on_backward: Callable[[Tensor, bool, str | None], None]) -> None:
         super().__init__()
@@ -134,11 +131,8 @@ class LossTape(TorchFunctionMode):
         return [known.made.by] + ([known.changed_by] if known.changed_by is not None else [])
 
     def add_forward(self, step: Step, inputs: list[Tensor], outputs: list[Tensor]) -> list[GraphId]:
-        """Record from here on what is made of ``outputs``. ``inputs`` are those that require grad.
-
-        Returns:
-            The nodes of the outputs.
-        """
+        """Record from here on what is made of ``outputs``. ``inputs`` are those that require grad. Returns the nodes of
+        the outputs."""
         own_nodes = {graph_id(t) for t in inputs} | {None}
         for i, t in enumerate([*inputs, *outputs]):
             if i >= len(inputs) or t not in self._known:

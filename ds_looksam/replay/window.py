@@ -83,21 +83,13 @@ class Forward(Step):
 
 @dataclass(frozen=True)
 class Backward:
-    """How the user ran one backward.
+    """How the user ran one backward."""
 
-    Attributes:
-        is_boundary: whether DeepSpeed took it for the last one of its accumulation window.
-        scale_wrt_gas: ``engine.backward``'s argument.
-        direct: ``loss.backward()`` instead of ``engine.backward(loss)``.
-        no_sync: inside ``engine.no_sync()``.
-        coalesced: inside ``engine.coalesce_grad_reduction()``.
-    """
-
-    is_boundary: bool
-    scale_wrt_gas: bool = True
-    direct: bool = False
-    no_sync: bool = False
-    coalesced: bool = False
+    is_boundary: bool  # whether DeepSpeed took it for the last one of its accumulation window
+    scale_wrt_gas: bool = True  # engine.backward's argument
+    direct: bool = False  # loss.backward() instead of engine.backward(loss)
+    no_sync: bool = False  # inside engine.no_sync()
+    coalesced: bool = False  # inside engine.coalesce_grad_reduction()
 
 
 @dataclass(eq=False)
@@ -172,8 +164,7 @@ class Window:
                     on_backward: Callable[[Tensor, bool, str | None], None],
                     before: Callable[[nn.Module], Before] | None = None) -> Any:
         """Run a forward and remember it, as long as a tensor depends on it. What is made of its output is recorded from
-        here on, and ``on_backward`` called for a backward that ``engine.backward`` did not begin (LossTape).
-        ``before`` remembers the module's state."""
+        here on. ``on_backward``: :class:`LossTape`'s. ``before`` remembers the module's state."""
         if in_functorch():  # its output is a value like any other, or refused where it gets into the loss
             with self.not_recording():
                 return run(*args, **kwargs)
@@ -209,8 +200,7 @@ class Window:
         return output
 
     def add_backward(self, loss: Tensor, how: Backward, problem: str | None = None) -> None:
-        """Remember a backward of this engine that is about to run. What is wrong is told by :meth:`check`, at the
-        boundary."""
+        """Remember a backward of this engine that is about to run. What is wrong is told by :meth:`check`."""
         if self._tape is None:
             self._problem = "no forward of the engine was seen in this window before a backward"
             return
@@ -281,12 +271,8 @@ class Window:
 
     def evaluate_again(self, forward: Callable[..., Any], backward: Callable[[Tensor, Backward, bool], None],
                        loss_fn: LossFn | None) -> None:
-        """Run the window's forwards, the forming of each loss, and its backwards in the user's order.
-
-        Args:
-            forward: called with the inputs, returns the output.
-            backward: called with the loss, how its backward was run, and whether its graph is still needed.
-            loss_fn: forms the loss instead of the recorded calls.
+        """Run the window's forwards, the forming of each loss (by ``loss_fn``, where there is one), and its backwards
+        in the user's order. ``backward`` gets the loss, how its backward was run, and whether its graph is needed on.
         """
         steps, values = self._steps(loss_fn), Values()
 

@@ -1,4 +1,4 @@
-"""One small room per DeepSpeed optimizer wrapper; the only code that touches DeepSpeed's private attributes."""
+"""One small room per DeepSpeed optimizer wrapper, whose private attributes are touched nowhere else."""
 
 from __future__ import annotations
 
@@ -23,23 +23,13 @@ from .zero12_offload import Zero12OffloadShards
 __all__ = ["GradientShards", "ScaleOf", "full_shape", "open_shards"]
 
 
-def open_shards(engine: DeepSpeedEngine, whole_groups: list[list[torch.nn.Parameter]]) -> GradientShards:
-    """The room for the wrapper that DeepSpeed has put around the base optimizer.
-
-    Args:
-        whole_groups: the parameters of each of the optimizer's param groups, before the wrapper took them; the same
-            lists on every rank.
+def open_shards(engine: DeepSpeedEngine) -> GradientShards:
+    """The room for the wrapper that DeepSpeed has put around the base optimizer, without ``whole_groups``. By its exact
+    type: a subclass (ZenFlow, SuperOffload) keeps its gradients elsewhere.
 
     Raises:
         LookSAMConfigError: the wrapper is one that LookSAM does not know.
     """
-    shards = _room(engine)
-    shards.whole_groups = whole_groups
-    return shards
-
-
-def _room(engine: DeepSpeedEngine) -> GradientShards:
-    """By the wrapper's exact type: a subclass (ZenFlow, SuperOffload) keeps its gradients elsewhere."""
     optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer:
         return Zero12OffloadShards(optimizer) if optimizer.cpu_offload else Zero12Shards(optimizer)

@@ -1,7 +1,5 @@
-"""What LookSAM asks of a DeepSpeed optimizer wrapper: hand out the gradient, move the weights, start over.
-
-One subclass per wrapper. The way of a gradient: wrapper -> take_gradient -> arithmetic -> give_gradient -> the
-wrapper's own step.
+"""What LookSAM asks of a DeepSpeed optimizer wrapper, a subclass for each: hand out the gradient, move the weights,
+start over. The way of a gradient: wrapper -> take_gradient -> arithmetic -> give_gradient -> the wrapper's own step.
 
 A picture of the flat tensors for two ranks (one param group, three tensors a b c, padding .)::
 
@@ -16,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +24,12 @@ from torch.distributed import Work
 from ..arithmetic.eager import EAGER, Passes, Shard, squared_norm
 from ..arithmetic.layout import LayerMap, Segment
 from ..arithmetic.rounding import seed_for
-from .own import OwnModel, ScaleOf
+
+if TYPE_CHECKING:
+    from .own import OwnModel
+
+ScaleOf = Callable[[int, int, int], Tensor]
+"""(flat tensor's index, lo, hi) -> factor of the gradient in eps: fp32, 0-dim or [hi - lo]."""
 
 Publish = Callable[[int], Work | None]
 """(flat tensor's index) -> the all-gather that has been started for it, to be waited for; None on a single rank."""
@@ -38,10 +41,7 @@ def part_norms(parts: Shard) -> list[Tensor]:
 
 
 def in_fp32(flat: Tensor, survives_evaluation: bool) -> Tensor:
-    """A wrapper's own gradient buffer in fp32, as take_gradient has to hand it out: a copy where it must survive.
-
-    ``.to`` copies where the dtype differs; only an fp32 alias of the buffer must be copied by hand.
-    """
+    """A wrapper's own gradient buffer in fp32, as take_gradient has to hand it out: a copy where it must survive."""
     return flat.clone() if survives_evaluation and flat.dtype == torch.float32 else flat.to(torch.float32)
 
 
@@ -66,26 +66,23 @@ class GradientShards(ABC):
         whole_groups: the parameters of each param group of the optimizer, the same lists on every rank.
     """
 
-    process_group: Any | None
+    process_group: Any | None = None
     device: torch.device
     group_of: list[int]
     passes: Passes = EAGER
     whole_groups: list[list[torch.nn.Parameter]]
+    _groups: list[list[Any]]  # for each flat tensor the parameters that ranks have in theirs
     _changed: bool = False
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
-    @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:
         """The model's parameters that the base optimizer trains."""
+        return [p for params in self._groups for p in params]
 
     def follow_changes(self, v: Shard | None) -> Shard | None:
         """Called before each update. Where parameters were frozen, unfrozen or added since: v, laid out anew, with 0
-        for what is new. Only stage 0 in fp32 can: DeepSpeed's wrappers keep the partitions they began with.
-
-        Returns:
-            ``v`` itself where nothing changed.
-        """
+        for what is new; else ``v`` itself. Only stage 0 in fp32 can: DeepSpeed's wrappers keep their partitions."""
         return v
 
     @abstractmethod
@@ -106,8 +103,8 @@ class GradientShards(ABC):
         """Take the window's averaged gradient out of the wrapper, which is then ready to accumulate a new one.
 
         Args:
-            survives_evaluation: True if the caller still needs these values while another evaluation writes into
-                the wrapper's gradient buffers; False lets the wrapper hand out the buffers themselves.
+            survives_evaluation: these values are still needed while another evaluation writes into the wrapper's
+                gradient buffers; False lets the wrapper hand out the buffers themselves.
 
         Returns:
             Flat fp32 gradients with the loss scale still in them. The caller owns them until give_gradient.
@@ -136,24 +133,13 @@ class GradientShards(ABC):
         noting.notes_changes = True  # type: ignore[attr-defined]
         return noting
 
-    def _watch_fragments(self) -> None:
-        """Stages 1 and 2: a method of each parameter, which DeepSpeed sets anew when it loads a checkpoint."""
-        for p in self.parameters():
-            write = getattr(p, "set_full_hp_grad", None)
-            if write is not None and not hasattr(write, "notes_changes"):
-                p.set_full_hp_grad = self._noting_changes(write)  # type: ignore[attr-defined]
-
     def end_window(self) -> None:  # noqa: B027 - most wrappers have nothing to forget
-        """The update is over, applied or skipped: nothing of this window's gradient may show in the next one.
-
-        For wrappers whose gradient buffers outlive the step; the others drop theirs. Not collective.
-        """
+        """The update is over, applied or skipped: nothing of this window's gradient may show in the next one, where
+        gradient buffers outlive the step. Not collective."""
 
     def keep_gradient(self) -> None:  # noqa: B027 - most wrappers need nothing
-        """Called instead of take_gradient and give_gradient where the update uses the averaged gradient as it is.
-
-        For wrappers that would step with another window's gradient where this window's loss has none. Not collective.
-        """
+        """Called instead of take_gradient and give_gradient where the update uses the averaged gradient as it is: for
+        wrappers that would step with another window's where this window's loss has none. Not collective."""
 
     def tell_squared_norm(self, squared_norm: Tensor) -> None:  # noqa: B027 - most wrappers sum over ranks themselves
         """‖gradient‖² over the whole model of what was last given, float64 0-dim. Always called after a SAM step's
@@ -161,10 +147,7 @@ class GradientShards(ABC):
 
     def reserve_v(self, dtype: torch.dtype) -> None:  # noqa: B027 - memory needs no reservation
         """Called once, before training, with what g_v will be kept in: take the room for it that is not in memory.
-
-        Raises:
-            OSError: there is not enough.
-        """
+        Raises OSError where there is not enough."""
 
     def keep_v(self, v: Shard, dtype: torch.dtype) -> Shard:
         """``v`` in ``dtype``, where the optimizer's state lives, to be read until the next call. Not collective."""
@@ -180,8 +163,7 @@ class GradientShards(ABC):
         return self.layers.squares(self.master_weights())
 
     def flat_sizes(self) -> list[int]:
-        """Elements of each flat tensor, padding included. Copies no weights, as master_weights() does on stage 0 and
-        with NVMe."""
+        """Elements of each flat tensor, padding included. Overridden where master_weights() copies."""
         return [w.numel() for w in self.master_weights()]
 
     def new_shard(self) -> Shard:
@@ -193,12 +175,10 @@ class GradientShards(ABC):
         """Make every rank's model compute with w + eps, eps = scale * gradient formed in fp32. Collective on ZeRO.
 
         Args:
-            rounding: how a low-precision model's weights are rounded, see ``add_perturbation``: to nearest, or at
-                random from this seed, which is to be another one on every rank of ``process_group``.
+            rounding: as ``add_perturbation`` has it; a seed is to be another one on every rank of ``process_group``.
 
         Returns:
-            What the move came to in the model's dtype: the sums of ``add_perturbation``, float64 [3] on
-            ``device``, this rank's part.
+            The sums of ``add_perturbation``, float64 [3] on ``device``, this rank's part.
         """
 
     def _perturb_flat(self, weights: Tensor, gradient: Tensor, index: int, scale_of: ScaleOf, rounding: int | None,
@@ -229,22 +209,17 @@ class GradientShards(ABC):
         """This rank's whole model, where it has one: stages 0 to 2."""
         raise NotImplementedError(type(self).__name__)
 
-    @abstractmethod
-    def unperturb_local(self) -> None:
+    def unperturb_local(self) -> None:  # noqa: B027 - most steps read master weights, which were never perturbed
         """Bring back what the base optimizer's step reads. Sends nothing: that step publishes the new weights."""
 
     @abstractmethod
     def restore_weights(self) -> None:
-        """Bring back the clean weights for good, everywhere. Collective on ZeRO.
-
-        Needed where no update follows that would publish them: the update was skipped, or the replay raised.
-        """
+        """Bring back the clean weights for good, everywhere, where no update follows that would publish them: it was
+        skipped, or the replay raised. Collective on ZeRO."""
 
     def cast_weights(self, i: int) -> None:
-        """Copy the master weights of flat tensor ``i`` into this rank's part of the model. Sends nothing.
-
-        For a base optimizer that changes flat tensor ``i`` after the wrapper has copied it, inside the wrapper's step.
-        Only asked of wrappers that step one flat tensor after the other.
+        """Copy the master weights of flat tensor ``i`` into this rank's part of the model. Sends nothing. For a base
+        optimizer that changes it after the wrapper has copied it, in wrappers that step one flat tensor after another.
         """
         raise NotImplementedError(type(self).__name__)
 

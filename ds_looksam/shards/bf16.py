@@ -18,37 +18,27 @@ they would have, from ‖u‖² over the whole model::
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
-from torch.distributed import Work
 
 from ..arithmetic.eager import Shard
 from ..arithmetic.layout import Segment
-from .base import GradientShards, ScaleOf
-from .own import OwnModel
-from .zero12 import start_gather, zero_gradients
+from .zero12 import PartitionedShards
 
 
-class BF16Shards(GradientShards):
+class BF16Shards(PartitionedShards):
     wants_squared_norm = True
 
     def __init__(self, optimizer: BF16_Optimizer) -> None:
-        self._zero = optimizer
-        self.process_group: Any | None = optimizer.dp_process_group
-        self.group_of = list(range(len(optimizer.bf16_groups)))
-        self.device = optimizer.fp32_groups_flat_partition[0].device
+        super().__init__(optimizer, optimizer.bf16_groups, optimizer.bf16_groups_flat,
+                         optimizer.bf16_partitioned_groups, optimizer.fp32_groups_flat_partition)
         self._rank = dist.get_rank(group=optimizer.dp_process_group)
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for params in self._zero.bf16_groups for p in params]
 
     def layout(self) -> list[list[Segment]]:
         flats = []
-        for i, params in enumerate(self._zero.bf16_groups):
+        for i, params in enumerate(self._groups):
             lo, hi = self._own_range(i)
             position, segments = 0, []
             for p in params:
@@ -64,7 +54,7 @@ class BF16Shards(GradientShards):
         if not survives_evaluation:
             return [flat.detach() for flat in own]
         gradient = [flat.detach().clone() for flat in own]
-        self._clear_gradients()
+        self._zero_gradients()  # or the next evaluation would be added onto this one
         return gradient
 
     def give_gradient(self, gradient: Shard) -> None:
@@ -76,7 +66,7 @@ class BF16Shards(GradientShards):
             whole[lo:hi].copy_(flat)  # the same memory after take_gradient(survives_evaluation=False)
             whole[hi:].zero_()
             # A parameter without a gradient in this window may have a part of v: clip that too.
-            zero.fp32_groups_has_gradients[i] = [True] * len(zero.bf16_groups[i])
+            zero.fp32_groups_has_gradients[i] = [True] * len(self._groups[i])
 
     def tell_squared_norm(self, squared_norm: Tensor) -> None:
         slot = self._slot_of_others()
@@ -86,50 +76,13 @@ class BF16Shards(GradientShards):
             # Not finite in one part is not finite everywhere, so that all ranks skip: clamp keeps NaN.
             slot.copy_(torch.where(torch.isfinite(squared_norm), torch.clamp(rest, min=0).sqrt(), squared_norm))
 
-    def watch_gradient(self) -> None:
-        super().watch_gradient()
-        self._watch_fragments()
-
-    def master_weights(self) -> Shard:
-        return [w.detach() for w in self._zero.fp32_groups_flat_partition]
-
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
-        zero = self._zero
-        own = [partitions[self._rank].data for partitions in zero.bf16_partitioned_groups]
-
-        def publish(i: int) -> Work | None:
-            # Detached: the flat buffer hangs on the graph of the parameters it was flattened from.
-            return start_gather(zero.bf16_groups_flat[i].detach(), own[i], zero.real_dp_process_group[i])
-
-        return self._perturb_flats(self.master_weights(), gradient, scale_of, rounding, own, publish)
-
-    def own_model(self) -> OwnModel:
-        zero = self._zero
-        return OwnModel(lambda: [flat.detach() for flat in zero.bf16_groups_flat], zero.bf16_groups, self.whole_groups,
-                        lambda: self.passes)
-
-    def unperturb_local(self) -> None:
-        """Nothing to do: the step reads the master weights only, and those were never perturbed."""
-
-    def restore_weights(self) -> None:
-        self._zero.update_lp_params()
-
-    def abort_evaluation(self) -> None:
-        self._clear_gradients()
-        self._zero._backward_hook_state.backward_active_depth = 0
-        self._zero._backward_hook_state.reset_for_new_step()
-
-    def _clear_gradients(self) -> None:
-        """Without this the next evaluation would be added onto the last one."""
-        zero_gradients(self._zero)
-
     def _own_range(self, i: int) -> tuple[int, int]:
-        size = self._zero.fp32_groups_flat_partition[i].numel()
+        size = self._masters[i].numel()
         return self._rank * size, (self._rank + 1) * size
 
     def _slot_of_others(self) -> Tensor | None:
         """One element of the gradient buffers that is a parameter's and not this rank's; None if this rank has all."""
-        for i, params in enumerate(self._zero.bf16_groups):
+        for i, params in enumerate(self._groups):
             lo, hi = self._own_range(i)
             if lo > 0:
                 return self._zero.fp32_groups_gradients_flat[i][0]

@@ -19,8 +19,6 @@ Two oddities of DeepSpeed 0.19.8 that LookSAM leaves as they are, so that a run 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -28,15 +26,14 @@ from deepspeed.utils import logger
 from torch import Tensor
 
 from ..arithmetic.eager import Shard
-from .base import ScaleOf, views_of
+from .base import ScaleOf
 from .replicated import WholeShards
 
 
 class FP16Shards(WholeShards):
     def __init__(self, optimizer: FP16_UnfusedOptimizer | FP16_Optimizer) -> None:
         self._wrapper = optimizer
-        self.process_group: Any | None = None
-        self._groups: list[list[torch.nn.Parameter]] = optimizer.fp16_groups
+        self._groups = optimizer.fp16_groups
         self.group_of = list(range(len(self._groups)))
         self.device = self._groups[0][0].device
         for p in self.parameters():
@@ -48,18 +45,6 @@ class FP16Shards(WholeShards):
                 "fp16 with zero_optimization.stage 0: DeepSpeed 0.19.8 does not multiply the loss by the loss scale "
                 "there, but divides the gradient by it, with LookSAM or without. Use zero_optimization.stage 1, bf16, "
                 "or \"fp16\": {\"loss_scale\": 1}.")
-
-    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
-        gradient = []
-        for params in self._groups:
-            flat = torch.zeros(sum(p.numel() for p in params), dtype=torch.float32, device=self.device)
-            views = views_of(flat, params)
-            with_gradient = [(view, p.grad) for view, p in zip(views, params, strict=True) if p.grad is not None]
-            if with_gradient:
-                torch._foreach_copy_([view for view, _ in with_gradient], [grad for _, grad in with_gradient])
-            gradient.append(flat)
-        self._clear_gradients()
-        return gradient
 
     def master_weights(self) -> Shard:
         if isinstance(self._wrapper, FP16_Optimizer):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +21,13 @@ from .own import OwnModel
 class WholeShards(GradientShards):
     """Every rank holds everything: one flat tensor per param group, its parameters one after another."""
 
-    _groups: list[list[torch.nn.Parameter]]
     _marks: list[tuple[int, int]] | None = None
     _clean: Shard | None = None
     """The model's weights as they were, while it computes with w + eps."""
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for params in self._groups for p in params]
+    def trained(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each param group that are trained at the moment."""
+        return self._groups
 
     def layout(self) -> list[list[Segment]]:
         return [[Segment(p, lo, 0, hi - lo, hi - lo) for p, (lo, hi) in zip(params, _ends(params), strict=True)]
@@ -36,6 +35,12 @@ class WholeShards(GradientShards):
 
     def flat_sizes(self) -> list[int]:
         return [sum(p.numel() for p in params) for params in self._groups]
+
+    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
+        gradient = [self._flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).float()
+                    for params in self._groups]
+        self._clear_gradients()
+        return gradient
 
     def give_gradient(self, gradient: Shard) -> None:
         for params, flat in zip(self._groups, gradient, strict=True):
@@ -87,15 +92,31 @@ class WholeShards(GradientShards):
 
 class OwnWholeModel(OwnModel):
     """On stage 0 the shards are the whole model, in a tensor for each parameter. They follow what is trained, so
-    nothing of theirs is kept here."""
+    nothing of theirs is kept here, and what is heard is laid out when it is taken."""
+
+    _shards: WholeShards
 
     def __init__(self, shards: WholeShards) -> None:
-        super().__init__(lambda: [], [], shards.whole_groups, lambda: shards.passes)
-        self._shards = shards
+        super().__init__(shards, [])
+        self._heard: dict[torch.nn.Parameter, Tensor] = {}
 
-    @property
-    def layout(self) -> list[list[Segment]]:
-        return self._shards.layout()
+    def listen(self, so_far: Shard | None = None) -> None:
+        for params, flat in zip(self._shards._groups, so_far or [], strict=False):
+            self._heard.update(zip(params, views_of(flat, params), strict=True))
+        for p in (p for params in self._shards.trained() for p in params if p not in self._hooks):
+            if p not in self._heard:
+                self._heard[p] = torch.zeros(p.numel(), dtype=torch.float32, device=self._shards.device)
+            self._hear(p, self._heard[p].view(-1))
+
+    def take_gradient(self) -> Shard:
+        gradient = [self._shards._flatten([self._heard[p] if p in self._heard else torch.zeros_like(p) for p in params])
+                    for params in self._shards._groups]
+        self.stop_listening()
+        return gradient
+
+    def stop_listening(self) -> None:
+        super().stop_listening()
+        self._heard = {}
 
     @property
     def layers(self) -> LayerMap:
@@ -110,24 +131,19 @@ class OwnWholeModel(OwnModel):
     def restore(self) -> None:
         self._shards.restore_weights()
 
-    def _new_gradient(self) -> Shard:
-        return self._shards.new_shard()
-
 
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.process_group: Any | None = None
-        self.device = device
-        self._optimizer = optimizer
-        self._groups = self._trained()
+        self.device, self._optimizer = device, optimizer
+        self._groups = self.trained()
         self.group_of = list(range(len(self._groups)))
 
-    def _trained(self) -> list[list[torch.nn.Parameter]]:
+    def trained(self) -> list[list[torch.nn.Parameter]]:
         return [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
                 for group in self._optimizer.param_groups]
 
     def follow_changes(self, v: Shard | None) -> Shard | None:
-        before, now = self._groups, self._trained()
+        before, now = self._groups, self.trained()
         if list(map(len, before)) == list(map(len, now)) and all(
                 p is q for old, new in zip(before, now, strict=True) for p, q in zip(old, new, strict=True)):
             return v
@@ -140,12 +156,6 @@ class ReplicatedShards(WholeShards):
             return None
         dtype = v[0].dtype
         return [self._flatten([kept.get(id(p), torch.zeros_like(p, dtype=dtype)) for p in params]) for params in now]
-
-    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
-        gradient = [self._flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-                    for params in self._groups]
-        self._clear_gradients()
-        return gradient
 
     def master_weights(self) -> Shard:
         return self._clean if self._clean is not None else self._copy_weights()

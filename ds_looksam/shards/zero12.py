@@ -29,16 +29,67 @@ from .base import GradientShards, ScaleOf, views_of
 from .own import OwnModel
 
 
-class Zero12Shards(GradientShards):
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
-        self._zero = optimizer
-        self.process_group: Any | None = optimizer.dp_process_group
-        self.device = optimizer.single_partition_of_fp32_groups[0].device
-        self.group_of = list(range(len(optimizer.single_partition_of_fp32_groups)))
-        self._taken: dict[int, tuple[Tensor, list[Tensor]]] = {}  # what was last taken of each group, its fragments
+class PartitionedShards(GradientShards):
+    """What DeepSpeedZeroOptimizer and BF16_Optimizer have in common, under other names: by param group the model's
+    parameters, the flat tensor whose views they are, its partitions by rank, and this rank's master weights."""
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for group in self._zero.bit16_groups for p in group]
+    def __init__(self, optimizer: Any, groups: list[list[torch.nn.Parameter]], wholes: Shard, partitions: list[Shard],
+                 masters: Shard) -> None:
+        self._zero, self._groups, self._wholes = optimizer, groups, wholes
+        self._partitions, self._masters = partitions, masters
+        self.process_group = optimizer.dp_process_group
+        self.device = masters[0].device
+        self.group_of = list(range(len(masters)))
+
+    def watch_gradient(self) -> None:
+        super().watch_gradient()
+        for p in self.parameters():  # a method of each, which DeepSpeed sets anew when it loads a checkpoint
+            write = getattr(p, "set_full_hp_grad", None)
+            if write is not None and not hasattr(write, "notes_changes"):
+                p.set_full_hp_grad = self._noting_changes(write)  # type: ignore[attr-defined]
+
+    def master_weights(self) -> Shard:
+        return [w.detach() for w in self._masters]
+
+    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
+        own = [self._own_partition(i) for i in self.group_of]
+        return self._perturb_flats(self.master_weights(), gradient, scale_of, rounding, own, self._publish)
+
+    def own_model(self) -> OwnModel:
+        return OwnModel(self, self._wholes)
+
+    def restore_weights(self) -> None:
+        self._zero.update_lp_params()
+
+    def cast_weights(self, i: int) -> None:
+        self._own_partition(i).copy_(self._masters[i].data)
+
+    def abort_evaluation(self) -> None:
+        self._zero_gradients()
+        self._zero._backward_hook_state.backward_active_depth = 0
+        self._zero._backward_hook_state.reset_for_new_step()
+
+    def _zero_gradients(self) -> None:
+        """The class's own: the engine watches the instance's for calls of the user, who throws a window away."""
+        type(self._zero).zero_grad(self._zero, set_to_none=True)
+
+    def _own_partition(self, i: int) -> Tensor:
+        return self._partitions[i][dist.get_rank(group=self._zero.real_dp_process_group[i])].data
+
+    def _publish(self, i: int) -> Work | None:
+        """As DeepSpeed's all_gather_dp_groups does one group after the other."""
+        group = self._zero.real_dp_process_group[i]
+        if dist.get_world_size(group=group) == 1:
+            return None
+        # Detached: BF16_Optimizer's flat tensor hangs on the graph of the parameters that it was flattened from.
+        return dist.all_gather_into_tensor(self._wholes[i].detach(), self._own_partition(i), group=group, async_op=True)
+
+
+class Zero12Shards(PartitionedShards):
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        super().__init__(optimizer, optimizer.bit16_groups, optimizer.bit16_groups_flat,
+                         optimizer.parallel_partitioned_bit16_groups, optimizer.single_partition_of_fp32_groups)
+        self._taken: dict[int, tuple[Tensor, list[Tensor]]] = {}  # what was last taken of each group, its fragments
 
     def layout(self) -> list[list[Segment]]:
         zero, flats = self._zero, []
@@ -69,31 +120,6 @@ class Zero12Shards(GradientShards):
                 fragments = fragments_like(fragments, flat)
             self._zero.averaged_gradients[i] = GradPartitionBufferGroup(fragments, flat)
 
-    def watch_gradient(self) -> None:
-        super().watch_gradient()
-        self._watch_fragments()
-
-    def master_weights(self) -> Shard:
-        return [w.detach() for w in self._zero.single_partition_of_fp32_groups]
-
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> Tensor:
-        own = [self._own_model_partition(i) for i in self.group_of]
-        return self._perturb_flats(self.master_weights(), gradient, scale_of, rounding, own, self._publish)
-
-    def own_model(self) -> OwnModel:
-        zero = self._zero
-        return OwnModel(lambda: [flat.detach() for flat in zero.bit16_groups_flat], zero.bit16_groups,
-                        self.whole_groups, lambda: self.passes)
-
-    def unperturb_local(self) -> None:
-        """Nothing to do: the step reads the master weights only, and those were never perturbed."""
-
-    def restore_weights(self) -> None:
-        self._zero.update_lp_params()
-
-    def cast_weights(self, i: int) -> None:
-        self._own_model_partition(i).copy_(self._zero.single_partition_of_fp32_groups[i].data)
-
     def abort_evaluation(self) -> None:
         zero = self._zero
         for bucket in zero.ipg_buckets.values():
@@ -102,9 +128,7 @@ class Zero12Shards(GradientShards):
         zero.previous_reduced_grads.clear()
         zero.params_already_reduced = [False] * len(zero.params_already_reduced)
         zero._release_ipg_buffers()
-        zero_gradients(zero)
-        zero._backward_hook_state.backward_active_depth = 0
-        zero._backward_hook_state.reset_for_new_step()
+        super().abort_evaluation()
         self._start_window()
 
     def _flat_fp32(self, i: int) -> Tensor:
@@ -126,14 +150,6 @@ class Zero12Shards(GradientShards):
             self._zero.averaged_gradients[i] = None
             self._zero.all_grad_tensors[i] = None
 
-    def _own_model_partition(self, i: int) -> Tensor:
-        rank = dist.get_rank(group=self._zero.real_dp_process_group[i])
-        return self._zero.parallel_partitioned_bit16_groups[i][rank].data
-
-    def _publish(self, i: int) -> Work | None:
-        return start_gather(self._zero.bit16_groups_flat[i], self._own_model_partition(i),
-                            self._zero.real_dp_process_group[i])
-
 
 def fragments_like(fragments: list[Any], flat: Tensor) -> list[Any]:
     """Views of ``flat`` with the shapes and padding marks of these fragments."""
@@ -142,18 +158,3 @@ def fragments_like(fragments: list[Any], flat: Tensor) -> list[Any]:
         if getattr(fragment, "_zero_padding", False):
             view._zero_padding = True
     return views
-
-
-def zero_gradients(wrapper: Any) -> None:
-    """The class's zero_grad: the engine watches the wrapper's own for calls of the user, who throws a window away."""
-    type(wrapper).zero_grad(wrapper, set_to_none=True)
-
-
-def start_gather(whole: Tensor, own: Tensor, group: Any) -> Work | None:
-    """Start to gather the model's weights of a param group, ``own`` from each rank, into ``whole``. Collective.
-
-    As DeepSpeed's all_gather_dp_groups does one group after the other.
-    """
-    if dist.get_world_size(group=group) == 1:
-        return None
-    return dist.all_gather_into_tensor(whole, own, group=group, async_op=True)

@@ -58,7 +58,7 @@ class Zero12OffloadShards(Zero12Shards):
 
     def _publish(self, i: int) -> Work | None:
         on_host = self._zero.param_buffer_of_bit16_for_cpu_offload_groups[i]
-        self._own_model_partition(i).copy_(on_host, non_blocking=True)
+        self._own_partition(i).copy_(on_host, non_blocking=True)
         return super()._publish(i)
 
     def _start_window(self) -> None:
@@ -79,11 +79,8 @@ class Zero12OffloadShards(Zero12Shards):
 
     def _complete_gradient(self) -> None:
         """Bring in what DeepSpeed 0.19.8 leaves out: it copies the parts of those parameters only that have a gradient
-        in the window's last micro-batch.
-
-        Others were reached by an earlier micro-batch, and their sum waits to be copied; or by none, and their part
-        still holds the gradient of an earlier window.
-        """
+        in the window's last micro-batch. Of those that an earlier one reached the sum waits to be copied; the parts of
+        others still hold an earlier window's."""
         zero = self._zero
         waiting = zero._offload_accumulated_param_ids - zero.norm_for_param_grads.keys()
         if waiting:

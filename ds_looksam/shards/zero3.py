@@ -29,15 +29,12 @@ from .base import GradientShards, ScaleOf, in_fp32
 
 class Zero3Shards(GradientShards):
     def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-        self._zero = optimizer
-        self.process_group: Any | None = optimizer.dp_process_group
+        self._zero, self._groups = optimizer, optimizer.fp16_groups
+        self.process_group = optimizer.dp_process_group
         self.device = optimizer.fp32_partitioned_groups_flat[0].device
         self.group_of = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
-        self._model_flat_is_master = [
-            master.data_ptr() == model.data_ptr()
-            for master, model in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat,
-                                     strict=True)
-        ]
+        flats = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
+        self._model_flat_is_master = [master.data_ptr() == model.data_ptr() for master, model in flats]
         self._clean: dict[int, torch.Tensor] = {}
         for name in ("set_fp32_grad_for_param", "set_local_grad_for_param", "update_fp32_grad_for_param_vectorized"):
             setattr(optimizer, name, self._noting_changes(getattr(optimizer, name)))
@@ -52,12 +49,9 @@ class Zero3Shards(GradientShards):
                 for flat in flats:
                     flat.data[lo:hi].zero_()
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for group in self._zero.fp16_groups for p in group]
-
     def layout(self) -> list[list[Segment]]:
         flats = []
-        for params in self._zero.fp16_groups:
+        for params in self._groups:
             start, segments = 0, []
             for p in params:
                 offset = p.partition_numel() * self._zero._get_param_partition_rank(p)
@@ -81,7 +75,7 @@ class Zero3Shards(GradientShards):
     def give_gradient(self, gradient: Shard) -> None:
         # One tensor per sub-group: DeepSpeed's step flattens a list of one without copying it. Muon takes them apart.
         for i, flat in enumerate(gradient):
-            sizes = [p.partition_numel() for p in self._zero.fp16_groups[i]]
+            sizes = [p.partition_numel() for p in self._groups[i]]
             self._zero.averaged_gradients[i] = list(flat.split(sizes)) if self._zero.use_muon else [flat]
 
     def end_window(self) -> None:
@@ -152,10 +146,8 @@ class Zero3Shards(GradientShards):
         """Gather again what DeepSpeed keeps gathered. Collective.
 
         After an evaluation that is the persistent parameters alone, as between two micro-batches. If anything else is
-        still gathered or on its way, all is dropped first, as DeepSpeed's step does, which takes longer than to gather.
-
-        Args:
-            drop_all: do so in any case. An evaluation that broke off has left modules marked as running.
+        still gathered or on its way, all is dropped first, as DeepSpeed's step does, which takes longer than to gather;
+        with ``drop_all`` in any case: an evaluation that broke off has left modules marked as running.
         """
         parameters: list[Any] = self.parameters()
         if drop_all or any(p.ds_status != ZeroParamStatus.NOT_AVAILABLE and not p.ds_persist for p in parameters):

@@ -92,9 +92,6 @@ class Zero3OffloadShards(Zero3Shards):
         self._republish()
         return moved
 
-    def unperturb_local(self) -> None:
-        """Nothing to do: the step reads the master weights only, and those were never perturbed."""
-
     def restore_weights(self) -> None:
         for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
             with self._master(i) as master:
@@ -157,11 +154,8 @@ class Zero3OffloadShards(Zero3Shards):
 
 
 def file_backed(folder: str, numel: int, dtype: torch.dtype) -> Tensor:
-    """A flat tensor [numel] whose memory is a file in ``folder``. The file has no name: it goes with the process.
-
-    Raises:
-        OSError: the file system has not that much room. (Without taking it beforehand a write would kill the process.)
-    """
+    """A flat tensor [numel] whose memory is a file in ``folder``, without a name: it goes with the process. Raises
+    OSError where there is not that much room; without taking it beforehand a write would kill the process."""
     handle, path = mkstemp(dir=folder, prefix="looksam_g_v_")
     size = numel * dtype.itemsize
     try:

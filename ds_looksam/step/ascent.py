@@ -15,7 +15,6 @@ Perturbing per group is Foret et al.'s m-sharpness (2020, arXiv 2010.01412, sect
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -33,62 +32,37 @@ PER_MICRO_BATCH = ("micro_batch", "global_micro_batch")
 OWN = ("rank", "micro_batch")
 
 
-class Ascent(ABC):
-    """Forms the perturbation of the group that was evaluated last.
+class Ascent:
+    """Forms the perturbation of the group that was evaluated last: one for all ranks, by the averaged gradient. w + eps
+    is formed on the master weights and published.
 
     Attributes:
         is_local: each rank has a perturbation of its own.
     """
 
-    is_local: bool
+    is_local = False
 
     def __init__(self, shards: GradientShards, layer_scale: LayerScale) -> None:
         self._shards, self._layer_scale = shards, layer_scale
 
-    def listen(self) -> None:  # noqa: B027 - shards hold the gradient anyway
+    def listen(self) -> None:
         """The first forward of a group begins."""
 
-    def stop_listening(self) -> None:  # noqa: B027 - nothing was listened to
+    def stop_listening(self) -> None:
         """Forget what was heard: the group was evaluated again, or given up."""
 
-    def put_back(self) -> None:  # noqa: B027 - nothing was taken
+    def put_back(self) -> None:
         """The evaluation failed: another one may follow."""
 
-    @abstractmethod
     def norms(self, g: Shard, v_squared: Tensor | None, groups: Sequence[GroupSettings],
               loss_scale: float) -> tuple[Tensor, Tensor, ScaleOf]:
         """‖g‖² and ‖v‖² of the whole model, and the factor of each element of this group's gradient in eps.
-
         Collective: one all-reduce of scalars.
 
         Args:
-            g: the averaged gradient on the shards.
+            g: the averaged gradient on the shards, multiplied by ``loss_scale``.
             v_squared: this rank's part of ‖v‖².
-            loss_scale: what the group's gradient is multiplied by.
         """
-
-    @abstractmethod
-    def perturb(self, g: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
-        """Make the models of the group's ranks compute with w + eps. Returns the sums of ``add_perturbation``,
-        float64 [3] on the shards' device.
-
-        Args:
-            keep_clean: :meth:`restore` follows; otherwise the update publishes clean weights.
-        """
-
-    @abstractmethod
-    def restore(self) -> None:
-        """Bring back the clean weights. Collective where the perturbation was published."""
-
-
-class GlobalAscent(Ascent):
-    """One perturbation for all ranks, by the averaged gradient; w + eps is formed on the master weights and published.
-    """
-
-    is_local = False
-
-    def norms(self, g: Shard, v_squared: Tensor | None, groups: Sequence[GroupSettings],
-              loss_scale: float) -> tuple[Tensor, Tensor, ScaleOf]:
         shards = self._shards
         if not any(group.layerwise for group in groups):
             g_squared, v_squared = sum_norms(shards, g, v_squared)
@@ -102,15 +76,19 @@ class GlobalAscent(Ascent):
         return g_squared.sum(), sums[-1], by_layer(groups, layers, w_squared, g_squared, self._layer_scale, loss_scale)
 
     def perturb(self, g: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
+        """Make the models of the group's ranks compute with w + eps. Returns the sums of ``add_perturbation``,
+        float64 [3] on the shards' device. ``keep_clean``: :meth:`restore` follows; otherwise the update publishes clean
+        weights."""
         return self._shards.perturb_weights(g, scale_of, rounding)
 
     def restore(self) -> None:
+        """Bring back the clean weights. Collective where the perturbation was published."""
         self._shards.restore_weights()
 
 
 class OwnAscent(Ascent):
-    """Each rank perturbs its own model, by the gradient of its own examples. Nothing is sent for it but ‖g‖² and ‖v‖²,
-    by which all ranks decide alike whether the gradient is finite: one rank's overflow shows in the average."""
+    """Each rank perturbs its own model, by the gradient of its own examples. ‖g‖² and ‖v‖² are sent, by which all ranks
+    decide alike whether the gradient is finite: one rank's overflow shows in the average."""
 
     is_local = True
 

@@ -6,8 +6,6 @@ SAM steps only, in one transfer, when the host has just waited for the device an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 from .status import LookSAMStatus, StepKind
 
 Event = tuple[str, float, int]
@@ -18,39 +16,20 @@ PREFIX = "Train/Samples/looksam_"
 STEP_KINDS: dict[StepKind, int] = {"skipped": -1, "base": 0, "reuse": 1, "sam": 2}
 """The numbers that stand for step kinds in a monitor, which takes nothing else."""
 
-
 ASCENTS = {"global": 0, "rank": 1, "micro_batch": 2, "global_micro_batch": 3}
 """The numbers that stand for who shares one perturbation."""
 
 
 def events(status: LookSAMStatus, samples: int, measured: bool) -> list[Event]:
-    """What to write after an update.
-
-    Args:
-        samples: the x axis, DeepSpeed's ``engine.global_samples``.
-        measured: the update was a SAM step, so there are fresh measurements. Reading them waits for the device.
-    """
-    values = dict(_host_values(status))
+    """What to write after an update. ``samples``: the x axis, DeepSpeed's ``engine.global_samples``. ``measured``: it
+    was a SAM step, so there are fresh measurements; reading them waits for the device."""
+    values: dict[str, float] = {"updates": status.updates, "evaluations": status.evaluations,
+                                "step_kind": STEP_KINDS[status.step_kind], "ascent": ASCENTS[status.ascent]}
+    # One number if the param groups agree, otherwise one per group. Alpha "auto" (None) has none: see beta.
+    for name, of_groups in (("rho", status.rho), ("alpha", status.alpha)):
+        agree = len(set(of_groups)) == 1
+        values |= {name if agree else f"{name}_group{i}": value for i, value in enumerate(of_groups)
+                   if value is not None}
     if measured:
         values |= status.measurements()
     return [(PREFIX + name, value, samples) for name, value in values.items()]
-
-
-def _host_values(status: LookSAMStatus) -> Iterator[tuple[str, float]]:
-    yield "updates", status.updates
-    yield "evaluations", status.evaluations
-    yield "step_kind", STEP_KINDS[status.step_kind]
-    yield "ascent", ASCENTS[status.ascent]
-    yield from _of_groups("rho", status.rho)
-    yield from _of_groups("alpha", status.alpha)
-
-
-def _of_groups(name: str, values: Sequence[float | None]) -> Iterator[tuple[str, float]]:
-    """One number if the param groups agree, otherwise one per group. Alpha "auto" (None) has none: see beta."""
-    if len(set(values)) == 1:
-        if values[0] is not None:
-            yield name, values[0]
-        return
-    for i, value in enumerate(values):
-        if value is not None:
-            yield f"{name}_group{i}", value

@@ -20,7 +20,6 @@ class RhoFactors:
     """The factors of a run's param groups.
 
     Args:
-        schedule: from the JSON.
         lrs: each group's learning rate as configured, before any LR scheduler has touched it.
 
     Raises:
@@ -35,12 +34,7 @@ class RhoFactors:
                                      "the factor is 1 must be given where optimizer.params.lr is 0")
 
     def of(self, group: int, updates: int, lr: float) -> float:
-        """The factor for one group.
-
-        Args:
-            updates: how many updates have been applied before this one.
-            lr: the group's learning rate in this update.
-        """
+        """The factor for one group, after ``updates`` applied ones, at the group's learning rate."""
         schedule = self.schedule
         if updates < schedule.off_updates:
             return 0.0

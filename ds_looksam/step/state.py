@@ -50,10 +50,8 @@ class LookSAMState:
         shards.reserve_v(v_dtype)
 
     def keep(self, fresh: Fresh) -> None:
-        """The update was applied: the fresh g_v replaces v, beta and the measurements follow.
-
-        A g_v that is not finite (in a wrapper that applies such updates) is dropped, on every rank alike.
-        """
+        """The update was applied: the fresh g_v replaces v, beta and the measurements follow. A g_v that is not finite
+        (in a wrapper that applies such updates) is dropped, on every rank alike."""
         scalars, g_squared, status = fresh.scalars, fresh.g_squared, self.status
         if not torch.isfinite(scalars.g_v_squared + scalars.v_dot_g_v).item():
             return
@@ -85,8 +83,7 @@ class LookSAMState:
                 for name, value in values.items()}
 
     def restore(self, values: dict[str, Any], v: Shard | None) -> None:
-        """Put back what :meth:`to_json` gave, and v. An empty ``values`` starts anew. The period is the
-        configuration's."""
+        """Put back what :meth:`to_json` gave, and v. An empty ``values`` starts anew. k is the configuration's."""
         defaults = LookSAMStatus(k=self.status.k)
         for field in fields(self.status):
             value = values.get(field.name, getattr(defaults, field.name))

@@ -7,9 +7,8 @@ Source: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aw
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,38 +19,12 @@ from ..arithmetic.rounding import rounding_seed
 from ..config.params import GroupSettings, LookSAMConfig, parse_group, set_group_defaults
 from ..errors import LookSAMReplayError
 from ..ranks.reduce import ranks_in, sum_over_all_ranks, sum_over_ranks, this_rank, world_size
+from ..replay.replay import Replay
 from ..shards import GradientShards
-from .ascent import OWN, PER_MICRO_BATCH, Ascent, GlobalAscent, OwnAscent, own_norms, sum_norms
+from .ascent import OWN, PER_MICRO_BATCH, Ascent, OwnAscent, own_norms, sum_norms
 from .schedule import RhoFactors
 from .state import Fresh, LookSAMState
 from .status import StepKind
-
-
-class SecondEvaluation(Protocol):
-    """What evaluates the window again: :class:`ds_looksam.replay.replay.Replay`, or a closure in a test."""
-
-    @property
-    def is_perturbed(self) -> bool:
-        """Whether the weights are perturbed at the moment."""
-
-    def edit_gradients(self) -> None:
-        """Let the user change the gradient that the wrapper has just averaged."""
-
-    def check(self, in_step: bool = True) -> None:
-        """Raise LookSAMReplayError if the window cannot be evaluated again. Nothing has been changed yet."""
-
-    def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> AbstractContextManager[None]:
-        """While the weights are perturbed. Whatever happens inside leaves nothing of it behind. ``put_back``: gives the
-        first gradient back to the wrapper where the evaluation fails."""
-
-    def evaluate(self) -> None:
-        """Forward and backward of the whole window, at the weights as they are. Collective."""
-
-    def loss_rise(self, device: torch.device) -> Tensor:
-        """The window's loss at w + eps minus its loss at w on this rank, float64 [1] on ``device``."""
-
-    def forget(self) -> None:
-        """The window's update is over: nothing of it is kept."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +61,15 @@ class Update:
     """Turns the averaged gradient of a window into the one that the base optimizer gets.
 
     Args:
+        replay: evaluates the window again.
         param_groups: the optimizer's, as they stand at the moment; users change rho, alpha and lr in them.
         loss_scale: what the gradients in the wrapper are multiplied by at the moment.
 
     Attributes:
-        is_per_micro_batch: each micro-batch of a SAM step's window is to be evaluated again by itself, see
-            :meth:`micro_batch_is_done`.
+        is_per_micro_batch: each micro-batch of a SAM step's window is to be evaluated again by itself.
     """
 
-    def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: SecondEvaluation,
+    def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: Replay,
                  rho_factors: RhoFactors, param_groups: Callable[[], list[dict[str, Any]]],
                  loss_scale: Callable[[], float]) -> None:
         self._settings, self._state, self._shards, self._replay = settings, state, shards, replay
@@ -104,8 +77,7 @@ class Update:
         self._param_groups, self._loss_scale = param_groups, loss_scale
         self._rounds_at_random = settings.rounding == "stochastic"
         self.is_per_micro_batch = settings.ascent in PER_MICRO_BATCH
-        kind = OwnAscent if settings.ascent in OWN else GlobalAscent
-        self._ascent: Ascent = kind(shards, settings.layer_scale)
+        self._ascent = (OwnAscent if settings.ascent in OWN else Ascent)(shards, settings.layer_scale)
         self._so_far: Gradients | None = None
         self._is_watched = False
 
@@ -117,7 +89,8 @@ class Update:
         """
         status = self._state.status
         self._refuse_edited_gradient()
-        self._state.follow_changes()
+        if self._so_far is None:
+            self._state.follow_changes()
         groups = self._groups_in_force()
         if not (status.next_is_sam and self.is_per_micro_batch):
             self._replay.edit_gradients()
@@ -238,12 +211,8 @@ class Update:
         return Fresh(g_v, g_squared, v_squared, scalars, loss_rise.sum() / ranks, self._loss_scale())
 
     def _two_gradients(self, groups: list[GroupSettings], loss_scale: float, keep_clean: bool) -> Gradients:
-        """Take the gradient that the wrapper has, and that of the same examples at w + eps. Collective.
-
-        Args:
-            loss_scale: what the group's gradient is multiplied by.
-            keep_clean: the weights are to be restored before the update.
-        """
+        """Take the gradient that the wrapper has, multiplied by ``loss_scale``, and that of the same examples at w +
+        eps. ``keep_clean``: the weights are to be restored before the update. Collective."""
         shards, ascent = self._shards, self._ascent
         g = shards.take_gradient(survives_evaluation=True)
         g_squared, v_squared, scale_of = ascent.norms(g, self._state.v_squared, groups, loss_scale)
@@ -284,14 +253,11 @@ class Update:
     def window_runs(self) -> None:
         """A forward of the user's loop begins."""
         if self._state.status.next_is_sam:
-            self._state.follow_changes()  # before anything is heard of the parameters
             self._ascent.listen()
 
     def micro_batch_is_done(self, share: float) -> None:
-        """The wrapper has the gradient of one micro-batch: evaluate that again, and add both gradients up. Collective.
-
-        Args:
-            share: the weight of the micro-batch's loss in the window's.
+        """The wrapper has the gradient of one micro-batch, whose loss has the weight ``share`` in the window's:
+        evaluate that again, and add both gradients up. Collective.
 
         Raises:
             LookSAMReplayError: it cannot be evaluated again. All is as before its backward, unless another rank alone
@@ -300,6 +266,8 @@ class Update:
         so_far = self._so_far
         try:
             self._replay.check(in_step=False)
+            if so_far is None:
+                self._state.follow_changes()
             self._replay.edit_gradients()
             if so_far is not None and so_far.g_s is None:  # an overflow: the update will be skipped
                 found = replace(so_far, g=self._shards.take_gradient(survives_evaluation=True))
@@ -315,8 +283,8 @@ class Update:
         self._replay.forget()
 
     def forget_gradient(self, told: bool) -> None:
-        """The user has thrown away the gradient of the window so far. ``told``: by a call that was seen. That
-        ``p.grad`` is None says nothing of earlier micro-batches where their gradients were taken out one by one."""
+        """The user has thrown away the gradient of the window so far. ``told``: by a call that was seen; that
+        ``p.grad`` is None says nothing of earlier micro-batches whose gradients were taken out."""
         if told or not self.is_per_micro_batch:
             self._so_far = None
         self._is_watched = False
