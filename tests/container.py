@@ -18,23 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECK = ("python -c 'import ds_looksam, mpi4py.MPI as mpi; assert ds_looksam.is_registered(); "
          "print(mpi.Get_library_version())'; bash launch/torchrun.sh --slots 1 --dry-run; "
          "for program in ssh pdsh mpirun numactl hostname; do command -v $program; done; test -x /usr/sbin/sshd")
-
 ENTER = """
 mount -t proc proc "$1/proc"
 exec chroot "$1" bash -eo pipefail -c 'cd "$1"; eval "$2"' - "$2" "$3"
 """
 
 
-def instructions() -> list[tuple[str, str]]:
-    """(RUN, "apt-get update && ...") and so on, without comments and continuation lines."""
-    lines = [line for line in (ROOT / "launch" / "Dockerfile").read_text().splitlines()
-             if not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [(word, rest) for word, rest in (line.split(" ", 1) for line in joined.splitlines() if line)]
-
-
 def main(image: Path) -> None:
-    release = next(rest for word, rest in instructions() if word == "ARG").removeprefix("BASE=debian:").split("-")[0]
+    steps = re.sub(r"(?m)^\s*#.*\n", "", (ROOT / "launch" / "Dockerfile").read_text())  # first comments, then \ at ends
+    instructions = re.findall(r"(?m)^([A-Z]+) (.*)", re.sub(r"\\\n\s*", " ", steps))
+    release = dict(instructions)["ARG"].removeprefix("BASE=debian:").split("-")[0]
     if not (image / "bin").exists():
         subprocess.run(["debootstrap", "--variant=minbase", release, image], check=True)
     # How this machine reaches packages: its certificates, pip's settings and wheels.
@@ -47,7 +40,7 @@ def main(image: Path) -> None:
         shutil.copy(certificates, image / "certificates.pem")
         environment |= {"PIP_CERT": "/certificates.pem", "SSL_CERT_FILE": "/certificates.pem"}
     folder = "/"
-    for word, rest in [*instructions(), ("RUN", CHECK)]:
+    for word, rest in [*instructions, ("RUN", CHECK)]:
         print(f"--- {word} {rest}", flush=True)
         if word == "ENV":
             for name, value in re.findall(r"(\w+)=(\S+)", rest):

@@ -40,8 +40,8 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 
 def start(hosts: list[Host], folder: Path) -> None:
     """Start the daemons; they end with the hosts. Raises RuntimeError if the nodes do not become idle."""
-    (folder / "state").mkdir()
-    (folder / "etc").mkdir()
+    for name in "state", "etc":
+        (folder / name).mkdir()
     (folder / "etc" / "slurm.conf").write_text(_CONF.format(folder=folder, nodes=",".join(ADDRESSES)))
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
@@ -51,9 +51,8 @@ def start(hosts: list[Host], folder: Path) -> None:
         host.run(["mount", "--bind", str(folder / "etc"), "/etc/slurm"])
         host.run([str(which("munged")), "--force", f"--key-file={key}", "--pid-file=/run/munge/munged.pid",
                   "--seed-file=/run/munge/seed", f"--log-file={folder}/munged-{host.name}.log"])
-    hosts[0].run([str(which("slurmctld"))])
-    for host in hosts:
-        host.run([str(which("slurmd"))])
+    for host, daemon in (hosts[0], "slurmctld"), (hosts[0], "slurmd"), (hosts[1], "slurmd"):
+        host.run([str(which(daemon))])
     deadline = time.monotonic() + 60
     while hosts[0].run(["sinfo", "--noheader", "--partition=low", "--format=%D %t"]).strip() != "2 idle":
         if time.monotonic() > deadline:
