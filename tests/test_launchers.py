@@ -49,7 +49,7 @@ class Launch:
 
     job: Job
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")[-20_000:] if self.log.exists() else ""
@@ -85,7 +85,7 @@ class Launch:
 
 @dataclass
 class SlurmJob(Launch):
-    """launch/slurm.sbatch in the queue; ``process`` is what has put it there."""
+    """launch/slurm.sbatch in the queue; there is no ``process``."""
 
     number: str
 
@@ -146,7 +146,7 @@ class Job:
             "env", *environment, "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", f"--output={log}",
             "launch/slurm.sbatch", *(word for line in self.variables for word in ("--env", line)),
             *self.tiny(program)], cwd=ROOT)
-        return SlurmJob(self, log, subprocess.Popen("true"), number.strip())
+        return SlurmJob(self, log, None, number.strip())
 
     def running(self, seconds: float = 0.0) -> list[dict[int, str]]:
         """What still runs on each host, after at most so many seconds."""
