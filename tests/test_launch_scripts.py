@@ -1,4 +1,4 @@
-"""What the launch scripts refuse before they start anything, and what they would run. Needs bash; the last test more."""
+"""What the launch scripts refuse before they start anything, and what they would run. By bash, but for the last."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import ds_looksam
-from tests import hosts, slurm
+from tests import hosts
 from tests.hosts import Host
 from tests.test_train import MODEL, data, options, weights  # noqa: F401
 from tests.training import Case, distance, run_oracle
@@ -311,11 +311,11 @@ def test_train_py_goes_on_after_a_rank_was_killed(job, data):  # noqa: F811
 
 
 @HOSTS
-@needs("slurm-wlm munge", *slurm.PROGRAMS)
+@needs("slurm-wlm munge", *hosts.SLURM_PROGRAMS)
 def test_slurm(job, tmp_path_factory):
     """srun, one task a slot. A rank dies; then the signal that announces the end of the time puts the job back into the
     queue, and a job of a better partition does."""
-    slurm.start(job.hosts, tmp_path_factory.mktemp("slurm"))
+    hosts.start_slurm(job.hosts, tmp_path_factory.mktemp("slurm"))
     killed = job.submit("--die-at 2 --hang")
     killed.wait_for("died")
     killed.ends(None, "host-b: task 3: Exited with exit code 137", ENDED, within=SOON)  # 128 + SIGKILL
