@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.evidence run --plan tune 5k --methods SAM/rank SAM-5/rank LookSAM-5/rank
     python -m benchmarks.evidence list                                    # plans, tasks and methods
     python -m benchmarks.evidence table [--write]                         # from the records, into docs/evidence.md
+    python -m benchmarks.evidence compare LookSAM-5 LookSAM-5-mean        # the first minus the others, task by task
     python -m benchmarks.evidence draw                                    # from the records, docs/evidence.png
 
 Records lie in --results, by default where the committed ones are (benchmarks/results/evidence/*.jsonl): one line a run.
@@ -53,10 +54,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     table = commands.add_parser("table", help="Markdown")
     table.add_argument("--write", action="store_true", help="into --page, between its markers")
     table.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
+    compare = commands.add_parser("compare", help="a method minus others, seed by seed, in every task")
+    compare.add_argument("methods", nargs="+", choices=list(METHODS), metavar="METHOD")
     draw = commands.add_parser("draw", help="a PNG")
     draw.add_argument("--to", type=Path, default=ROOT / "docs" / "evidence.png")
     draw.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="only these")
-    for command in run, table, draw:
+    for command in run, table, compare, draw:
         command.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.command == "run" and 0 in (args.seeds or []):
@@ -124,7 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     records = read(args.results)
     if not records:
         raise SystemExit(f"{args.results}: no records in it; `python -m benchmarks.evidence run` makes them")
-    if args.command == "draw":
+    if args.command == "compare":
+        print(report.comparison(records, *args.methods))
+    elif args.command == "draw":
         report.draw(records, args.to, args.tasks)
         print(args.to)
     elif args.write:

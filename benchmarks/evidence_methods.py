@@ -1,4 +1,5 @@
-"""What benchmarks/evidence.py compares, as blocks of the DeepSpeed JSON, and MSAM, which is a benchmark's own."""
+"""What benchmarks/evidence.py compares, as blocks of the DeepSpeed JSON, and what is a benchmark's own: MSAM, and other
+rules of reuse than alpha "auto"."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ class Method:
         more: how many times the task's updates it gets.
         tuned_as: the method whose tuning it shares.
         every_kth: the method that differs only in that nothing is reused: SAM at every k-th step.
+        reuse: another rule than alpha "auto", as keywords of :class:`ReuseRule`.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Method:
     more: float = 1.0
     tuned_as: str = ""
     every_kth: str = ""
+    reuse: dict[str, Any] = field(default_factory=dict)
 
     @property
     def has_rho(self) -> bool:
@@ -79,9 +82,13 @@ def _catalogue() -> dict[str, Method]:
                         f"Look-LayerSAM-{k}{end}": ("LookLayerSAM", "auto")}
             methods += [Method(name, kind, {"k": k, "alpha": alpha}, ascent, every_kth="" if name == plain else plain,
                                tuned_as=name.replace("-10", "-5")) for name, (kind, alpha) in variants.items()]
+        methods += [Method(f"LookSAM-5-{name}{end}", "LookSAM", {"k": 5}, ascent, tuned_as=f"LookSAM-5{end}",
+                           every_kth=f"SAM-5{end}", reuse=rule) for name, rule in REUSE_RULES.items()]
     return {method.name: method for method in methods}
 
 
+REUSE_RULES: dict[str, dict[str, Any]] = {"mean": {"fresh": 0.5}, "squares": {"least_squares": True},
+                                          "decay0.5": {"decay": 0.5}, "decay0.95": {"decay": 0.95}}
 METHODS = _catalogue()
 
 
@@ -96,6 +103,42 @@ def refusal(method: Method, task: Task, world: int) -> str | None:
     if task.batch % (method.micro_batch(task, world) * world):
         return f"batch {task.batch} is no multiple of {method.micro_batch(task, world)} x {world} ranks"
     return None
+
+
+class ReuseRule:
+    """Other rules than alpha "auto", put over it after each SAM step of an engine on stage 0 in fp32.
+
+    Args:
+        fresh: v becomes ``fresh`` g_v + (1 - ``fresh``) v; 1 is LookSAM's own rule.
+        decay: beta <- ``decay`` beta + (1 - ``decay``) b, b = <v, g_v> / (‖v‖ ‖g‖); 0.8 is LookSAM's own.
+        least_squares: beta is the c that makes the sum of ‖g_v - c ‖g‖ v / ‖v‖‖² over past SAM steps smallest, older
+            ones counting less by ``decay``: sum ‖g‖ <v, g_v> / ‖v‖ over sum ‖g‖². LookSAM's own counts all b alike,
+            however long the gradient was.
+    """
+
+    def __init__(self, engine: Any, fresh: float = 1.0, decay: float = 0.8, least_squares: bool = False) -> None:
+        self.engine, self.fresh, self.decay, self.least_squares = engine, fresh, decay, least_squares
+        self.v: list[Tensor] | None = None
+        self.sums: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        status, state = self.engine.looksam, self.engine._state
+        if status.step_kind != "sam":
+            return
+        g_v = state.v
+        if self.v is not None:
+            dot, norm = (sum((a * b).sum(dtype=torch.float64) for a, b in zip(x, self.v, strict=True))
+                         for x in (g_v, self.v))
+            norm = norm.sqrt()
+            weight = status.gradient_norm if self.least_squares else 1.0 / status.gradient_norm
+            new = [weight * dot / norm, status.gradient_norm**2 if self.least_squares else torch.ones_like(dot)]
+            self.sums = new if self.sums is None else [self.decay * old + (1 - self.decay) * x
+                                                       for old, x in zip(self.sums, new, strict=True)]
+            status.beta = self.sums[0] / self.sums[1]
+            if self.fresh != 1:
+                state._store([self.fresh * a + (1 - self.fresh) * b for a, b in zip(g_v, self.v, strict=True)])
+        self.v = [part.clone() for part in state.v]
 
 
 class MomentumAscent:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence_methods import METHODS, RHOS, Method, refusal
+from benchmarks.evidence_methods import METHODS, REUSE_RULES, RHOS, Method, refusal
 from benchmarks.evidence_run import Job
 from benchmarks.evidence_tasks import TASKS
 
@@ -23,6 +23,7 @@ SMALL_GROUPS = ["SAM/micro_batch", "SAM-5/micro_batch", "LookSAM-5/micro_batch",
 TUNED = CORE + SMALL_GROUPS
 ALL = [*TUNED, "base-x1.2", "base-x2", "SAM-10", "LookSAM-10", "SAM-10/micro_batch", "LookSAM-10/micro_batch"]
 LARGE_BATCH = ["base", "SAM-5", "LookSAM-5", "Look-LayerSAM-5", "LookSAM-5/micro_batch", "Look-LayerSAM-5/micro_batch"]
+REUSE = [f"LookSAM-5-{rule}{end}" for end in ("/micro_batch", "") for rule in REUSE_RULES]
 TEXT = ["base", "MSAM", "SAM", "SAM-5", "LookSAM-5", "LookSAM-5/micro_batch", "SAM-5/micro_batch"]
 
 
@@ -40,6 +41,7 @@ _BATCHES = [f"batch-{base}-{batch}" for batch in (8192, 4096, 1024, 256) for bas
 PLANS = {
     "tune": [Part(["5k-wrong"], TUNED, tune=True)],
     "5k": [Part(["5k-wrong"], ALL), Part(["5k-clean"], ALL)],
+    "reuse": [Part(["5k-wrong", "5k-clean"], ["LookSAM-5/micro_batch", "LookSAM-5", *REUSE])],
     "60k": [Part(["60k-wrong", "60k-clean"], ALL)],
     "batch": [Part(["batch-AdamW-1024", "batch-Lamb-1024"], LARGE_BATCH, tune=True),
               Part(_BATCHES, LARGE_BATCH, seeds=(1, 2, 3))],

@@ -73,6 +73,13 @@ def difference(rows: dict[Row, Runs], row: Row, other: str) -> str:
     return f"{middle:+.{digits}f} ± {half:.{digits}f}{n}"
 
 
+def comparison(records: list[Record], method: str, *others: str) -> str:
+    """``method`` minus each of ``others``, in every task that has both."""
+    return "\n".join(f"{task}: {row.method} - {other}: {value}" for task, rows in final(records).items()
+                     for row in rows if row.method == method
+                     for other in others if (value := difference(rows, row, other)))
+
+
 def tables(records: list[Record]) -> str:
     return "\n\n".join([*(task_table(TASKS[task], rows) for task, rows in final(records).items()),
                         tuning_table(records)])

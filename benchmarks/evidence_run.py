@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.evidence_methods import METHODS, MomentumAscent
+from benchmarks.evidence_methods import METHODS, MomentumAscent, ReuseRule
 from benchmarks.evidence_tasks import TASKS, Data, Task, build, load
 
 WARMUP, POINTS = 0.1, 12
@@ -56,6 +56,7 @@ def train(job: Job, folder: Path, deadline: float = float("inf")) -> dict[str, A
     torch.manual_seed(job.seed + 1 + rank)  # another dropout mask on each rank
     try:
         msam = MomentumAscent(engine, job.rho or 0.0) if method.type == "MSAM" else None
+        rule = ReuseRule(engine, **method.reuse) if method.reuse else None
         tests = {round(job.updates * (i + 1) / POINTS) for i in range(POINTS)} | {job.updates}
         points: list[list[float | None]] = []
         cosines: list[Tensor] = []
@@ -77,6 +78,8 @@ def train(job: Job, folder: Path, deadline: float = float("inf")) -> dict[str, A
                     msam.end()
                 engine.step()
             update += 1
+            if rule is not None:
+                rule.after_update()
             status = getattr(engine, "looksam", None)
             if status is not None and status.step_kind == "sam" and status.orthogonal_cosine is not None:
                 cosines.append(status.orthogonal_cosine)  # stays on the device until it is read below

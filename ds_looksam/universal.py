@@ -23,11 +23,8 @@ STAGE_3_STATES = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
 def convert(source: Path, target: Path, workers: int = 1) -> None:
-    """Convert one checkpoint (a ``global_step...`` folder). One process; not collective.
-
-    Raises:
-        FileExistsError: ``target`` exists; DeepSpeed's converter would leave stale parameters in it.
-    """
+    """Convert one checkpoint (a ``global_step...`` folder). One process; not collective. Raises FileExistsError:
+    ``target`` exists; DeepSpeed's converter would leave stale parameters in it."""
     if target.exists():
         raise FileExistsError(f"{target} exists already; remove it, or name another folder")
     ds_to_universal.main(argparse.Namespace(

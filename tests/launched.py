@@ -24,6 +24,7 @@ from tests.training import engine_for, master_weights, train_window
 
 SAVED_TO_GO_ON = 75
 """Exit code (EX_TEMPFAIL): a checkpoint was saved on a signal, and the job can be started again (launch/common.sh)."""
+STOPS = signal.SIGTERM, signal.SIGUSR1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,9 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def die_or_hang(args: argparse.Namespace, rank: int, last_rank: int) -> None:
+def die_or_hang(args: argparse.Namespace, is_last: bool) -> None:
     died = args.out / "died"
-    if rank == last_rank and not args.nobody_dies and not died.exists():
+    if is_last and not args.nobody_dies and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if args.hang:
@@ -49,18 +50,11 @@ def die_or_hang(args: argparse.Namespace, rank: int, last_rank: int) -> None:
         time.sleep(3600)
 
 
-def wait_for_signal(signals: list[int], waiting: Path) -> None:
-    waiting.touch()
-    while not signals:
-        time.sleep(0.1)
-
-
 def main() -> int:
     args = parse_arguments()
     signals: list[int] = []
-    if args.wait_at:
-        for number in signal.SIGTERM, signal.SIGUSR1:
-            signal.signal(number, lambda received, _: signals.append(received))
+    for number in STOPS if args.wait_at else ():
+        signal.signal(number, lambda received, _: signals.append(received))
     case = pickle.loads(args.case.read_bytes())
     distributed.join()
     rank = dist.get_rank()
@@ -73,12 +67,14 @@ def main() -> int:
         (args.out / f"started-at-{started_at}-rank-{rank}").touch()
         for update in range(started_at, case.updates):
             if update == args.die_at:
-                die_or_hang(args, rank, case.world - 1)
+                die_or_hang(args, rank == case.world - 1)
             if update in args.wait_at and update != started_at:
-                wait_for_signal(signals, args.out / f"waiting-at-{update}-rank-{rank}")
+                (args.out / f"waiting-at-{update}-rank-{rank}").touch()
+                while not signals:
+                    time.sleep(0.1)
                 dist.barrier()
             if signals:
-                for number in signal.SIGTERM, signal.SIGUSR1:
+                for number in STOPS:
                     signal.signal(number, signal.SIG_IGN)  # Python restores the default handler when it ends
                 return SAVED_TO_GO_ON
             train_window(engine, case, update)

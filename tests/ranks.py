@@ -31,8 +31,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MAX_POOLS = 3
 """World sizes kept alive at once: a rank process costs about 100 MB beside what it shares with the fork server."""
 PRELOADED = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3", "ds_looksam",
-             "torch._dynamo", "tests.ranks", "tests.training"]
-"""What the fork server imports once, so that not every rank does: 4 seconds each."""
+             "torch._dynamo", "tests.ranks", "tests.training", "transformers.models.vit.modeling_vit"]
+"""What the fork server imports once, so that not every rank and job (``jobs.py``) does: 6 seconds each."""
 GRACE_AFTER_ERROR = 10.0
 """Seconds that ranks have to end after one of them raised: the others may be waiting for it in a collective."""
 

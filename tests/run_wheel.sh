@@ -20,5 +20,5 @@ rm -r ds_looksam build ./*.egg-info
 unset PYTHONPATH
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= LOOKSAM_TEST_INSTALLED=1
 compile_cpu_operators ShareMemCommBuilder FusedAdamBuilder
-[ $# -gt 0 ] || set -- tests/test_{config,configs,oracle_grid,checkpoint,checkpoint_resize,cli,docs,metrics,packaging}.py
+[ $# -gt 0 ] || set -- tests/test_{config,configs,oracle_grid,checkpoint,checkpoint_moves,cli,docs,metrics,packaging}.py
 python -m pytest "$@"

@@ -1,16 +1,19 @@
-"""The programs in examples/, as they are but short. gpt2_lora.py has a file of its own, test_lm_example.py."""
+"""The programs in examples/, as they are but short."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import oracle
 from .ranks import run_on_ranks
-from .training import distance, master_weights, named
+from .training import distance, master_weights
+from .twin import Twin, engine_of
 
 RANKS, UPDATES = 2, 12
 
@@ -21,12 +24,12 @@ def accelerate_loop() -> dict[str, Any]:
     from .test_huggingface import forget_accelerate
 
     forget_accelerate()
-    return accelerate_loop.main(["--epochs", "3", "--pictures", "512"])
+    return accelerate_loop.main(["--epochs", "2", "--pictures", "512"])
 
 
 def test_accelerate() -> None:
     pytest.importorskip("accelerate")
-    updates = 3 * 512 // (RANKS * 32)
+    updates = 2 * 512 // (RANKS * 32)
     for result in run_on_ranks(RANKS, accelerate_loop):
         looksam, losses = result["looksam"], result["losses"]
         assert (looksam["updates"], looksam["evaluations"]) == (updates, updates + -(-updates // 5))
@@ -49,64 +52,62 @@ def test_lightning() -> None:
     assert result["loss"] < 1.4  # chance is ln 4 = 1.386; its mean over the last epoch
 
 
-# The GAN: two engines, held against two oracles -----------------------------------------------------------------------
+def language_model(folder: str) -> dict[str, Any]:
+    from examples import gpt2_lora
+
+    from .test_huggingface import forget_accelerate
+
+    forget_accelerate()
+    return gpt2_lora.main(["--steps", "12", "--lora-steps", "7", "--batch-size", "4", "--held-out", "4",
+                           "--accumulation", "2", "--output-dir", folder])
 
 
-def gan() -> tuple[dict[str, Tensor], dict[str, Tensor], list[int]]:
+def test_the_language_model(tmp_path: Path) -> None:
+    """LookSAM is on in both halves, and what is saved of LoRA has been trained."""
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file
+
+    for result in run_on_ranks(RANKS, language_model, str(tmp_path)):
+        for half, updates, sam_steps in (("scratch", 12, 3), ("lora", 7, 2)):
+            looksam = result[half]["looksam"]
+            assert (looksam["updates"], looksam["evaluations"]) == (updates, updates + sam_steps)
+            assert looksam["sharpness"] > 0
+            logged = [entry for entry in result[half]["log"] if "looksam_gradient_norm" in entry]
+            assert [entry["step"] for entry in logged] == [1 + 5 * i for i in range(sam_steps)]
+        assert result["scratch"]["held_out_losses"][-1] < result["scratch"]["held_out_losses"][0]
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert adapter and all("lora_" in name and bool((w != 0).any()) for name, w in adapter.items())
+
+
+def gan(as_it_is: bool) -> tuple[list[dict[str, Tensor]], list[int]]:
     from examples import gan
 
-    engines = gan.train(UPDATES)
-    weights = [master_weights(engine) for engine in engines]
-    evaluations = [engine.looksam.evaluations for engine in engines]
-    for engine in engines:
-        engine.destroy()
-    return *weights, evaluations
-
-
-class Loss(nn.Module):
-    """``networks``: those that the loss goes through, the first of them trained."""
-
-    def __init__(self, networks: list[nn.Module], loss: Any) -> None:
-        super().__init__()
-        self.trained, self.others, self.loss = networks[0], networks[1:], loss
-
-    def forward(self, x: Tensor) -> Tensor:
-        for network in (self.trained, *self.others):
-            x = network(x)
-        return self.loss(x)
-
-
-def oracles() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    from examples import gan
-
-    params = dict(gan.CONFIG["optimizer"]["params"])
-    hyper = {key: params[key] for key in ("lr", "betas", "weight_decay", "rho")}
-    generator, discriminator = gan.network(gan.NOISE, 2, 0).double(), gan.network(2, 1, 1).double()
-    losses = Loss([generator, discriminator], gan.generator_loss), Loss([discriminator], gan.discriminator_loss)
-    references, groups = [], []
-    for loss in losses:
-        names = [name for name, _ in loss.named_parameters() if name.startswith("trained.")]
-        groups.append([oracle.Group(names=names, **hyper)])
-        references.append(oracle.build(loss, groups[-1], base="AdamW", k=params["k"]))
-    for update in range(UPDATES):
-        batches = [[t.double() for t in gan.batch(update, rank)] for rank in range(RANKS)]
-        put(generator, references[0].w)
-        fakes = [generator(noise).detach() for _, noise, _ in batches]
-        references[1].update([(torch.cat([real, fake]), ) for (real, _, _), fake in zip(batches, fakes, strict=True)])
-        put(discriminator, references[1].w)
-        references[0].update([(noise, ) for _, _, noise in batches])
-    return tuple({name.removeprefix("trained."): w for name, w in named(reference.w, loss, group).items()}
-                 for reference, loss, group in zip(references, losses, groups, strict=True))
-
-
-def put(module: nn.Module, w: Tensor) -> None:
-    """The oracle's vector into the network."""
-    torch.nn.utils.vector_to_parameters(w, module.parameters())
+    with ExitStack() as stack:
+        if not as_it_is:
+            stack.enter_context(patch.object(gan, "engine_for", lambda module: stack.enter_context(
+                engine_of(lambda: module, stage=2, world=RANKS))))
+        engines = gan.train(UPDATES)
+        result = [master_weights(engine) for engine in engines], [engine.looksam.evaluations for engine in engines]
+        for engine in engines if as_it_is else ():
+            engine.destroy()
+    return result
 
 
 def test_gan() -> None:
-    expected = oracles()
-    for *weights, evaluations in run_on_ranks(RANKS, gan):
-        assert evaluations == [UPDATES + 3, UPDATES + 3]
-        for got, want in zip(weights, expected, strict=True):
-            assert distance(got, want) < 1e-5  # fp32 against float64 over 12 updates, as in the oracle grid
+    """And its loop with the engines that twins are for, against those."""
+    from examples import gan as program
+
+    assert [evaluations for _, evaluations in run_on_ranks(RANKS, gan, True)] == [[UPDATES + 3] * 2] * RANKS
+    generator = Twin(lambda: program.network(program.NOISE, 2, 0))
+    discriminator = Twin(lambda: program.network(2, 1, 1))
+    for update in range(UPDATES):
+        batches = [[t.double() for t in program.batch(update, rank)] for rank in range(RANKS)]
+        points = [torch.cat([real, generator.module(noise).detach()]) for real, noise, _ in batches]
+        discriminator.update(lambda d, points=points: [program.discriminator_loss(d(both)) for both in points])
+        generator.update(lambda g, batches=batches: [program.generator_loss(discriminator.module(g(noise)))
+                                                     for _, _, noise in batches])
+    for weights, evaluations in run_on_ranks(RANKS, gan, False):
+        assert evaluations == [UPDATES + UPDATES // 2] * 2
+        for got, twin in zip(weights, (generator, discriminator), strict=True):
+            # fp32 against float64, as in the oracle grid
+            assert distance(got, dict(twin.module.named_parameters())) < 1e-5

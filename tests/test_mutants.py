@@ -16,8 +16,4 @@ def test_every_mutant_finds_its_line_and_its_tests() -> None:
         mutant.apply((PACKAGE / mutant.file).read_text())
         files = [word for word in mutant.tests.split() if word.endswith(".py")]
         assert files and all((Path(__file__).parent / file).is_file() for file in files), mutant.tests
-
-
-def test_mutants_are_spread_over_all_packages() -> None:
-    assert len(MUTANTS) >= 25
     assert {m.file.partition("/")[0] for m in MUTANTS} >= {p.parent.name for p in PACKAGE.glob("*/__init__.py")}

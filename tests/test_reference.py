@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from ds_looksam.reference import Reference
 
-from . import oracle
 from .covering import covering
 from .models import make_model
 from .training import Case, distance, named, start_oracle
@@ -46,30 +44,24 @@ class OwnAlpha(Case):
 
 
 def check(case: Case, groups: tuple[int, ...] = (6, ), v_dtype: torch.dtype | None = None,
-          change: Callable[[nn.Module], Any] = lambda module: None, beta: float | None = None) -> None:
-    """``change``: what is done to the model before. ``beta``: what stands in its place after the first update."""
-    modules = [make_model(case.model, case.seed).double() for _ in range(2)]
-    for module in modules:
-        change(module)
-    oracle_groups = [group for group in case.oracle_groups(modules[0]) if group.names]
-    exact = oracle.build(modules[0], oracle_groups, base=case.base, k=case.k, clipping=case.clipping,
-                         layer_scale=case.layer_scale)
-    schedule = case.params.get("rho_schedule", {})
-    exact.rho_factor, exact.off = oracle.rho_factor(schedule), schedule.get("off_updates", 0)
-    exact.v_dtype = v_dtype or torch.float64
+          before: Callable[[int, Any, Reference], None] = lambda update, exact, reference: None) -> None:
+    """``groups``: how many micro-batches share a perturbation. ``before``: what is done to the oracle and the reference
+    before each update."""
+    exact, module, oracle_groups = start_oracle(case, v_dtype=v_dtype or torch.float64)
     exact.groups_of = lambda window: [window[sum(groups[:i]):sum(groups[:i + 1])] for i in range(len(groups))]
+    trained = make_model(case.model, case.seed).double()
     keys = {key: value for key, value in case.base_params.items() if key != "adam_w_mode"}
-    base = BASES[case.base](case.model_parameters(modules[1]), **keys)
-    reference = Reference(base, k=case.k, rho=case.rho, alpha=case.alpha, layerwise=case.layer_scale is not None,
+    schedule = {**case.params.get("rho_schedule", {})}
+    reference = Reference(BASES[case.base](case.model_parameters(trained), **keys), k=case.k, rho=case.rho,
+                          alpha=case.alpha, layerwise=case.layer_scale is not None,
                           layer_scale=case.layer_scale or "norm", rho_schedule=schedule, clipping=case.clipping,
                           v_dtype=v_dtype)
     for update in range(case.updates):
+        before(update, exact, reference)
         exact.update(case.window(update))
-        losses = [lambda x=x, y=y: modules[1](x, y) for x, y in case.window(update)]
+        losses = [lambda x=x, y=y: trained(x, y) for x, y in case.window(update)]
         reference.update([[losses.pop(0) for _ in range(size)] for size in groups])
-        if update == 0 and beta is not None:
-            exact.beta = reference.beta = beta
-    expected, got = named(exact.w, modules[0], oracle_groups), dict(modules[1].named_parameters())
+    expected, got = named(exact.w, module, oracle_groups), dict(trained.named_parameters())
     error = distance({name: got[name].detach() for name in expected}, expected)
     assert error <= TOLERANCE, f"relative error {error:.1e} for {case}, groups {groups}"
     assert reference.evaluations == exact.evaluations
@@ -84,44 +76,34 @@ def test_against_oracle(settings: dict[str, Any]) -> None:
     check(OwnAlpha(**settings, world=2, accumulation=3, params=params), groups, v_dtype)
 
 
-def test_rho_follows_the_learning_rate() -> None:
-    """A schedule that the oracle does not know, by an oracle whose rho is set by hand."""
-    case = Case(two_groups=True, alpha=0.7)
-    exact, module, groups = start_oracle(case)
-    trained = make_model(case.model, case.seed).double()
-    base = torch.optim.AdamW(case.model_parameters(trained), **case.base_params)
-    reference = Reference(base, k=case.k, rho=case.rho, alpha=case.alpha, rho_schedule={"type": "lr", "lr": 0.02})
-    lrs, rhos = [group["lr"] for group in base.param_groups], [group["rho"] for group in base.param_groups]
-    for update in range(case.updates):
-        for i, factor in enumerate((0.9**update, 0.8**update)):
-            base.param_groups[i]["lr"] = exact.base.groups[i].lr = lrs[i] * factor
-            exact.base.groups[i].rho = rhos[i] * lrs[i] * factor / 0.02
-        exact.update(case.window(update))
-        reference.update([[lambda x=x, y=y: trained(x, y) for x, y in case.window(update)]])
-    got, expected = dict(trained.named_parameters()), named(exact.w, module, groups)
-    assert distance({name: got[name].detach() for name in expected}, expected) <= TOLERANCE
+def lr_moves(update: int, exact: Any, reference: Reference) -> None:
+    """rho follows the learning rate: a schedule that the oracle does not know, so its rho is set by hand."""
+    reference.schedule = {"type": "lr", "lr": 0.02}
+    for group, ours, factor in zip(exact.base.groups, reference.base.param_groups, (0.9, 0.8), strict=True):
+        if update > 0:
+            ours["lr"] = group.lr = group.lr * factor
+        group.rho = ours["rho"] * group.lr / 0.02
 
 
-def test_a_negative_beta_adds_nothing() -> None:
-    check(Case(world=2, accumulation=3, k=12), beta=-0.4)
+def beta_is_negative(update: int, exact: Any, reference: Reference) -> None:
+    """It adds nothing."""
+    if update == 1:
+        exact.beta = reference.beta = -0.4
 
 
-def test_layers_of_zeros_have_trust_ratio_1() -> None:
-    case = Case(world=2, accumulation=3, k=1, layer_scale="norm")
-    check(case, change=lambda module: module.second.weight.data.zero_())
+def a_layer_is_zero(update: int, exact: Any, reference: Reference) -> None:
+    """Its trust ratio is 1."""
+    if update == 0:
+        at, weight = sum(p.numel() for p in reference.parameters[:3]), reference.parameters[3]
+        assert weight.dim() == 2
+        exact.w[at:at + weight.numel()] = 0.0
+        weight.data.zero_()
 
 
-@pytest.mark.parametrize("base", ["AdamW", "SGD"])
-def test_rho_0_with_alpha_0_is_the_base_to_the_bit(base: str) -> None:
-    case = Case(base=base)
-    plain, module = (make_model(case.model, case.seed).double() for _ in range(2))
-    optimizer = BASES[base](plain.parameters(), **case.base_params)
-    reference = Reference(BASES[base](module.parameters(), **case.base_params), k=2, rho=0.0, alpha=0.0)
-    for update in range(case.updates):
-        (x, y), *_ = case.window(update)
-        optimizer.zero_grad()
-        plain(x, y).backward()
-        optimizer.step()
-        reference.update([[lambda x=x, y=y: module(x, y)]])
-    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(p, q)
+@pytest.mark.parametrize("before, case", [
+    (lr_moves, Case(two_groups=True, alpha=0.7, world=2, accumulation=3)),
+    (beta_is_negative, Case(world=2, accumulation=3, k=12)),
+    (a_layer_is_zero, Case(world=2, accumulation=3, k=1, layer_scale="norm")),
+])
+def test_what_a_run_comes_to(before: Callable[[int, Any, Reference], None], case: Case) -> None:
+    check(case, before=before)

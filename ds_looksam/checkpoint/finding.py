@@ -38,19 +38,15 @@ def find(folder: Path, settings: LookSAMConfig, universal: bool) -> tuple[Path, 
     if mark is None:
         _check_plain_base(states[0], described, settings)
         return None
-    folders = [folder]
+    candidates = [folder / MANIFEST] if (folder / MANIFEST).exists() else []
     if universal:
-        folders += sorted(path.parent for path in folder.parent.glob(f"*/{MANIFEST}") if path.parent != folder)
-    foreign = None
-    for candidate in folders:
-        path = candidate / MANIFEST
-        if path.exists():
-            manifest = Manifest.read(path)
-            if manifest.save_id == mark["save_id"]:
-                return candidate, manifest
-            foreign = foreign or path
-    if foreign is not None and not universal:
-        raise LookSAMCheckpointError(f"{foreign} belongs to another save than {states[0]} beside it. {WITHOUT}")
+        candidates += sorted(path for path in folder.parent.glob(f"*/{MANIFEST}") if path.parent != folder)
+    for path in candidates:
+        manifest = Manifest.read(path)
+        if manifest.save_id == mark["save_id"]:
+            return path.parent, manifest
+    if candidates and not universal:
+        raise LookSAMCheckpointError(f"{candidates[0]} belongs to another save than {states[0]} beside it. {WITHOUT}")
     advice = (f"Copy looksam* from the checkpoint that was converted into {folder}, or leave that checkpoint beside it."
               if universal else "Put back the looksam* files that were saved there.")
     raise LookSAMCheckpointError(f"{folder / MANIFEST} is missing, but {states[0].name} is of a LookSAM run. {advice} "
@@ -69,9 +65,9 @@ def _describe(states: Path) -> dict[str, Any]:
 
 
 def _check_plain_base(states: Path, described: dict[str, Any], settings: LookSAMConfig) -> None:
-    config = described.get("ds_config")
-    block = config.get("optimizer") if isinstance(config, dict) else None
-    saved = block.get("type") if isinstance(block, dict) else None
+    saved: Any = described
+    for key in ("ds_config", "optimizer", "type"):
+        saved = saved.get(key) if isinstance(saved, dict) else None
     if isinstance(saved, str) and saved not in OPTIMIZER_TYPES and _differ(saved, settings.base_optimizer):
         raise _other_base(states, saved, settings)
 

@@ -9,10 +9,10 @@ from .files import Manifest
 
 
 def plain_group(group: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has of a param group."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
-    return {key: value for key, value in values.items() if key != "params" and
-            all(x is None or isinstance(x, bool | int | float | str) for x in
-                (value if isinstance(value, list) else [value]))}
+    return {key: value for key, value in values.items() if key != "params" and all(
+        x is None or isinstance(x, int | float | str) for x in (value if isinstance(value, list) else [value]))}
 
 
 def restore_base_groups(param_groups: list[dict[str, Any]], saved: Manifest) -> None:
@@ -27,20 +27,17 @@ def restore_base_groups(param_groups: list[dict[str, Any]], saved: Manifest) -> 
 
 def restore_groups(param_groups: list[dict[str, Any]], configured: list[dict[str, Any]],
                    saved: Manifest | None) -> list[str]:
-    """Settle LookSAM's keys of ``param_groups``, which DeepSpeed has just overwritten or dropped.
+    """Settle LookSAM's keys of ``param_groups``, which DeepSpeed has just overwritten or dropped. Returns what changed,
+    for the log.
 
     The configuration wins. Where it says what it said when the checkpoint was saved, the value that was in force then
     goes on (a schedule of rho, say).
-
-    Returns:
-        What changed, for the log.
     """
     changes = []
+    comparable = saved is not None and len(saved.groups) == len(configured)
     # Not strict: a group that was added during training has no configuration.
     for i, (group, now) in enumerate(zip(param_groups, configured, strict=False)):
-        then, last = {}, {}
-        if saved is not None and len(saved.groups) == len(configured):
-            then, last = saved.configured_groups[i], saved.groups[i]
+        then, last = (saved.configured_groups[i], saved.groups[i]) if saved is not None and comparable else ({}, {})
         for key, value in now.items():
             same = key in last and then.get(key) == value
             group[key] = last[key] if same else value

@@ -6,6 +6,7 @@ of reading the files' headers, tell each other which ranges lie where, and each 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from ..errors import LookSAMCheckpointError
 from ..ranks.agree import on_all_ranks, together
 from ..shards import GradientShards, full_shape
 from .files import Manifest, Range, RankFile
+
+Stored = dict[str, list[tuple[int, int, int]]]
+"""By parameter: which elements [lo, hi) lie in the file of which number."""
 
 
 @dataclass
@@ -43,64 +47,53 @@ class NamedLayout:
 
 def read_own_part(folder: Path, manifest: Manifest, here: NamedLayout, shards: GradientShards, device: torch.device,
                   where: str) -> Shard:
-    """This rank's elements of g_v, out of the files that ``manifest`` speaks of. Collective.
-
-    Raises:
-        LookSAMCheckpointError: on every rank, beginning with ``where``.
-    """
+    """This rank's elements of g_v, out of the files that ``manifest`` speaks of. Collective. Raises
+    LookSAMCheckpointError: on every rank, beginning with ``where``."""
     group = shards.process_group
     rank = 0 if group is None else dist.get_rank(group=group)
-    wanted = {part for segments in here.layout for _, part in segments}
-    own = together(lambda: RankFile(folder, rank, manifest.save_id) if rank < manifest.files else None, device, where)
-    if on_all_ranks(own is not None and _covers(own.ranges, wanted), device):
-        stored = {part: rank for part in own.ranges} if own is not None else {}
-    else:
-        stored = _index_of_all_files(folder, manifest, device, where)
+
+    def headers(numbers: Iterable[int]) -> list[tuple[str, int, int, int]]:
+        return [(part.name, part.lo, part.hi, i) for i in numbers if i < manifest.files
+                for part in RankFile(folder, i, manifest.save_id).ranges]
+
+    stored = _by_name(together(lambda: headers([rank]), device, where))
+    is_here = all(sum(last - first for *_, first, last in _overlaps(stored, part)) == part.hi - part.lo
+                  for segments in here.layout for _, part in segments)
+    if not on_all_ranks(is_here, device):
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        shared_out = range(dist.get_rank(), manifest.files, len(everywhere))
+        dist.all_gather_object(everywhere, together(lambda: headers(shared_out), device, where))
+        stored = _by_name(range_ for of_rank in everywhere for range_ in of_rank)
     return together(lambda: _read(folder, manifest, stored, here, shards.new_shard()), device, where)
 
 
-def _covers(ranges: list[Range], wanted: set[Range]) -> bool:
-    """Whether every range of ``wanted`` is made up of ``ranges``, which may be cut into blocks."""
-    by_name = _by_name({part: 0 for part in ranges})
-    return all(sum(min(hi, part.hi) - max(lo, part.lo) for lo, hi, _ in by_name.get(part.name, [])
-                   if lo < part.hi and hi > part.lo) == part.hi - part.lo for part in wanted)
+def _by_name(ranges: Iterable[tuple[str, int, int, int]]) -> Stored:
+    stored: Stored = {}
+    for name, lo, hi, file in ranges:
+        stored.setdefault(name, []).append((lo, hi, file))
+    return stored
 
 
-def _by_name(stored: dict[Range, int]) -> dict[str, list[tuple[int, int, int]]]:
-    by_name: dict[str, list[tuple[int, int, int]]] = {}
-    for part, file in stored.items():
-        by_name.setdefault(part.name, []).append((part.lo, part.hi, file))
-    return by_name
+def _overlaps(stored: Stored, wanted: Range) -> Iterator[tuple[Range, int, int, int]]:
+    """Each stored range that has elements of ``wanted``, the number of its file, and which elements [first, last)."""
+    for lo, hi, file in stored.get(wanted.name, []):
+        first, last = max(lo, wanted.lo), min(hi, wanted.hi)
+        if first < last:
+            yield Range(wanted.name, lo, hi), file, first, last
 
 
-def _index_of_all_files(folder: Path, manifest: Manifest, device: torch.device, where: str) -> dict[Range, int]:
-    """Range -> number of the file it lies in, over all files. Collective; a rank reads every world-size-th header."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-
-    def headers() -> list[tuple[str, int]]:
-        return [(part.key, i) for i in range(rank, manifest.files, world)
-                for part in RankFile(folder, i, manifest.save_id).ranges]
-
-    mine = together(headers, device, where)
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, mine)
-    return {Range.from_key(key, folder): i for part in gathered for key, i in part}
-
-
-def _read(folder: Path, manifest: Manifest, stored: dict[Range, int], here: NamedLayout, v: Shard) -> Shard:
+def _read(folder: Path, manifest: Manifest, stored: Stored, here: NamedLayout, v: Shard) -> Shard:
     """Fill this rank's flat tensors from the files' blocks; what is no parameter's element stays as it is."""
-    by_name, files = _by_name(stored), dict[int, RankFile]()
+    files: dict[int, RankFile] = {}
     for flat, segments in zip(v, here.layout, strict=True):
         for start, part in segments:
             missing = part.hi - part.lo
-            for lo, hi, i in by_name.get(part.name, []):
-                first, last = max(lo, part.lo), min(hi, part.hi)
-                if first < last:
-                    if i not in files:
-                        files[i] = RankFile(folder, i, manifest.save_id)
-                    elements = files[i].read(Range(part.name, lo, hi))[first - lo:last - lo]
-                    flat[start + first - part.lo:start + last - part.lo].copy_(elements)
-                    missing -= last - first
+            for block, i, first, last in _overlaps(stored, part):
+                if i not in files:
+                    files[i] = RankFile(folder, i, manifest.save_id)
+                elements = files[i].read(block)[first - block.lo:last - block.lo]
+                flat[start + first - part.lo:start + last - part.lo].copy_(elements)
+                missing -= last - first
             if missing != 0:
                 raise LookSAMCheckpointError(f"{folder}: the files do not hold every element of {part.key} once")
     return v

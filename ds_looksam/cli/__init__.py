@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from ..errors import LookSAMError
 from ..ranks.versions import __version__
@@ -23,10 +24,11 @@ EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code: 0, 1 after an error message, 2 for wrong arguments."""
-    args = _parser().parse_args(argv)
+    arguments = vars(_parser().parse_args(argv))
+    module, _ = arguments.pop("module"), arguments.pop("local_rank")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its lines go to stdout, between ours
     try:
-        code = args.run(args)
+        code = module.run(**arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # "ds-looksam report | head": the reader has what it wanted
@@ -45,33 +47,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("report", help="versions, this machine, and what is supported",
-                                  description=report.__doc__, formatter_class=raw)
-    command.set_defaults(run=lambda args: report.run())
+    def add(module: ModuleType, help: str) -> argparse.ArgumentParser:
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(name, help=help, description=module.__doc__, formatter_class=raw)
+        command.set_defaults(module=module)  # its run() gets the arguments below
+        return command
 
-    command = commands.add_parser("check", help="validate a DeepSpeed JSON without starting anything",
-                                  description=check.__doc__, formatter_class=raw)
+    add(report, "versions, this machine, and what is supported")
+    command = add(check, "validate a DeepSpeed JSON without starting anything")
     command.add_argument("config", type=Path, metavar="CONFIG.json", help="what deepspeed.initialize(config=...) gets")
     command.add_argument("--world-size", type=_positive, default=1, metavar="N", help="data-parallel ranks (default 1)")
     command.add_argument("--params", type=_positive, metavar="N",
                          help="trained parameters of the model, 86e6 say: bytes and memory are then told as numbers")
-    command.set_defaults(run=lambda args: check.run(args.config, args.world_size, args.params))
-
-    command = commands.add_parser("plot", help="draw runs of launch/train.py side by side, as a PNG",
-                                  description=plot.__doc__, formatter_class=raw)
+    command = add(plot, "draw runs of launch/train.py side by side, as a PNG")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="a folder with metrics.csv, or the file")
     command.add_argument("--out", type=Path, default=Path("runs.png"), metavar="PNG", help="default: runs.png")
-    command.set_defaults(run=lambda args: plot.run(args.runs, args.out))
-
-    command = commands.add_parser("verify", help="train tiny models here, and compare them with the plain algorithm",
-                                  description=verify.__doc__, formatter_class=raw)
+    command = add(verify, "train tiny models here, and compare them with the plain algorithm")
     command.add_argument("--config", type=Path, metavar="CONFIG.json", help="check this very JSON, with a small model")
-    command.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    command.add_argument("--json", action="store_true", dest="as_json", help="the result as JSON on stdout")
     command.add_argument("--quick", action="store_true", help="fp32 and bf16 on each stage, nothing else")
     command.add_argument("--only", default="", metavar="REGEX", help="cases with such a name, 'stage 3' say")
     command.add_argument("--folder", type=Path, metavar="DIR", help="where all ranks see files (default: the system's "
                          "temporary folder)")
-    command.set_defaults(run=lambda args: verify.run(args.config, args.json, args.quick, args.only, args.folder))
     return parser
 
 

@@ -18,7 +18,7 @@ window that ends in a SAM step, which are kept until its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 from pydantic import ValidationError
 
 from ..config.accept import examine, refuse
-from ..config.base_optimizers import torch_optimizers
+from ..config.base_optimizers import TAKEN_OUT, torch_optimizers
 from ..config.deepspeed_keys import MODELS, ignored, misspelt
 from ..config.params import AUTO, FILLED_IN, OPTIMIZER_TYPES, LookSAMConfig, did_you_mean
 from ..config.support import Run
@@ -55,7 +55,7 @@ class Checked:
 
     config: Any
     run: Run | None
-    placeholders: tuple[str, ...]
+    placeholders: list[str]
     given: dict[str, Any]
 
     @property
@@ -64,42 +64,36 @@ class Checked:
         return self.run.settings if self.run is not None else None
 
 
-def run(path: Path, world_size: int, parameters: int | None) -> int:
-    checked = check(path, world_size)
-    print_table(str(path), list(costs.rows(checked, world_size, parameters)))
+def run(config: Path, world_size: int, params: int | None) -> int:
+    checked = check(config, world_size)
+    print_table(str(config), list(costs.rows(checked, world_size, params)))
     for key in checked.placeholders:
         print(f'note: {key} is "auto": for Hugging Face\'s Trainer or Accelerate to fill in, not checked')
     for key in ignored(checked.given):
         print(f"note: {key}: DeepSpeed knows no such key and ignores it")
-    for warning in advice.warnings(checked, parameters):
+    for warning in advice.warnings(checked, params):
         print(f"warning: {warning}")
     return 0
 
 
 def check(path: Path, world_size: int = 1) -> Checked:
-    """Read and validate a configuration as ``deepspeed.initialize`` does before it trains.
-
-    Raises:
-        LookSAMConfigError: the file is no JSON object, or DeepSpeed or LookSAM refuses what it says; with all of it.
-    """
-    placeholders: list[str] = []
-    given, problems = _read(path)
-    values = _filled_in(given, "", placeholders)
+    """Read and validate a configuration as ``deepspeed.initialize`` does before it trains. Raises LookSAMConfigError:
+    the file is no JSON object, or DeepSpeed or LookSAM refuses what it says; with all of it."""
+    given, problems = read_json(path)
+    values, placeholders = without_placeholders(given, FILLED_IN.__contains__)
     if any(key.startswith("train_") for key in placeholders) and not any(key.startswith("train_") for key in values):
         values["train_micro_batch_size_per_gpu"] = 1
     for key, problem in list(misspelt(values)):
         problems.append(problem)
         values = _without(values, key.split("."))
-    config = _parsed(values, world_size, problems)
-    run = None
+    config, run = _parsed(values, world_size, problems), None
     if config is not None and config.optimizer_name in OURS:
         run, more = examine(config)
-        problems += more
-        problems += _fails_later(run, any(key.startswith("scheduler.") for key in placeholders)) if not more else []
+        problems += more or _fails_later(run, any(key.startswith("scheduler.") for key in placeholders))
     elif config is not None:
         problems += _wrong_type(config.optimizer_name)
     refuse(f"{path}: {config.optimizer_name if run else 'DeepSpeed'} cannot train with this configuration", problems)
-    return Checked(config, run, tuple(placeholders), values)
+    return Checked(config, run, placeholders, values)
 
 
 def _parsed(values: dict[str, Any], world_size: int, problems: list[str]) -> Any:
@@ -143,11 +137,8 @@ def _wrong_type(name: str | None) -> Iterator[str]:
 
 
 def _fails_later(run: Run, open_scheduler: bool) -> Iterator[str]:
-    """What DeepSpeed or the optimizers themselves only notice while the engine is being built.
-
-    Args:
-        open_scheduler: whether keys of the scheduler are missing because others will fill them in.
-    """
+    """What DeepSpeed or the optimizers themselves only notice while the engine is being built. ``open_scheduler``:
+    keys of the scheduler are missing because others will fill them in."""
     if run.settings is not None and run.settings.rho_schedule.type == "lr" and run.settings.rho_schedule.lr is None \
             and run.base_params.get("lr") == 0:
         yield 'optimizer.params.rho_schedule.lr: must be given with "type": "lr" where optimizer.params.lr is 0'
@@ -155,10 +146,8 @@ def _fails_later(run: Run, open_scheduler: bool) -> Iterator[str]:
     optimizer: torch.optim.Optimizer = torch.optim.AdamW([weight], lr=run.base_params.get("lr", 1e-3))
     cls = run.base_class
     if cls is not None and not cls.__module__.startswith("deepspeed"):  # those compile their kernels
-        own = {key: value for key, value in run.base_params.items() if key not in ("torch_adam", "adam_w_mode",
-                                                                                   "fp32_optimizer_states")}
         try:
-            optimizer = cls([weight], **own)
+            optimizer = cls([weight], **{key: x for key, x in run.base_params.items() if key not in TAKEN_OUT})
         except (RuntimeError, TypeError, ValueError) as error:
             yield f"optimizer.params: {cls.__name__} refuses its values: {error}"
     elif run.base in ("adam", "adamw") and run.base_params.get("amsgrad"):
@@ -182,8 +171,9 @@ def _fails_later(run: Run, open_scheduler: bool) -> Iterator[str]:
             yield f"scheduler.params: {name} refuses them: {error}"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A JSON object, read as DeepSpeed reads it (Hjson: comments are allowed); and which keys it has twice."""
+def read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """A JSON object, read as DeepSpeed reads it (Hjson: comments are allowed); and which keys it has twice. Raises
+    LookSAMConfigError: it is no JSON, or no object."""
     problems: list[str] = []
 
     def note_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,15 +190,19 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-def _filled_in(values: dict[str, Any], prefix: str, placeholders: list[str]) -> dict[str, Any]:
-    """A copy without the "auto"s that Hugging Face fills in, whose keys are added to ``placeholders``."""
-    result = {}
+def without_placeholders(values: dict[str, Any], is_filled_in: Callable[[str], bool],
+                         prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """A copy without each "auto" that somebody else is to fill in, by its key with its blocks; and those keys."""
+    result, placeholders = {}, []
     for key, value in values.items():
-        if value == AUTO and prefix + key in FILLED_IN:
+        if value == AUTO and is_filled_in(prefix + key):
             placeholders.append(prefix + key)
+        elif isinstance(value, dict):
+            result[key], inner = without_placeholders(value, is_filled_in, f"{prefix}{key}.")
+            placeholders += inner
         else:
-            result[key] = _filled_in(value, f"{prefix}{key}.", placeholders) if isinstance(value, dict) else value
-    return result
+            result[key] = value
+    return result, placeholders
 
 
 def _without(values: dict[str, Any], path: list[str]) -> dict[str, Any]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-import torch
-from deepspeed.runtime.config import DtypeEnum
+from typing import TYPE_CHECKING
 
 from ..config.params import LookSAMConfig
 from ..config.rounding import computes_in, precision_of
@@ -16,8 +13,7 @@ from ..config.support import Run
 if TYPE_CHECKING:
     from .check import Checked
 
-FP32 = 4
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP32, BF16 = 4, 2
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -26,10 +22,11 @@ def rows(checked: Checked, world_size: int, parameters: int | None) -> Iterator[
     config, settings = checked.config, checked.settings
     by_trainer = {key.partition(".")[0] for key in checked.placeholders}
     yield "optimizer", config.optimizer_name if settings is None else f"LookSAM around {settings.base_optimizer}"
-    precision = precision_of(config) + (" (weights; torch_autocast computes in bf16)"
-                                        if computes_in(config) != precision_of(config) else "")
+    precision = precision_of(config)
     if by_trainer & {"bf16", "fp16"}:
         precision = "as the Trainer or Accelerate says"
+    elif computes_in(config) != precision:
+        precision += " (weights; torch_autocast computes in bf16)"
     yield "ZeRO stage, precision", f"{int(config.zero_config.stage)}, {precision}"
     micro, accumulation = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
     known_batch = not any("batch" in key for key in by_trainer)
@@ -52,32 +49,29 @@ def rows(checked: Checked, world_size: int, parameters: int | None) -> Iterator[
     yield "evaluations per update", f"{1 + 1 / settings.k:.4g} " + (
         "(every update is a SAM step)" if settings.k == 1 else f"(a SAM step, of two, every {settings.k} updates)")
     scale, per = (parameters, "") if parameters is not None else (1, " per parameter")
-    sent = bytes_sent(config, settings.ascent, world_size)
     if world_size > 1:
+        sent = bytes_sent(checked.run, settings.ascent, world_size)
         yield "extra sent, SAM step", _amount(sent * scale, per)
         yield "extra sent, on average", _amount(sent / settings.k * scale, per)
     else:
         yield "extra sent", "nothing by one rank; give --world-size for more"
-    for what, where, amount in memory(config, settings, world_size):
+    for what, where, amount in memory(checked.run, settings, world_size):
         yield f"extra memory, {what}", f"{_amount(amount * scale, per)} a rank, {where}"
 
 
 def default_of(run: Run, key: str) -> float | None:
     """What the base optimizer takes for a number that the JSON does not give; None if that cannot be known."""
-    argument = inspect.signature(run.base_class).parameters.get(key) if run.base_class is not None else None
-    return argument.default if argument is not None and isinstance(argument.default, int | float) else None
+    arguments = inspect.signature(run.base_class).parameters if run.base_class is not None else {}
+    return arguments[key].default if key in arguments and isinstance(arguments[key].default, int | float) else None
 
 
-def bytes_sent(config: Any, ascent: str, world_size: int) -> float:
+def bytes_sent(run: Run, ascent: str, world_size: int) -> float:
     """By one rank in a SAM step beside what the same step of the base sends, in bytes per parameter of the model."""
-    stage, micro_batches = int(config.zero_config.stage), config.gradient_accumulation_steps
-    weight = BYTES[precision_of(config)]
-    gradient = weight
-    if config.communication_data_type is not None:
-        gradient = config.communication_data_type.itemsize
-    elif _accumulates_whole_fp32(config):
-        gradient = FP32
-    all_reduce = 2 if config.zero_config.use_multi_rank_bucket_allreduce or stage < 2 else 1
+    stage, micro_batches, weight = run.stage, run.config.gradient_accumulation_steps, run.dtype.itemsize
+    sent_as = run.config.communication_data_type
+    # BF16_Optimizer reduces gradients in the dtype in which it accumulates them.
+    gradient = sent_as.itemsize if sent_as is not None else FP32 if run.has_bf16_optimizer else weight
+    all_reduce = 2 if run.zero.use_multi_rank_bucket_allreduce or stage < 2 else 1
     if stage == 3:
         payload = (gradient + 2 * weight) * micro_batches
     else:
@@ -89,36 +83,28 @@ def bytes_sent(config: Any, ascent: str, world_size: int) -> float:
     return payload * (world_size - 1) / world_size
 
 
-def memory(config: Any, settings: LookSAMConfig, world_size: int) -> Iterator[tuple[str, str, float]]:
+def memory(run: Run, settings: LookSAMConfig, world_size: int) -> Iterator[tuple[str, str, float]]:
     """(what, on which tier, bytes per parameter of the model on one rank)."""
-    stage, offload = int(config.zero_config.stage), config.zero_config.offload_optimizer
+    stage, on_host = run.stage, run.stage > 0 and run.offloaded
     shard = 1.0 if stage == 0 else 1 / world_size
-    on_host = stage > 0 and offload is not None and offload.device not in (None, "none")
-    where = "in host memory (offload_optimizer)" if on_host else "on the accelerator"
-    yield f"always: g_v in {settings.v_dtype}", where, BYTES[settings.v_dtype] * shard
+    here = "on the accelerator"
+    where = "in host memory (offload_optimizer)" if on_host else here
+    yield f"always: g_v in {settings.v_dtype}", where, (BF16 if settings.v_dtype == "bf16" else FP32) * shard
     yield "during a SAM step: g in fp32", where, FP32 * shard
     if stage == 0:
         yield "during a SAM step: clean weights, and w + eps", where, 2 * FP32 * shard
-    elif stage == 3 and precision_of(config) == "fp32" and not on_host:
+    elif stage == 3 and run.dtype.itemsize == FP32 and not on_host:
         yield "during a SAM step: clean weights", where, FP32 * shard  # model and master are one tensor
-    here, own = "on the accelerator", FP32 if stage == 0 else BYTES[precision_of(config)]
+    own = FP32 if stage == 0 else run.dtype.itemsize
     if settings.ascent in ("rank", "micro_batch"):
         yield "in a SAM step's window: the rank's own gradient", here, own
     if settings.ascent == "micro_batch" and stage > 0:
         yield "during a SAM step: clean weights of the whole model", here, own
-    if "micro_batch" in settings.ascent and config.gradient_accumulation_steps > 1:
+    if "micro_batch" in settings.ascent and run.config.gradient_accumulation_steps > 1:
         yield "in a SAM step's window: the sums of g and g_s", where, 2 * FP32 * shard
 
 
-def _accumulates_whole_fp32(config: Any) -> bool:
-    """BF16_Optimizer reduces gradients in the dtype in which it accumulates them."""
-    return (config.bfloat16_config.enabled and int(config.zero_config.stage) == 1
-            and config.grad_accum_dtype is not None and DtypeEnum(config.grad_accum_dtype).value == torch.float32)
-
-
 def _amount(count: float, per: str) -> str:
-    for unit, size in UNITS:
-        if count >= size:
-            return f"{count / size:.2f} {unit}{per}"
-    return f"{count:.3g} bytes{per}"
+    unit, size = next(((unit, size) for unit, size in UNITS if count >= size), ("bytes", 1))
+    return (f"{count:.3g}" if size == 1 else f"{count / size:.2f}") + f" {unit}{per}"
 

@@ -29,9 +29,9 @@ class PlotError(LookSAMError):
     """There is nothing to draw, or nothing to draw it with."""
 
 
-def run(folders: Sequence[Path], png: Path) -> int:
-    draw({name: read(path) for name, path in _names(folders).items()}, png)
-    print(png)
+def run(runs: Sequence[Path], out: Path) -> int:
+    draw({name: read(path) for name, path in _names(runs).items()}, out)
+    print(out)
     return 0
 
 
@@ -42,11 +42,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read(run: Path) -> list[Row]:
-    """The rows of one run, a folder or the file itself.
-
-    Raises:
-        PlotError: there is no metrics.csv, or it is not one of launch/train.py's.
-    """
+    """The rows of one run, a folder or the file itself. Raises PlotError: there is no metrics.csv, or it is not one of
+    launch/train.py's."""
     path = run / "metrics.csv" if run.is_dir() else run
     if not path.is_file():
         raise PlotError(f"{path} is not there: give the folder of a run of launch/train.py, or its metrics.csv")
@@ -60,11 +57,8 @@ def read(run: Path) -> list[Row]:
 
 
 def draw(runs: dict[str, list[Row]], png: Path, title: str = "") -> None:
-    """Every run's training curve (faint) and test results (dots), one column of panels per axis.
-
-    Raises:
-        PlotError: matplotlib is not installed.
-    """
+    """Every run's training curve (faint) and test results (dots), one column of panels per axis. PlotError where
+    matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -77,18 +71,15 @@ def draw(runs: dict[str, list[Row]], png: Path, title: str = "") -> None:
     for quantity, panels_of_quantity in zip(QUANTITIES, panels, strict=True):
         for (label, x), axes in zip(AXES.items(), panels_of_quantity, strict=True):
             for i, (name, rows) in enumerate(runs.items()):
-                for split, style in ("train", {"alpha": 0.4}), ("test", {"marker": "o"}):
-                    _curve(axes, [row for row in rows if row["split"] == split], x, quantity,
-                           color=f"C{i}", label=f"{name}, {split}", **style)
+                styles: dict[str, dict[str, Any]] = {"train": {"alpha": 0.4}, "test": {"marker": "o"}}
+                for split, style in styles.items():
+                    points = [(x(row), float(row[quantity])) for row in rows if row["split"] == split]
+                    axes.plot(*zip(*points, strict=True), color=f"C{i}", label=f"{name}, {split}", **style)
             axes.set(xlabel=label, ylabel=quantity)
             axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize="small")
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=120)
-
-
-def _curve(axes: Any, rows: list[Row], x: Callable[[Row], float], quantity: str, **style: Any) -> None:
-    axes.plot([x(row) for row in rows], [float(row[quantity]) for row in rows], **style)
 
 
 def _names(folders: Sequence[Path]) -> dict[str, Path]:

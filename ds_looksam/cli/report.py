@@ -13,13 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from packaging.specifiers import SpecifierSet
 
 from ..config.params import OPTIMIZER_TYPES
 from ..config.support import REFUSED
 from ..config.support_table import SUPPORTED
 from ..optimizers import LAYERWISE_OPTIMIZERS
-from ..ranks.versions import TESTED, __version__
+from ..ranks.versions import TESTED, __version__, inside
 from .output import print_table
 
 OPTIONAL = {
@@ -51,8 +50,7 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "ds_looksam", __version__
     for package, tested in TESTED.items():
         installed = version(package)
-        inside = SpecifierSet(tested).contains(installed, prereleases=True)
-        yield package, f"{installed} ({'tested' if inside else 'NOT TESTED'}: {tested})"
+        yield package, f"{installed} ({'tested' if inside(installed, tested) else 'NOT TESTED'}: {tested})"
     yield "Python", platform.python_version()
 
 

@@ -33,17 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import hjson
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ..config.params import AUTO, OPTIMIZER_TYPES, LookSAMConfig, parse_params
+from ..config.params import OPTIMIZER_TYPES, parse_params
+from ..config.rounding import DTYPES
 from ..errors import LookSAMConfigError
 from ..ranks.agree import raised_everywhere
 from ..ranks.versions import __version__
+from .check import read_json, without_placeholders
 from .output import print_table
-from .verify_case import DTYPES, FAILED, LOSS_SCALE, RIGHT, SKIPPED, WRONG, Case, Verdict, check
+from .verify_case import FAILED, LOSS_SCALE, RIGHT, SKIPPED, WRONG, Case, Verdict, check, gathered
 
 LONGEST_WAIT = timedelta(minutes=5)
 """For another rank: compiling DeepSpeed's CPU optimizers takes a minute or two."""
@@ -67,18 +68,18 @@ class Row:
 def run(config: Path | None = None, as_json: bool = False, quick: bool = False, only: str = "",
         folder: Path | None = None) -> int:
     """Join the other ranks, try the cases, print what came of them on rank 0. Collective."""
-    cases = list(own_cases(quick) if config is None else cases_of(config))
-    cases = [case for case in cases if re.search(only, case.name)]
+    cases = [case for case in (own_cases(quick) if config is None else cases_of(config)) if re.search(only, case.name)]
     with redirect_stdout(sys.stderr), warnings.catch_warnings():  # with --json only the result may be on stdout
         warnings.simplefilter("ignore", FutureWarning)  # torch's, of what DeepSpeed calls
         join()
         with shared_folder(folder) as place:
             rows = verify(cases, place)
-    right = is_right(rows)
-    first = dist.get_rank() == 0
+    right, first = is_right(rows), dist.get_rank() == 0
     if first:
         (print_json if as_json else print_rows)(rows, right)
-    leave()
+    # Leave: a thread of gloo's that still holds a tensor aborts an interpreter that ends.
+    deepspeed.comm.destroy_process_group()
+    gc.collect()
     return 1 if first and not right else 0  # of the others' failures a launcher would make many lines
 
 
@@ -90,11 +91,8 @@ def is_right(rows: Sequence[Row]) -> bool:
 
 def verify(cases: Sequence[Case], folder: Path | None) -> list[Row]:
     """Try the cases on the process group that there is. ``folder``: seen by all ranks; None: nothing is resumed.
-    Collective; the same on every rank.
-
-    Raises:
-        Exception: what one rank alone raised, which leaves the others in another place.
-    """
+    Collective; the same on every rank. Raises Exception: what one rank alone raised, which leaves the others in another
+    place."""
     rows = []
     for number, case in enumerate(cases):
         row, start = Row(case.name), time.monotonic()
@@ -107,7 +105,9 @@ def verify(cases: Sequence[Case], folder: Path | None) -> list[Row]:
                 if raised_everywhere(error, dist.group.WORLD, f"verify, {case.name}") is not None:
                     raise
                 row.checks["weights"] = Verdict(FAILED, " ".join(f"{type(error).__name__}: {error}".split()))
-            row.checks = _of_all_ranks(row.checks)
+            worst_first, of_ranks = (FAILED, WRONG, SKIPPED, RIGHT), gathered(row.checks)
+            row.checks = {name: min((checks[name] for checks in of_ranks), key=lambda v: worst_first.index(v.status))
+                          for name in row.checks}
         row.seconds = time.monotonic() - start
         rows.append(row)
         if dist.get_rank() == 0:
@@ -115,20 +115,11 @@ def verify(cases: Sequence[Case], folder: Path | None) -> list[Row]:
     return rows
 
 
-def _of_all_ranks(checks: dict[str, Verdict]) -> dict[str, Verdict]:
-    """The worst verdict of any rank on each. Collective."""
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, checks)
-    order = (FAILED, WRONG, SKIPPED, RIGHT)
-    return {name: min((found[name] for found in everywhere), key=lambda verdict: order.index(verdict.status))
-            for name in checks}
-
-
 # The cases -----------------------------------------------------------------------------------------------------------
 
 
 def own_cases(quick: bool = False) -> Iterator[Case]:
-    """Every supported stage x precision, x offload, x ascent where this version has it; Look-LayerSAM once per stage.
+    """Every supported stage x precision, x offload, x ascent; Look-LayerSAM once per stage.
     ``quick``: fp32 and bf16, each stage once."""
     for stage in range(4):
         for precision in ("fp32", "bf16") if quick else DTYPES:
@@ -140,11 +131,10 @@ def own_cases(quick: bool = False) -> Iterator[Case]:
             yield _case(stage, "bf16", "gradients in fp32", data_types={"grad_accum_dtype": "fp32"})
         for precision in ("fp32", "bf16") if stage > 0 else ():
             yield _case(stage, precision, "offload", zero={"offload_optimizer": {"device": "cpu"}})
-    if "ascent" in LookSAMConfig.model_fields:
-        for stage in (1, 3) if quick else range(4):
-            for ascent in ("global_micro_batch", ) if stage == 3 else ("rank", "micro_batch", "global_micro_batch"):
-                for precision in ("fp32", ) if quick else ("fp32", "bf16"):
-                    yield _case(stage, precision, f"ascent {ascent}", params={"ascent": ascent})
+    for stage in (1, 3) if quick else range(4):
+        for ascent in ("global_micro_batch", ) if stage == 3 else ("rank", "micro_batch", "global_micro_batch"):
+            for precision in ("fp32", ) if quick else ("fp32", "bf16"):
+                yield _case(stage, precision, f"ascent {ascent}", params={"ascent": ascent})
 
 
 def _case(stage: int, precision: str, what: str = "", type: str = "LookSAM", zero: Mapping[str, Any] = {},
@@ -162,14 +152,12 @@ def _case(stage: int, precision: str, what: str = "", type: str = "LookSAM", zer
         config["bf16"] = {"enabled": True}
     if precision == "fp16":  # on stage 0 DeepSpeed 0.19.8 does not multiply by the scale that it divides by
         config["fp16"] = {"enabled": True, "loss_scale": LOSS_SCALE if stage > 0 else 1}
-    name = ", ".join([f"stage {stage}", precision, *([what] if what else [])])
-    return Case(name, config, skip=_not_here(precision))
+    return Case(", ".join(filter(None, [f"stage {stage}", precision, what])), config, skip=_not_here(precision))
 
 
 def _not_here(precision: str) -> str | None:
     accelerator = get_accelerator()
-    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
-    if supported[precision]:
+    if {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}[precision]:
         return None
     on_a_cpu = "; on a CPU it wants AVX512-FP16" if accelerator.device_name() == "cpu" else ""
     return f"DeepSpeed says that this accelerator has no {precision}{on_a_cpu}"
@@ -177,51 +165,31 @@ def _not_here(precision: str) -> str | None:
 
 def cases_of(path: Path) -> Iterator[Case]:
     """That of a user's JSON, which ``deepspeed.initialize`` may still refuse; in low precision a second one that the
-    rounding of so small a model does not hide.
-
-    Raises:
-        LookSAMConfigError: it is no JSON, or not one that trains with LookSAM.
-    """
-    try:
-        given = hjson.loads(path.read_text())
-    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
-        raise LookSAMConfigError(f"{path}: not JSON: {error}") from error
-    optimizer = given.get("optimizer", {}) if isinstance(given, dict) else {}
+    rounding of so small a model does not hide. Raises LookSAMConfigError: it is no JSON, or not one that trains with
+    LookSAM."""
+    given, _ = read_json(path)
+    optimizer = given.get("optimizer", {})
     if optimizer.get("type") not in OPTIMIZER_TYPES:
         raise LookSAMConfigError(f"{path}: optimizer.type is {optimizer.get('type')!r}; verify is for "
                                  f"{' and '.join(OPTIMIZER_TYPES)}")
-    left_out: list[str] = []
-    config = _without_placeholders(given, "", left_out)
+    config, left_out = without_placeholders(given, lambda key: key != "optimizer.params.alpha")
     if not any(key.startswith("train_") for key in config):
         config["train_micro_batch_size_per_gpu"] = 4
     for block in ("tensorboard", "wandb", "comet", "csv_monitor"):
         config.pop(block, None)  # runs of a small model are not to be logged
     params = config["optimizer"].setdefault("params", {})
+    name = [str(path), *([f"without {', '.join(left_out)}"] if left_out else [])]
     schedule = params.get("rho_schedule", {})
-    changed = [f"without {', '.join(left_out)}"] if left_out else []
     if schedule.get("off_updates", 0) > LONGEST_OFF:
         params["rho_schedule"] = {**schedule, "off_updates": LONGEST_OFF}
-        changed.append(f"off_updates {LONGEST_OFF}")
-    yield Case(", ".join([str(path), *changed]), config, two_groups=False)
+        name.append(f"off_updates {LONGEST_OFF}")
+    yield Case(", ".join(name), config, two_groups=False)
     if any(config.get(block, {}).get("enabled") for block in ("bf16", "fp16", "torch_autocast")):
         settings, _ = parse_params(params, optimizer["type"])
         louder = {"rho": max(settings.rho, min(10 * settings.rho, 0.5)),
                   "alpha": 0.7 if isinstance(settings.alpha, str) else settings.alpha}
         config = {**config, "optimizer": {**config["optimizer"], "params": {**params, **louder}}}
-        told = [f"{key} {value}" for key, value in louder.items()]
-        yield Case(", ".join([str(path), *changed, *told]), config, two_groups=False)
-
-
-def _without_placeholders(values: dict[str, Any], prefix: str, left_out: list[str]) -> dict[str, Any]:
-    """A copy without what says "auto" for Hugging Face to fill in."""
-    result = {}
-    for key, value in values.items():
-        name = prefix + key
-        if value == AUTO and name != "optimizer.params.alpha":
-            left_out.append(name)
-        else:
-            result[key] = _without_placeholders(value, name + ".", left_out) if isinstance(value, dict) else value
-    return result
+        yield Case(", ".join([*name, *(f"{key} {value}" for key, value in louder.items())]), config, two_groups=False)
 
 
 # Processes and output -------------------------------------------------------------------------------------------------
@@ -229,10 +197,7 @@ def _without_placeholders(values: dict[str, Any], prefix: str, left_out: list[st
 
 def join() -> None:
     """Initialise the process group as this process was launched: alone, by torchrun, deepspeed or MPI. Collective.
-
-    Raises:
-        LookSAMConfigError: launched by MPI, but there is no mpi4py.
-    """
+    Raises LookSAMConfigError: launched by MPI, but there is no mpi4py."""
     if "RANK" not in os.environ:
         if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
             if importlib.util.find_spec("mpi4py") is None:
@@ -247,32 +212,22 @@ def join() -> None:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
 
 
-def leave() -> None:
-    """Take the process group down: a thread of gloo's that still holds a tensor aborts an interpreter that ends."""
-    deepspeed.comm.destroy_process_group()
-    gc.collect()
-
-
 @contextmanager
 def shared_folder(parent: Path | None) -> Iterator[Path | None]:
     """A new folder for checkpoints, removed afterwards; None where the ranks do not all see it. Collective."""
-    box = [tempfile.mkdtemp(prefix="looksam-verify-", dir=parent) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    path = Path(str(box[0]))
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, path.is_dir())
+    first = dist.get_rank() == 0
+    path = Path(gathered(tempfile.mkdtemp(prefix="looksam-verify-", dir=parent) if first else "")[0])
     try:
-        yield path if all(seen) else None
+        yield path if all(gathered(path.is_dir())) else None
     finally:
-        if dist.get_rank() == 0:
+        if first:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def print_rows(rows: Sequence[Row], right: bool) -> None:
-    empty = Verdict("")
-    print_table(_where(), [
-        (row.status, row.case, *(_cell(row.checks.get(name, empty)) for name in ("weights", "resume", "sends")))
-        for row in rows], ("", "case", "weights", "resume", "sends"))
+    names = ("weights", "resume", "sends")
+    print_table(_where(), [(row.status, row.case, *(_cell(row.checks.get(name, Verdict(""))) for name in names))
+                           for row in rows], ("", "case", *names))
     counts = Counter(row.status for row in rows)
     print(f"\n{', '.join(f'{n} {status}' for status, n in counts.items()) or 'no case of that name'}: "
           f"{'LookSAM is right here' if right else 'LookSAM is NOT shown to be right here'}")
@@ -288,6 +243,5 @@ def print_json(rows: Sequence[Row], right: bool) -> None:
 
 
 def _where() -> str:
-    accelerator = get_accelerator()
     return (f"ds_looksam {__version__}, DeepSpeed {deepspeed.__version__}, torch {torch.__version__}, "
-            f"{dist.get_world_size()} ranks on {accelerator.device_name()} through {dist.get_backend()}")
+            f"{dist.get_world_size()} ranks on {get_accelerator().device_name()} through {dist.get_backend()}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,9 +22,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..config.base_optimizers import deepspeed_name
+from ..config.base_optimizers import base_class, deepspeed_name
 from ..config.params import LookSAMConfig, parse_params
-from ..optimizers import Lamb, Lars
+from ..config.rounding import DTYPES
 from ..reference import Loss, Reference
 
 RIGHT, WRONG, SKIPPED, FAILED = "right", "WRONG", "skipped", "FAILED"
@@ -37,7 +36,6 @@ MARGIN = 8.0
 precision instead of in float64. A run rounds in more places (over micro-batches and ranks), but not in so many."""
 SCALARS = 256
 """Bytes: what counts as an all-reduce of scalars."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS_SCALE = 128.0
 HYPER = ("lr", "betas", "eps", "weight_decay", "momentum")
 """What schedulers change, and what DeepSpeed's optimizers and torch's have other defaults of (Adam's weight decay)."""
@@ -54,17 +52,18 @@ class Case:
     skip: str | None = None
 
     @functools.cached_property
-    def settings(self) -> LookSAMConfig:
-        return parse_params(self.config["optimizer"].get("params"), self.config["optimizer"]["type"])[0]
+    def params(self) -> tuple[LookSAMConfig, dict[str, Any]]:
+        """LookSAM's, and the base optimizer's."""
+        return parse_params(self.config["optimizer"].get("params"), self.config["optimizer"]["type"])
 
     @property
-    def off(self) -> int:
-        return self.settings.rho_schedule.off_updates
+    def settings(self) -> LookSAMConfig:
+        return self.params[0]
 
     @property
     def updates(self) -> int:
         """Two SAM steps with their reuse steps, and the SAM step after them."""
-        return self.off + 2 * self.settings.k + 1
+        return self.settings.rho_schedule.off_updates + 2 * self.settings.k + 1
 
     @property
     def saved_at(self) -> int:
@@ -97,21 +96,21 @@ def check(case: Case, folder: Path | None) -> dict[str, Verdict]:
 
 @dataclass
 class Run:
-    """Of one engine. ``weights``: fp32, whole, by name. ``hyper``: of each param group in each update. ``applied``:
-    which windows were not skipped. ``sent``: in each update."""
+    """Of one engine. ``hyper``: of each param group in each update. ``applied``: which windows were not skipped.
+    ``sent``: in each update. ``weights``: fp32, whole, by name. ``lags``: see :func:`_weights`."""
 
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    stage: int
+    precision: str
+    autocast: bool
+    accumulation: int
+    micro_batch: int
+    clipping: float
     hyper: list[list[dict[str, Any]]] = field(default_factory=list)
     applied: list[bool] = field(default_factory=list)
     sent: list[Counter[Collective]] = field(default_factory=list)
-    evaluations: int = 0
-    accumulation: int = 1
-    micro_batch: int = 1
-    clipping: float = 0.0
-    precision: str = "fp32"
-    autocast: bool = False
-    stage: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
     lags: str | None = None
+    evaluations: int = 0
 
 
 def train(case: Case, save_to: Path | None = None, load_from: Path | None = None, plain: bool = False) -> Run:
@@ -119,57 +118,48 @@ def train(case: Case, save_to: Path | None = None, load_from: Path | None = None
     the base optimizer alone. Collective."""
     config = json.loads(json.dumps(case.config))  # DeepSpeed's to change
     if plain:
-        own = LookSAMConfig.model_fields
-        optimizer = config["optimizer"]
-        optimizer["type"] = deepspeed_name(case.settings.base_optimizer)
-        optimizer["params"] = {key: value for key, value in optimizer["params"].items() if key not in own}
+        config["optimizer"].update(type=deepspeed_name(case.settings.base_optimizer), params=dict(case.params[1]))
         config["zero_allow_untested_optimizer"] = True
-    model = small_model(seed=0 if load_from is None else 1)
+    model = Small(seed=0 if load_from is None else 1)
     engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=_groups(case, model, plain))
     try:
-        result = Run(accumulation=engine.gradient_accumulation_steps(), clipping=engine.gradient_clipping(),
-                     micro_batch=engine.train_micro_batch_size_per_gpu(), stage=engine.zero_optimization_stage(),
-                     precision="bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
-                     autocast=engine.torch_autocast_enabled())
-        first = 0
+        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+        result = Run(engine.zero_optimization_stage(), precision, engine.torch_autocast_enabled(),
+                     engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu(),
+                     engine.gradient_clipping())
+        dtype = DTYPES[precision]
         if load_from is not None:
             engine.load_checkpoint(str(load_from))
-            first = case.saved_at
-        for update in range(first, case.updates):
+        for update in range(0 if load_from is None else case.saved_at, case.updates):
             if save_to is not None and update == case.saved_at:
                 engine.save_checkpoint(str(save_to))
             result.hyper.append([{key: group[key] for key in HYPER if key in group}
                                  for group in engine.optimizer.param_groups])
             with Sent() as sent:
                 for x, y in micro_batches(result, update, dist.get_rank()):
-                    dtype = DTYPES[result.precision]
                     engine.backward(engine(x.to(engine.device, dtype), y.to(engine.device, dtype)))
                     engine.step()
-            result.sent.append(Counter(sent.collectives))
+            result.sent.append(sent.collectives)
             result.applied.append(engine.was_step_applied())
         result.evaluations = 0 if plain else engine.looksam.evaluations
-        result.weights, result.lags = _weights(engine, DTYPES[result.precision])
+        result.weights, result.lags = _weights(engine, dtype)
         return result
     finally:
         engine.destroy()
         gc.collect()
 
 
-def small_model(seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Small()
-
-
 class Small(nn.Module):
     """Called with (x, y) it returns its loss. One tensor holds most of the elements, so ZeRO cuts through it; one has a
     single element. No direction is flat: there a gradient is rounding, which Adam would make a step of."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        self.big = nn.Linear(FEATURES, 61)
-        self.scale = nn.Parameter(torch.ones(1))
-        self.head = nn.Linear(61, TARGETS)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.big = nn.Linear(FEATURES, 61)
+            self.scale = nn.Parameter(torch.ones(1))
+            self.head = nn.Linear(61, TARGETS)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(self.head(torch.tanh(self.big(x)) * self.scale), y)
@@ -215,9 +205,7 @@ def _weights(engine: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], str | 
 
 
 def _compare(case: Case, run: Run) -> Verdict:
-    bits = hashlib.sha256(b"".join(w.contiguous().numpy().tobytes() for w in run.weights.values())).hexdigest()
-    of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, bits)
+    of_ranks = gathered(b"".join(w.contiguous().numpy().tobytes() for w in run.weights.values()))
     try:
         low = run.precision != "fp32" or run.autocast
         expected, evaluations = reference_weights(case, run, low)
@@ -226,7 +214,7 @@ def _compare(case: Case, run: Run) -> Verdict:
     except CannotTell as reason:
         return Verdict(SKIPPED, str(reason))
     got = _vector(run.weights)
-    start = _vector(dict(small_model(0).to(DTYPES[run.precision]).named_parameters()))
+    start = _vector(dict(Small().to(DTYPES[run.precision]).named_parameters()))
     moved = (expected - start).norm()
     error, effect = float((got - expected).norm() / moved), float((expected - plain).norm() / moved)
     tolerance = ROUNDING_FP32 + MARGIN * float((expected - exact).norm() / moved)
@@ -260,9 +248,8 @@ def reference_weights(case: Case, run: Run, low: bool, looksam: bool = True) -> 
         CannotTell: there is no reference for this base optimizer, or of what DeepSpeed does with it.
     """
     dtype = DTYPES[run.precision]
-    model = small_model(0).to(dtype).double()  # fp32 master weights start from the model's rounded ones
-    base = _base(case, _groups(case, model, plain=False))
-    settings = case.settings
+    model = Small().to(dtype).double()  # fp32 master weights start from the model's rounded ones
+    base, settings = _base(case, _groups(case, model, plain=False)), case.settings
     reference = Reference(base, k=settings.k, rho=settings.rho, alpha=settings.alpha, layerwise=settings.layerwise,
                           layer_scale=settings.layer_scale, rho_schedule=settings.rho_schedule.model_dump(),
                           clipping=run.clipping, v_dtype=torch.bfloat16 if settings.v_dtype == "bf16" else None)
@@ -292,8 +279,8 @@ def reference_weights(case: Case, run: Run, low: bool, looksam: bool = True) -> 
             group.update(values)
         if run.applied[update]:
             ranks: list[list[Loss]] = [[functools.partial(loss, x, y) for x, y in micro_batches(run, update, rank)]
-                     for rank in range(dist.get_world_size())]
-            reference.update(in_groups(ranks, getattr(settings, "ascent", "global")))
+                                       for rank in range(dist.get_world_size())]
+            reference.update(in_groups(ranks, settings.ascent))
     return _vector(weights), reference.evaluations
 
 
@@ -308,16 +295,19 @@ def in_groups(ranks: list[list[Loss]], ascent: str) -> list[list[Loss]]:
 
 
 def _base(case: Case, groups: list[Any]) -> torch.optim.Optimizer:
-    _, params = parse_params(case.config["optimizer"].get("params"), case.config["optimizer"]["type"])
-    name = deepspeed_name(case.settings.base_optimizer)
-    params.pop("torch_adam", None)
-    decoupled = params.pop("adam_w_mode", True)
-    known: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.AdamW if decoupled else torch.optim.Adam,
-             "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD, "ZeroLamb": Lamb, "ZeroLars": Lars}
-    build = known.get(name) or known.get(name.lower()) or getattr(torch.optim, name, None)
-    if build is None or name.lower() == "muon":
-        raise CannotTell(f"there is no plain {case.settings.base_optimizer} to compare with")
-    return build(groups, **params)
+    name = case.settings.base_optimizer
+    params = {**case.params[1], "torch_adam": True}
+    build = base_class(deepspeed_name(name), params, offloaded=False)
+    if build is None or build.__module__.startswith("deepspeed") or name.lower() == "muon":
+        raise CannotTell(f"there is no plain {name} to compare with")
+    return build(groups, **{key: value for key, value in params.items() if key not in ("torch_adam", "adam_w_mode")})
+
+
+def gathered(value: Any) -> list[Any]:
+    """``value`` of every rank. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # What is sent ---------------------------------------------------------------------------------------------------------
@@ -340,12 +330,12 @@ class Sent(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.collectives: list[Collective] = []
+        self.collectives: Counter[Collective] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and func._opname not in ("monitored_barrier_", "barrier"):
             sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args]
-            self.collectives.append(Collective(func._opname.strip("_"), max(sizes)))
+            self.collectives[Collective(func._opname.strip("_"), max(sizes))] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -364,7 +354,7 @@ def _compare_sends(case: Case, ours: Run, plain: Run) -> Verdict:
     bulk = Counter({c: n for c, n in (sam - base - base).items() if not c.is_of_scalars})
     model = sum(p.numel() for p in Small().parameters()) * DTYPES[ours.precision].itemsize
     too_much = extra.total() > 1 or not all(c.is_of_scalars for c in extra)
-    if getattr(case.settings, "ascent", "global") == "global":
+    if case.settings.ascent == "global":
         too_much |= not all("allgather" in c.kind for c in bulk) or _nbytes(bulk) > 1.1 * model + SCALARS
     return Verdict(WRONG if too_much else RIGHT, detail)
 

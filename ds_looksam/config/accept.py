@@ -18,12 +18,8 @@ _BASE = "optimizer.params.base_optimizer"
 
 
 def examine(config: Any, client_optimizer: Any = None) -> tuple[Run, list[str]]:
-    """Everything in a parsed DeepSpeedConfig whose optimizer type is one of ours that would fail, or be wrong.
-
-    Returns:
-        The run, with the default for each of LookSAM's values that is wrong; and what is wrong, each with its JSON key
-        and the way out.
-    """
+    """Of a parsed DeepSpeedConfig whose optimizer type is one of ours: the run, with the default for each of LookSAM's
+    values that is wrong; and all that would fail or be wrong, each with its JSON key and the way out."""
     name = config.optimizer_name
     if name in LAYERWISE_OPTIMIZERS:
         params = dict(config.optimizer_params or {})
@@ -31,8 +27,8 @@ def examine(config: Any, client_optimizer: Any = None) -> tuple[Run, list[str]]:
         problems, base = wrong_base_params(params), name
     else:
         settings, params, problems = read_params(config.optimizer_params, name)
-        meant = next((key for key in params if closest(key, LookSAMConfig.model_fields) == "base_optimizer"), None)
-        base = params[meant] if meant is not None and isinstance(params[meant], str) else settings.base_optimizer
+        base = next((value for key, value in params.items() if isinstance(value, str)
+                     and closest(key, LookSAMConfig.model_fields) == "base_optimizer"), settings.base_optimizer)
         run = Run(config, settings, deepspeed_name(base), params, client_optimizer)
         problems += _wrong_base(base)
     problems += _unknown_keys(run, base)
@@ -42,15 +38,8 @@ def examine(config: Any, client_optimizer: Any = None) -> tuple[Run, list[str]]:
 
 
 def accept(config: Any, given: dict[str, Any], client_optimizer: Any = None) -> Run:
-    """Check a configuration before an engine is built from it.
-
-    Args:
-        config: DeepSpeed's view of it, a ``DeepSpeedConfig``.
-        given: the JSON itself, in which misspelt keys are looked for that DeepSpeed has ignored.
-
-    Raises:
-        LookSAMConfigError: listing everything that is wrong, or not supported.
-    """
+    """Check a ``DeepSpeedConfig`` before an engine is built from it, and the JSON itself, ``given``, for misspelt keys
+    that DeepSpeed has ignored. Raises LookSAMConfigError, listing everything that is wrong, or not supported."""
     run, problems = examine(config, client_optimizer)
     refuse(f"{config.optimizer_name} cannot train with this configuration",
            [*(problem for _, problem in misspelt(given)), *problems])
@@ -64,11 +53,8 @@ def refuse(heading: str, problems: list[str]) -> None:
 
 
 def refuse_model(engine: Any) -> None:
-    """Check what only shows once the engine knows its model and process groups.
-
-    Raises:
-        LookSAMConfigError: listing what is not supported of the model, or of the way it is parallel.
-    """
+    """Check what only shows once the engine knows its model and process groups. Raises LookSAMConfigError, listing what
+    is not supported of the model, or of the way it is parallel."""
     refuse("LookSAM, LAMB and LARS cannot train this model",
            [row.message for row in REFUSED if row.model is not None and row.model(engine)])
 

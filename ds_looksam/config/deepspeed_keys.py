@@ -54,10 +54,8 @@ MODELS: dict[str, type[DeepSpeedConfigModel]] = {
 
 
 def misspelt(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys that DeepSpeed does not read, or refuses: (the key with its blocks, what is wrong).
-
-    An unknown key that DeepSpeed ignores is only told where it looks like one that it knows.
-    """
+    """Keys that DeepSpeed does not read, or refuses: (the key with its blocks, what is wrong). An unknown key that
+    DeepSpeed ignores is only told where it looks like one that it knows."""
     for block, keys in KEYS.items():
         for key in _within(values, block):
             hint = did_you_mean(key, keys, SIMILAR)

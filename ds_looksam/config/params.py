@@ -11,16 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StrictBool,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, ValidationError, model_validator
 
 from ..arithmetic.layerwise import LayerScale
 from ..errors import LookSAMConfigError
@@ -41,15 +32,6 @@ FILLED_IN = frozenset({
 """Keys whose "auto" Hugging Face's Trainer (5.x) or Accelerate (1.x) fills in before deepspeed.initialize sees it."""
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("must be finite")
-    return value
-
-
-NonNegative = Annotated[float, Field(ge=0, strict=True), AfterValidator(_finite)]
-
-
 def _alpha(value: Any) -> str | float:
     # Accelerate takes every "auto" in a DeepSpeed configuration for a placeholder that it must fill: hence a synonym.
     if value in (AUTO, CALIBRATED):
@@ -59,9 +41,10 @@ def _alpha(value: Any) -> str | float:
     return float(value)
 
 
+NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Alpha = Annotated[Literal["auto"] | float, PlainValidator(_alpha)]
 Ascent = Literal["global", "rank", "micro_batch", "global_micro_batch"]
-_BetaPair = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RhoSchedule(BaseModel):
@@ -83,7 +66,7 @@ class RhoSchedule(BaseModel):
     start: NonNegative = 1.0
     end: NonNegative = 1.0
     updates: Annotated[int, Field(ge=1, strict=True)] | None = None
-    lr: Annotated[float, Field(gt=0, strict=True), AfterValidator(_finite)] | None = None
+    lr: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = None
     off_updates: Annotated[int, Field(ge=0, strict=True)] = 0
 
     @model_validator(mode="after")
@@ -91,9 +74,8 @@ class RhoSchedule(BaseModel):
         ranged = self.type in ("linear", "cosine")
         if ranged and self.updates is None:
             raise ValueError(f'"type": "{self.type}" needs "updates", how many updates it takes from "start" to "end"')
-        allowed = {"type", "off_updates", *(("start", "end", "updates") if ranged else ()),
-                   *(("lr", ) if self.type == "lr" else ())}
-        extra = sorted(self.model_fields_set - allowed)
+        own = {"start", "end", "updates"} if ranged else {"lr"} if self.type == "lr" else set()
+        extra = sorted(self.model_fields_set - own - {"type", "off_updates"})
         if extra:
             raise ValueError(f'"type": "{self.type}" has no use for {", ".join(extra)}')
         return self
@@ -151,7 +133,7 @@ class _CommonBaseParams(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     lr: NonNegative | None = None
-    betas: _BetaPair | None = None
+    betas: tuple[_Beta, _Beta] | None = None
     eps: NonNegative | None = None
     weight_decay: NonNegative | None = None
     momentum: NonNegative | None = None
@@ -175,12 +157,8 @@ class GroupSettings(NamedTuple):
 
 def read_params(params: dict[str, Any] | None,
                 optimizer_type: str = OPTIMIZER_TYPES[0]) -> tuple[LookSAMConfig, dict[str, Any], list[str]]:
-    """Split a flat ``optimizer.params`` block into LookSAM's part and the base optimizer's.
-
-    Returns:
-        The settings, with the default for each value that is wrong; a new dict with every other key, unchanged; and
-        what is wrong, of the wrong type or out of range. Each problem begins with the JSON key.
-    """
+    """Split a flat ``optimizer.params`` block: LookSAM's settings, with the default for each value that is wrong; a new
+    dict with every other key, unchanged; and what is of the wrong type or out of range, each beginning with its key."""
     base_params = dict(params or {})
     own = {key: base_params.pop(key) for key in LookSAMConfig.model_fields if key in base_params}
     problems = []
@@ -198,11 +176,7 @@ def read_params(params: dict[str, Any] | None,
 
 def parse_params(params: dict[str, Any] | None,
                  optimizer_type: str = OPTIMIZER_TYPES[0]) -> tuple[LookSAMConfig, dict[str, Any]]:
-    """As :func:`read_params`.
-
-    Raises:
-        LookSAMConfigError: a value has the wrong type or is out of range.
-    """
+    """As :func:`read_params`; raises LookSAMConfigError for what is wrong."""
     settings, base_params, problems = read_params(params, optimizer_type)
     if problems:
         raise LookSAMConfigError("; ".join(problems))
@@ -220,19 +194,14 @@ def wrong_base_params(params: dict[str, Any]) -> list[str]:
 
 def set_group_defaults(group: dict[str, Any], settings: LookSAMConfig) -> None:
     """Fill in what a param group does not say itself from the JSON's block."""
-    group.setdefault("rho", settings.rho)
-    group.setdefault("alpha", settings.alpha)
-    group.setdefault("layerwise", settings.layerwise)
+    for key in _GroupKeys.model_fields:
+        group.setdefault(key, getattr(settings, key))
 
 
 def parse_group(group: dict[str, Any], index: int) -> GroupSettings:
-    """LookSAM's settings in force for one param group.
-
-    Raises:
-        LookSAMConfigError: a value set through ``param_groups`` has the wrong type or is out of range.
-    """
+    """LookSAM's settings in force for one param group; LookSAMConfigError for what ``param_groups`` has wrong."""
     try:
-        keys = _GroupKeys(rho=group["rho"], alpha=group["alpha"], layerwise=group["layerwise"])
+        keys = _GroupKeys(**group_settings(group))
     except ValidationError as error:
         raise LookSAMConfigError("; ".join(_wrong_values(error, f"param_groups[{index}]"))) from None
     return GroupSettings(keys.rho, None if isinstance(keys.alpha, str) else keys.alpha, keys.layerwise)
@@ -243,16 +212,16 @@ def group_settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in _GroupKeys.model_fields if key in group}
 
 
-def did_you_mean(key: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """" Did you mean ...?", or nothing where no known key is close."""
-    close = closest(key, known, cutoff)
-    return f" Did you mean {close!r}?" if close else ""
-
-
 def closest(key: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known key that was probably meant. Case does not count."""
     spelling = {name.lower(): name for name in known}
     return next((spelling[name] for name in difflib.get_close_matches(key.lower(), spelling, n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(key: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """" Did you mean ...?", or nothing where no known key is close."""
+    close = closest(key, known, cutoff)
+    return f" Did you mean {close!r}?" if close else ""
 
 
 def _wrong_values(error: ValidationError, prefix: str) -> list[str]:
@@ -260,8 +229,7 @@ def _wrong_values(error: ValidationError, prefix: str) -> list[str]:
     lines = []
     for detail in error.errors():
         where = detail["loc"][:2 if detail["loc"][:1] == ("rho_schedule", ) else 1]  # beyond: a union's members
-        key = ".".join([prefix, *(str(part) for part in where)])
-        hint = ""
+        key, hint = ".".join([prefix, *map(str, where)]), ""
         if detail["type"] == "extra_forbidden":
             hint = did_you_mean(str(where[-1]), RhoSchedule.model_fields)
         elif detail["input"] == AUTO:

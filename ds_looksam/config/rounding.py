@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPICAL_WEIGHT = 0.02
 """The standard deviation that transformers are initialised with (GPT-2, BERT, ViT)."""
 HALF_STEP = {"bf16": 2.0**-9, "fp16": 2.0**-12}
@@ -35,14 +36,9 @@ def rounding_warning(rho: float, precision: str, n_parameters: int) -> str | Non
         rho: of ``"layer_scale": "norm"`` or the plain rule; with the other rules it is no length.
         precision: what the model computes in, see :func:`computes_in`.
         n_parameters: how many are trained.
-
-    Returns:
-        One sentence or two, None where there is nothing to say.
     """
-    if precision not in HALF_STEP or rho <= 0:
-        return None
-    moved, half = rho / math.sqrt(n_parameters), HALF_STEP[precision] * TYPICAL_WEIGHT
-    if moved >= half:
+    moved, half = rho / math.sqrt(n_parameters), HALF_STEP.get(precision, 0.0) * TYPICAL_WEIGHT
+    if rho <= 0 or moved >= half:
         return None
     enough = half * math.sqrt(n_parameters)
     way_out = f"Use rho {enough:.2g} or more" if enough <= 1 else \

@@ -14,6 +14,7 @@ from deepspeed.runtime.config import DtypeEnum
 from ..optimizers import LAYERWISE_OPTIMIZERS
 from .base_optimizers import base_class, is_tested_with_zero, torch_optimizers
 from .params import LookSAMConfig
+from .rounding import DTYPES, precision_of
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,12 @@ class Run:
         return self.offload != "none"
 
     def offload_option(self, *names: str) -> bool:
-        return self.zero.offload_optimizer is not None and any(getattr(self.zero.offload_optimizer, n) for n in names)
-
-    @property
-    def ratio(self) -> float:
-        return 1.0 if self.zero.offload_optimizer is None else self.zero.offload_optimizer.ratio
+        return any(getattr(self.zero.offload_optimizer, name, False) for name in names)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's weights."""
-        return (torch.bfloat16 if self.config.bfloat16_config.enabled else
-                torch.float16 if self.config.float16_config.enabled else torch.float32)
+        return DTYPES[precision_of(self.config)]
 
     @property
     def grad_accum_dtype(self) -> torch.dtype | None:
@@ -74,11 +70,6 @@ class Run:
         """Whether DeepSpeed wraps the base in its BF16_Optimizer."""
         return (self.stage == 1 and self.dtype == torch.bfloat16 and self.grad_accum_dtype == torch.float32
                 and self.offload != "cpu")
-
-    @property
-    def clips(self) -> bool:
-        clipping = self.config.gradient_clipping
-        return isinstance(clipping, int | float) and clipping > 0
 
     @property
     def base_class(self) -> type[torch.optim.Optimizer] | None:
@@ -146,12 +137,10 @@ def _is_anything_enabled(block: Any) -> bool:
     return isinstance(block, dict) and (bool(block.get("enabled")) or any(map(_is_anything_enabled, block.values())))
 
 
-def _trained_dtypes(engine: Any) -> set[torch.dtype]:
-    return {p.dtype for p in engine.module.parameters() if p.requires_grad}
-
-
-def _computes_in_its_own_dtypes(engine: Any) -> bool:
-    return not engine.fp16_enabled() and not engine.bfloat16_enabled()
+def _trained_dtypes(engine: Any, stage: int) -> set[torch.dtype]:
+    """Those that the model computes in at this stage of ZeRO; none where the blocks fp16 and bf16 choose the dtype."""
+    chosen = engine.fp16_enabled() or engine.bfloat16_enabled() or engine.zero_optimization_stage() != stage
+    return set() if chosen else {p.dtype for p in engine.module.parameters() if p.requires_grad}
 
 
 def _zero(stage: int, **keys: Any) -> dict[str, Any]:
@@ -171,7 +160,7 @@ REFUSED = (
             config=_zero(3, offload_param=_NVME)),
     Refused(f"{_OFFLOAD}.ratio", "below 1", "leave it at 1.0", why="a second optimizer updates the part that stays on "
             "the accelerator, out of the LR scheduler's sight",
-            json=lambda run: run.stage == 3 and run.offloaded and run.ratio != 1.0, alone=True,
+            json=lambda run: run.stage == 3 and run.offloaded and run.zero.offload_optimizer.ratio != 1.0, alone=True,
             config=_zero(3, offload_optimizer={**_CPU, "ratio": 0.5})),
     Refused(f"{_OFFLOAD}.pipeline_read, pipeline_write", "", "leave them off",
             why="results were not always those without",
@@ -294,17 +283,15 @@ REFUSED = (
             model=lambda engine: any(getattr(module, "sparse", False) is True for module in engine.module.modules())),
     Refused("", "trained parameters that are complex", "train their real and imaginary parts, torch.view_as_real",
             why="DeepSpeed neither reduces nor partitions them",
-            model=lambda engine: any(dtype.is_complex for dtype in _trained_dtypes(engine))),
+            model=lambda engine: any(p.requires_grad and p.is_complex() for p in engine.module.parameters())),
     Refused("", "trained parameters that are not fp32, at stage 0 without `bf16` or `fp16`",
             'set "bf16": {"enabled": true}, call model.float(), or use ZeRO stage 1',
             why="there is no fp32 copy of them then, which LookSAM's arithmetic needs",
-            model=lambda engine: (engine.zero_optimization_stage() == 0 and _computes_in_its_own_dtypes(engine)
-                                  and any(not dtype.is_complex and dtype != torch.float32
-                                          for dtype in _trained_dtypes(engine)))),
+            model=lambda engine: any(not dtype.is_complex and dtype != torch.float32
+                                     for dtype in _trained_dtypes(engine, stage=0))),
     Refused("", "trained parameters of several dtypes at stage 3 without `bf16` or `fp16`",
             'set "bf16": {"enabled": true}, or call model.float()', why="DeepSpeed partitions one dtype",
-            model=lambda engine: (engine.zero_optimization_stage() == 3 and _computes_in_its_own_dtypes(engine)
-                                  and len(_trained_dtypes(engine)) > 1)),
+            model=lambda engine: len(_trained_dtypes(engine, stage=3)) > 1),
 )
 
 
@@ -325,7 +312,7 @@ DEMANDED = (
     Refused("zero_optimization.compute_grad_norm", "false with gradient_clipping, offload_optimizer or gradients of a "
             "bf16 model in fp32", 'leave it out, or set "gradient_clipping": 0.0 (DeepSpeed\'s default is 1.0)',
             json=lambda run: (run.stage > 0 and not run.zero.compute_grad_norm
-                              and (run.offloaded or run.has_bf16_optimizer or run.clips)),
+                              and (run.offloaded or run.has_bf16_optimizer or run.config.gradient_clipping != 0)),
             config=_zero(1, compute_grad_norm=False)),
     Refused("zero_optimization.legacy_stage1", "", "leave it out", json=lambda run: run.zero.legacy_stage1,
             config=_zero(1, legacy_stage1=True)),
@@ -335,8 +322,7 @@ DEMANDED = (
             config=_zero(3, offload_optimizer={"device": "nvme"})),
     Refused("managed_gradient_accumulation", "false with zero_optimization.overlap_comm at stages 0 and 1",
             "leave overlap_comm off, or use stage 2",
-            json=lambda run: (run.stage < 2 and run.zero.overlap_comm
-                              and not run.config.managed_gradient_accumulation),
+            json=lambda run: (run.stage < 2 and run.zero.overlap_comm and not run.config.managed_gradient_accumulation),
             config={**_zero(1, overlap_comm=True), "managed_gradient_accumulation": False}),
     Refused("data_types.param_dtype", "that contradicts the blocks fp16 and bf16", "leave it out",
             json=lambda run: run.config.param_dtype is not None and dtype_named(run.config.param_dtype) != run.dtype,

@@ -157,7 +157,8 @@ class LookSAMEngine(HostEngine):
         if not self._evaluates_micro_batches_again:
             loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
             if self.is_gradient_accumulation_boundary():
-                self._update.gradient_is_there(is_seen=not self.inside_coalesce())
+                with torch._C.DisableTorchFunction():  # the window is still recorded
+                    self._update.gradient_is_there(is_seen=not self.inside_coalesce())
             return loss
         self._refuse_per_micro_batch(self.inside_no_sync(), "engine.no_sync()", "call engine.backward() outside of it")
         self._refuse_per_micro_batch(self.inside_coalesce(), "engine.coalesce_grad_reduction()",

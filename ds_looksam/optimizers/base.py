@@ -15,6 +15,7 @@ of its own, there is nothing to send, and the phases are the same.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from ..shards.base import GradientShards
 
 Group = dict[str, Any]
 Parts = list[Tensor]
+BELOW = {"lr": math.inf, "weight_decay": math.inf, "trust_coefficient": math.inf, "momentum": 1, "betas[0]": 1,
+         "betas[1]": 1}
+"""What hyper-parameters, from 0 on, have to be below."""
 
 
 class LayerwiseOptimizer(torch.optim.Optimizer):
@@ -44,7 +48,11 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     STATE: tuple[str, ...]
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        values = defaults | {f"betas[{i}]": beta for i, beta in enumerate(defaults.get("betas", ()))}
+        for name, end in BELOW.items():
+            if name in values and not 0 <= values[name] < end:
+                raise ValueError(f"{name}: {values[name]!r} is not in [0, {end})")
         super().__init__(params, defaults)
         self._stand_alone()
 
@@ -82,8 +90,8 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             self._layers, self._shards = shards.layers, shards
 
     def begin_update(self) -> None:
-        """Forget a half-gathered update: one that was interrupted by an exception."""
-        self._start_update()
+        """Forget what has been gathered: at the end of an update, or of one that was interrupted by an exception."""
+        self._gathered, self._norms = [], None
 
     # The update -----------------------------------------------------------------------------------------------------
 
@@ -120,7 +128,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
             self._layers = LayerMap([[Segment(p, 0, 0, p.numel(), p.numel())] for p in parameters],
                                     [p.numel() for p in parameters], [parameters], parameters[0].device)
         norms = self._layers.zeros(2)
-        self._start_update()
+        self.begin_update()
         flats = [Flat(i, group, p, p.grad, self.state[p]) for i, (group, p) in enumerate(here)]
         self._gather(self._layers, flats, norms)
         self._apply(self._layers, norms)
@@ -162,7 +170,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
                 ratio = torch.where(defined & torch.isfinite(ratio), ratio, torch.ones_like(ratio))
             factors = (group["lr"] * ratio).to(w[0].dtype)
             self.apply(group, step, [layers.expand(factors, *r) for r in ranges], w, rest)
-        self._start_update()
+        self.begin_update()
 
     # What a subclass is ---------------------------------------------------------------------------------------------
 
@@ -171,15 +179,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def gather(self, group: Group, step: int, w: Parts, g: Parts, moments: list[Parts]) -> Parts:
-        """Phase one: update the moments in place, if that can be done before the trust ratio is known.
+        """Phase one: update the moments in place, if that can be done before the trust ratio is known. Returns parts
+        whose norm per layer trust_ratio() gets.
 
         Args:
             step: number of this update, from 1.
             w, g: flat parts [n] of weights and gradients.
             moments: for each name in STATE, the same parts of it.
-
-        Returns:
-            Parts whose norm per layer trust_ratio() gets.
         """
 
     @abstractmethod
@@ -204,9 +210,6 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         for name in self.STATE:
             if name not in state:
                 state[name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-
-    def _start_update(self) -> None:
-        self._gathered, self._norms = [], None
 
 
 @dataclass(frozen=True)
@@ -248,12 +251,3 @@ def _batches(flats: list[Flat], names: tuple[str, ...]) -> Iterator[tuple[Group,
 
 def _columns(batch: list[tuple[Range, list[Tensor]]]) -> list[Parts]:
     return [list(column) for column in zip(*(parts for _, parts in batch), strict=True)]
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """
-    Raises:
-        ValueError: ``value`` is not in [low, high).
-    """
-    if not low <= value < high:
-        raise ValueError(f"{name}: {value!r} is not in [{low}, {high})")

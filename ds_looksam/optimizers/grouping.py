@@ -49,33 +49,29 @@ def parameter_groups(model: nn.Module, *, no_decay: Iterable[str] = ("bias", "no
     """
     decay_selectors, scaling_selectors = _checked(no_decay, "no_decay"), _checked(no_layer_scaling, "no_layer_scaling")
     modules = dict(model.named_modules(remove_duplicate=False))
-    parameters: dict[int, nn.Parameter] = {}
-    names: dict[int, list[str]] = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         if p.requires_grad:
-            parameters[id(p)] = p
-            names.setdefault(id(p), []).append(name)
+            names.setdefault(p, []).append(name)
     for selector in (*decay_selectors, *scaling_selectors):
         if selector not in KINDS and not any(fnmatchcase(n, selector) for known in names.values() for n in known):
             raise ValueError(f"the pattern {selector!r} matches no trained parameter")
 
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for decays in (True, False):
-        for scaled in (True, False):
-            group: dict[str, Any] = {"params": []}
-            if not decays:
-                group["weight_decay"] = 0.0
-            elif weight_decay is not None:
-                group["weight_decay"] = weight_decay
-            if not scaled:
-                group |= {"layerwise": False, "trust_ratio": False}
-            groups[decays, scaled] = group
-    for key, p in parameters.items():
-        owners = [(name, modules[name.rpartition(".")[0]]) for name in names[key]]
-        decays = not any(_selects(s, name, owner, p) for s in decay_selectors for name, owner in owners)
-        scaled = not any(_selects(s, name, owner, p) for s in scaling_selectors for name, owner in owners)
-        groups[decays, scaled]["params"].append(p)
-    return [group for group in groups.values() if group["params"]]
+    chosen: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for p, known in names.items():
+        owners = [(name, modules[name.rpartition(".")[0]]) for name in known]
+        decays, scaled = (not any(_selects(s, name, owner, p) for s in selectors for name, owner in owners)
+                          for selectors in (decay_selectors, scaling_selectors))
+        chosen.setdefault((decays, scaled), []).append(p)
+    groups = []
+    for (decays, scaled), params in sorted(chosen.items(), reverse=True):
+        group: dict[str, Any] = {"params": params}
+        if not decays or weight_decay is not None:
+            group["weight_decay"] = weight_decay if decays else 0.0
+        if not scaled:
+            group |= {"layerwise": False, "trust_ratio": False}
+        groups.append(group)
+    return groups
 
 
 def _selects(selector: str, name: str, owner: nn.Module, p: nn.Parameter) -> bool:

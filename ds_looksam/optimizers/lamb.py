@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Group, LayerwiseOptimizer, Parts, check_range
+from .base import Group, LayerwiseOptimizer, Parts
 
 
 class Lamb(LayerwiseOptimizer):
@@ -37,19 +37,12 @@ class Lamb(LayerwiseOptimizer):
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
                  weight_decay: float = 0.0, bias_correction: bool = True, min_coeff: float | None = None,
                  max_coeff: float | None = None, trust_ratio: bool = True) -> None:
-        check_range("lr", lr, 0)
-        check_range("betas[0]", betas[0], 0, 1)
-        check_range("betas[1]", betas[1], 0, 1)
         if not eps > 0:
             raise ValueError(f"eps: {eps!r} is not above 0; a parameter without gradients would become NaN")
-        check_range("weight_decay", weight_decay, 0)
         if min_coeff is not None and max_coeff is not None and min_coeff > max_coeff:
             raise ValueError(f"min_coeff: {min_coeff!r} is larger than max_coeff {max_coeff!r}")
-        super().__init__(params, {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
-            "bias_correction": bias_correction, "min_coeff": min_coeff, "max_coeff": max_coeff,
-            "trust_ratio": trust_ratio
-        })
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, min_coeff=min_coeff,
+                         max_coeff=max_coeff, bias_correction=bias_correction, trust_ratio=trust_ratio)
 
     def gather(self, group: Group, step: int, w: Parts, g: Parts, moments: list[Parts]) -> Parts:
         m, v = moments
@@ -74,8 +67,7 @@ class Lamb(LayerwiseOptimizer):
     def _direction(group: Group, step: int, w: Parts, m: Parts, v: Parts) -> Parts:
         """r. With bias correction m̂ / (√v̂ + eps) = m / (c √v + c' eps), c' = 1 - beta1^t, c = c' / √(1 - beta2^t)."""
         beta1, beta2 = group["betas"]
-        m_scale = 1 - beta1**step if group["bias_correction"] else 1.0
-        v_scale = 1 - beta2**step if group["bias_correction"] else 1.0
+        m_scale, v_scale = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
         denominator = torch._foreach_sqrt(v)
         torch._foreach_mul_(denominator, m_scale / math.sqrt(v_scale))
         torch._foreach_add_(denominator, m_scale * group["eps"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Group, LayerwiseOptimizer, Parts, check_range
+from .base import Group, LayerwiseOptimizer, Parts
 
 
 class Lars(LayerwiseOptimizer):
@@ -37,14 +37,8 @@ class Lars(LayerwiseOptimizer):
 
     def __init__(self, params: Any, lr: float = 1e-1, momentum: float = 0.9, weight_decay: float = 0.0,
                  trust_coefficient: float = 1e-3, trust_ratio: bool = True) -> None:
-        check_range("lr", lr, 0)
-        check_range("momentum", momentum, 0, 1)
-        check_range("weight_decay", weight_decay, 0)
-        check_range("trust_coefficient", trust_coefficient, 0)
-        super().__init__(params, {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient,
-            "trust_ratio": trust_ratio
-        })
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay,
+                         trust_coefficient=trust_coefficient, trust_ratio=trust_ratio)
 
     def gather(self, group: Group, step: int, w: Parts, g: Parts, moments: list[Parts]) -> Parts:
         return g

@@ -24,12 +24,10 @@ Result = TypeVar("Result")
 
 
 def together(function: Callable[[], Result], device: torch.device, what: str) -> Result:
-    """Call ``function`` on this rank; if it raises on any rank, raise on every rank. Collective: one small all-reduce.
+    """Call ``function`` on this rank; if it raises on any rank, raise LookSAMCheckpointError on every rank, beginning
+    with ``what`` and saying what went wrong on which ranks. Collective: one small all-reduce.
 
     Without it a rank with a broken file would raise, and the others would wait for it in the next collective.
-
-    Raises:
-        LookSAMCheckpointError: beginning with ``what``, and saying what went wrong on which ranks.
     """
     error: Exception | None = None
     try:
@@ -59,9 +57,8 @@ def on_all_ranks(yes: bool, device: torch.device) -> bool:
 
 def from_rank_0(function: Callable[[], Result], device: torch.device) -> Result:
     """The result of ``function`` on rank 0, on every rank; what it raises there, everywhere. Collective."""
-    rank = dist.get_rank()
-    result = together(lambda: function() if rank == 0 else None, device, "LookSAM's part of the checkpoint")
-    box: list[Any] = [result]
+    here = dist.get_rank() == 0
+    box: list[Any] = [together(lambda: function() if here else None, device, "LookSAM's part of the checkpoint")]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -89,15 +86,9 @@ class Apart:
 
 
 def raised_everywhere(error: Exception, group: Any, place: str) -> Apart | None:
-    """Whether every rank of ``group`` (None: all) has raised at the same place. Not collective, and does not wait for
-    more than :data:`GRACE` seconds.
-
-    Args:
-        error: what this rank raised.
-        place: where. Ranks that raised at different places would meet in different collectives.
-
-    Returns:
-        None if so, on every rank alike: they may go on with a collective.
+    """None if every rank of ``group`` (None: all) has raised at the same ``place``, on every rank alike: they may go on
+    with a collective; ranks that raised at different places would meet in different ones. ``error``: what this rank
+    raised. Not collective, and does not wait for more than :data:`GRACE` seconds.
     """
     if not dist.is_initialized():
         return None
@@ -114,9 +105,8 @@ def raised_everywhere(error: Exception, group: Any, place: str) -> Apart | None:
         store.add("raised", 1)
         deadline = time.monotonic() + GRACE
         # add(.., 0) reads the counter without blocking.
-        while same_place and not store.check(["verdict"]) and store.add("raised", 0) < world_size:
-            if time.monotonic() > deadline:
-                break
+        while (same_place and not store.check(["verdict"]) and store.add("raised", 0) < world_size
+               and time.monotonic() <= deadline):
             time.sleep(0.02)
         everywhere = same_place and store.add("raised", 0) == world_size
         # The first to write this decides for all: one that gives up, and one that sees the last of them raise.

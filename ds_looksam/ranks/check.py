@@ -22,11 +22,9 @@ from .versions import __version__
 @cache
 def sources_digest() -> str:
     """A short digest of the package's own files: two checkouts may carry the same version number."""
-    digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:8]
+    files = {str(path.relative_to(package)): path.read_bytes() for path in sorted(package.rglob("*.py"))}
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:8]
 
 
 def rank_versions() -> dict[str, str]:

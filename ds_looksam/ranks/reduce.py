@@ -10,16 +10,9 @@ from deepspeed.accelerator import get_accelerator
 
 
 def sum_over_ranks(partial_sums: torch.Tensor, process_group: Any | None) -> torch.Tensor:
-    """Add up per-rank partial sums. Collective over ``process_group``.
-
-    Args:
-        partial_sums: float64 [n], this rank's part of n scalars.
-        process_group: the ranks that share the shards; None where every rank holds everything (ZeRO stage 0),
-            then nothing is sent.
-
-    Returns:
-        The sums, on the device of ``partial_sums`` and the same on every rank of the group.
-    """
+    """Add up float64 [n], this rank's part of n scalars, over the ranks that share the shards; nothing is sent where
+    every rank holds everything (ZeRO stage 0: None). Collective over ``process_group``. Returns the sums, on the device
+    of ``partial_sums`` and the same on every rank of the group."""
     if ranks_in(process_group) == 1:
         return partial_sums
     # Shards that are offloaded lie on the CPU, where NCCL cannot add them up.

@@ -22,16 +22,16 @@ def check_versions() -> None:
     it was not tested with."""
     installed = {package: version(package) for package in REQUIRED}
     for package, wanted in REQUIRED.items():
-        if not _inside(installed[package], wanted):
+        if not inside(installed[package], wanted):
             raise ImportError(f"ds_looksam {__version__} does not run with {package} {installed[package]}: it needs "
                               f"{package}{wanted}. Install that: pip install \"{package}{wanted}\"")
     untested = [f"{package} {installed[package]} (tested: {tested})" for package, tested in TESTED.items()
-                if not _inside(installed[package], tested)]
+                if not inside(installed[package], tested)]
     if untested and next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0":
         warnings.warn(f"ds_looksam {__version__} was not tested with {', '.join(untested)}. To see in a minute or two "
                       "whether it is right on this machine: torchrun --standalone --nproc-per-node 2 -m ds_looksam "
                       "verify", stacklevel=3)
 
 
-def _inside(installed: str, wanted: str) -> bool:
+def inside(installed: str, wanted: str) -> bool:
     return SpecifierSet(wanted).contains(installed, prereleases=True)

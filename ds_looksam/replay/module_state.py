@@ -38,9 +38,8 @@ _DEPTH = 4
 
 def _attributes_of(module: nn.Module) -> dict[str, Any]:
     """Without torch's own, and DeepSpeed's counters on modules."""
-    attributes = vars(module)
-    return {name: attributes[name] for name in attributes.keys() - _OF_EVERY_MODULE
-            if not name.startswith(_OF_DEEPSPEED)}
+    return {name: value for name, value in vars(module).items()
+            if name not in _OF_EVERY_MODULE and not name.startswith(_OF_DEEPSPEED)}
 
 
 class ModuleState:
@@ -143,7 +142,9 @@ class Attributes:
 
     def __init__(self, module: nn.Module, since: Attributes | None = None) -> None:
         modules = submodules(module)
-        self._of = {m: {name: _Held.of(value) for name, value in _attributes_of(m).items()} for m in modules}
+        known: dict[int, _Held] = {}  # many modules hold one configuration
+        self._of = {m: {name: known.get(id(value)) or known.setdefault(id(value), _Held.of(value))
+                        for name, value in _attributes_of(m).items()} for m in modules}
         self._buffers = {(m, name): (_Weak(buffer), version_of(buffer)) for m in modules
                          for name, buffer in m._buffers.items() if buffer is not None}
         self._kept: list[Any] = []
@@ -174,9 +175,13 @@ class Attributes:
 
     def _changes(self, before: Attributes) -> Iterator[tuple[nn.Module, str, _Held]]:
         nothing = _Held(_Held)  # like no attribute
+        same: set[tuple[int, int]] = set()
         for m, attributes in self._of.items():
             for name, held in attributes.items():
-                if not held.is_same(before._of.get(m, {}).get(name, nothing)):
+                other = before._of.get(m, {}).get(name, nothing)
+                if (id(held), id(other)) in same or held.is_same(other):
+                    same.add((id(held), id(other)))
+                else:
                     yield m, name, held
 
 
