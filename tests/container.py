@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,25 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECK = ("python -c 'import ds_looksam, mpi4py.MPI as mpi; assert ds_looksam.is_registered(); "
          "print(mpi.Get_library_version())'; bash launch/torchrun.sh --slots 1 --dry-run; "
          "for program in ssh pdsh mpirun numactl hostname; do command -v $program; done; test -x /usr/sbin/sshd")
-
-ENTER = """
-mount -t proc proc "$1/proc"
-exec chroot "$1" bash -eo pipefail -c 'cd "$1"; eval "$2"' - "$2" "$3"
-"""
-
-
-def instructions() -> list[tuple[str, str]]:
-    """(RUN, "apt-get update && ...") and so on, without comments and continuation lines."""
-    lines = [line for line in (ROOT / "launch" / "Dockerfile").read_text().splitlines()
-             if not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [(word, rest) for word, rest in (line.split(" ", 1) for line in joined.splitlines() if line)]
+STEPS = {"ARG": ":", "FROM": ":", "SHELL": ":", "CMD": ":", "ENV": "export {}", "WORKDIR": "mkdir -p {0}; cd {0}",
+         "COPY": "tar xf /repository.tar", "RUN": "bash -eo pipefail -c {1}"}
+"""What stands for each instruction, with its text and that quoted. Another one is a KeyError: teach it to this file."""
 
 
 def main(image: Path) -> None:
-    release = next(rest for word, rest in instructions() if word == "ARG").removeprefix("BASE=debian:").split("-")[0]
+    steps = re.sub(r"(?m)^\s*#.*\n", "", (ROOT / "launch" / "Dockerfile").read_text())  # first comments, then \ at ends
+    instructions = re.findall(r"(?m)^(\S+) (.*)", re.sub(r"\\\n\s*", " ", steps))
+    release = dict(instructions)["ARG"].removeprefix("BASE=debian:").split("-")[0]
     if not (image / "bin").exists():
         subprocess.run(["debootstrap", "--variant=minbase", release, image], check=True)
+    subprocess.run(["git", "archive", f"--output={image}/repository.tar", "HEAD"], cwd=ROOT, check=True)
     # How this machine reaches packages: its certificates, pip's settings and wheels.
     environment = {name: value for name, value in os.environ.items()
                    if name.startswith("PIP_") or "proxy" in name.lower()}
@@ -46,23 +40,10 @@ def main(image: Path) -> None:
     if certificates := os.environ.get("PIP_CERT"):
         shutil.copy(certificates, image / "certificates.pem")
         environment |= {"PIP_CERT": "/certificates.pem", "SSL_CERT_FILE": "/certificates.pem"}
-    folder = "/"
-    for word, rest in [*instructions(), ("RUN", CHECK)]:
-        print(f"--- {word} {rest}", flush=True)
-        if word == "ENV":
-            for name, value in re.findall(r"(\w+)=(\S+)", rest):
-                environment[name] = value.replace("$PATH", environment["PATH"])
-        elif word == "WORKDIR":
-            folder = rest
-            (image / folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
-        elif word == "COPY":
-            archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
-            subprocess.run(["tar", "x", "-C", image / folder.lstrip("/")], input=archive, check=True)
-        elif word == "RUN":
-            subprocess.run(["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-ec", ENTER, "-", image,
-                            folder, rest], check=True, env=environment)
-        elif word not in ("ARG", "FROM", "SHELL", "CMD"):
-            sys.exit(f"{word} is not known here: teach it to {__file__}")
+    script = "\n".join(STEPS[word].format(rest, shlex.quote(rest)) for word, rest in [*instructions, ("RUN", CHECK)])
+    enter = 'mount -t proc proc "$1/proc"; exec chroot "$1" bash -exc "$2"'
+    subprocess.run(["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-ec", enter, "-", image, script],
+                   check=True, env=environment)
     print("all steps ran")
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 ADDRESSES = {"host-a": "10.77.0.2", "host-b": "10.77.0.3"}
 GONE = "host-gone"
+SLURM_PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 _SETUP = """
 set -e
@@ -43,6 +45,10 @@ read -r _ || true
 """
 
 
+def which(program: str) -> str | None:
+    return shutil.which(program, path=PATH)
+
+
 def missing() -> str | None:
     """Why there can be no hosts here, or None."""
     if os.geteuid() != 0:
@@ -52,23 +58,27 @@ def missing() -> str | None:
         return f"two hosts need {', '.join(programs)} (Debian: iproute2, openssh-server, util-linux, hostname)"
     probe = subprocess.run(["unshare", "--net", "--uts", "--pid", "--ipc", "--mount", "--fork", "ip", "link", "add",
                             "eth0", "type", "veth", "peer", "name", "eth1"], capture_output=True, text=True)
-    if probe.returncode != 0:
-        return f"two hosts need network namespaces: {probe.stderr.strip()}"
-    return None
-
-
-def which(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    return f"two hosts need network namespaces: {probe.stderr.strip()}" if probe.returncode else None
 
 
 @dataclass
 class Host:
     name: str
     keeper: subprocess.Popen[str]
-    pid: int
-    """Of the host's first process, as this machine counts."""
     daemons: set[int] = field(default_factory=set)
     """Processes that belong to the host, not to a test."""
+
+    def __post_init__(self) -> None:
+        self.next_stage()
+        children = Path(f"/proc/{self.keeper.pid}/task/{self.keeper.pid}/children").read_text().split()
+        self.pid = int(children[0])  # of the host's first process, as this machine counts
+
+    def next_stage(self, word: str = "") -> None:
+        assert self.keeper.stdin is not None and self.keeper.stdout is not None
+        self.keeper.stdin.write(word)
+        self.keeper.stdin.flush()
+        if self.keeper.stdout.readline() != "ready\n":
+            raise RuntimeError("a host could not be set up; its error is above")
 
     def command(self, argv: Sequence[str], cwd: Path | str) -> list[str]:
         return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--ipc", "--pid", "--mount", f"--wd={cwd}",
@@ -81,21 +91,19 @@ class Host:
                                     stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
     def run(self, argv: Sequence[str], cwd: Path | str = "/", timeout: float = 30) -> str:
-        return subprocess.run(self.command(argv, cwd), check=True, capture_output=True, text=True, timeout=timeout,
+        return subprocess.run(self.command(argv, cwd), check=True, stdout=subprocess.PIPE, text=True, timeout=timeout,
                               stdin=subprocess.DEVNULL).stdout
 
     def processes(self) -> dict[int, str]:
         """What runs on the host beside itself, its sshd and daemons: pid on this machine -> command line."""
         here = os.readlink(f"/proc/{self.pid}/ns/pid")
         found = {}
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit() or int(entry) in {self.pid, *self.daemons}:
-                continue
+        for pid in {int(entry) for entry in os.listdir("/proc") if entry.isdigit()} - {self.pid, *self.daemons}:
             try:
-                if os.readlink(f"/proc/{entry}/ns/pid") == here:
-                    line = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                if os.readlink(f"/proc/{pid}/ns/pid") == here:
+                    line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
                     if line and not line.startswith("sshd:"):  # no command line: a zombie, about to be collected
-                        found[int(entry)] = line
+                        found[pid] = line
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue  # ended while we looked, or not ours
         return found
@@ -109,24 +117,25 @@ class Host:
 
 
 @contextmanager
-def two_hosts(folder: Path, environment: dict[str, str]) -> Iterator[list[Host]]:
-    """host-a and host-b, that can log in to each other.
-
-    Args:
-        folder: for keys (made here, of use to nobody else) and logs.
-        environment: what a login shell on each host has.
+def two_hosts(folder: Path) -> Iterator[list[Host]]:
+    """host-a and host-b, that can log in to each other. ``folder``: for keys (made here, of use to nobody else), logs.
     """
-    _write_ssh_files(folder, environment)
+    _write_ssh_files(folder)
     hosts: list[Host] = []
     try:
-        for name in ADDRESSES:
-            hosts.append(_open_host(name, folder))
+        for name, address in ADDRESSES.items():
+            hosts.append(Host(name, subprocess.Popen(
+                ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc",
+                 "bash", "-c", _SETUP], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={"NAME": name, "ADDRESS": address, "FOLDER": str(folder), "PATH": PATH})))
         # The peer's pid is that of this machine: only the network namespace is entered.
         subprocess.run(["nsenter", "--target", str(hosts[0].pid), "--net", "ip", "link", "add", "eth0", "type", "veth",
                         "peer", "name", "eth0", "netns", str(hosts[1].pid)], check=True)
         for host in hosts:
-            _next_stage(host.keeper)
-        _wait_for_logins(hosts)
+            host.next_stage("go on\n")
+        for host in hosts:
+            for name in ADDRESSES:  # an sshd may not listen yet
+                assert host.run(["ssh", "-o", "ConnectionAttempts=20", name, "hostname"]).strip() == name
         yield hosts
     finally:
         for host in hosts:
@@ -139,44 +148,7 @@ def two_hosts(folder: Path, environment: dict[str, str]) -> Iterator[list[Host]]
                 host.keeper.wait(10)
 
 
-def _open_host(name: str, folder: Path) -> Host:
-    keeper = subprocess.Popen(["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child",
-                               "--mount-proc", "bash", "-c", _SETUP], text=True, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, env={"NAME": name, "ADDRESS": ADDRESSES[name],
-                                                           "FOLDER": str(folder),
-                                                           "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"})
-    _wait_until_ready(keeper)
-    children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()
-    return Host(name, keeper, int(children[0]))
-
-
-def _wait_until_ready(keeper: subprocess.Popen[str]) -> None:
-    assert keeper.stdout is not None
-    if keeper.stdout.readline() != "ready\n":
-        raise RuntimeError("a host could not be set up; its error is above")
-
-
-def _next_stage(keeper: subprocess.Popen[str]) -> None:
-    assert keeper.stdin is not None
-    keeper.stdin.write("go on\n")
-    keeper.stdin.flush()
-    _wait_until_ready(keeper)
-
-
-def _wait_for_logins(hosts: list[Host]) -> None:
-    for host in hosts:
-        for name in ADDRESSES:
-            for attempt in range(20):
-                try:
-                    assert host.run(["ssh", name, "hostname"]).strip() == name
-                    break
-                except subprocess.CalledProcessError as error:
-                    if attempt == 19:
-                        raise RuntimeError(f"{host.name} cannot log in to {name}: {error.stderr}") from error
-                    time.sleep(0.2)
-
-
-def _write_ssh_files(folder: Path, environment: dict[str, str]) -> None:
+def _write_ssh_files(folder: Path) -> None:
     for key in "host_key", "login_key":
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
@@ -184,7 +156,64 @@ def _write_ssh_files(folder: Path, environment: dict[str, str]) -> None:
     (folder / "ssh_config").write_text(
         f"Host *\n  IdentityFile {folder}/login_key\n  IdentitiesOnly yes\n  StrictHostKeyChecking no\n"
         "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n")
-    set_env = " ".join(f'"{name}={value}"' for name, value in {**environment, "TMPDIR": "/run/tmp"}.items())
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/login_key.pub\nPermitRootLogin prohibit-password\n"
-        f"PasswordAuthentication no\nStrictModes no\nUsePAM no\nPidFile none\nMaxStartups 100\nSetEnv {set_env}\n")
+        "PasswordAuthentication no\nStrictModes no\nUsePAM no\nPidFile none\nMaxStartups 100\n"
+        "SetEnv TMPDIR=/run/tmp\n")
+
+
+_SLURM_CONF = """
+ClusterName=test
+SlurmctldHost=host-a
+SlurmUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir=/run/slurmd
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%h.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+# A requeued job waits until the credential of its first run has expired: 120 s by default.
+AuthInfo=cred_expire=5
+KillWait=5
+NodeName={nodes} CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def start_slurm(hosts: list[Host], folder: Path) -> None:
+    """A real Slurm: munged on both, slurmctld on host-a, slurmd on both. The daemons end with the hosts.
+
+    Raises:
+        RuntimeError: the nodes do not become idle.
+    """
+    for name in "state", "etc":
+        (folder / name).mkdir()
+    (folder / "etc" / "slurm.conf").write_text(_SLURM_CONF.format(folder=folder, nodes=",".join(ADDRESSES)))
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o600)
+    for host in hosts:
+        host.run(["mkdir", "-p", "/run/munge", "/run/slurmd"])
+        host.run(["mount", "--bind", str(folder / "etc"), "/etc/slurm"])
+        host.run([str(which("munged")), "--force", f"--key-file={key}", "--pid-file=/run/munge/munged.pid",
+                  "--seed-file=/run/munge/seed", f"--log-file={folder}/munged-{host.name}.log"])
+    for host, daemon in (hosts[0], "slurmctld"), (hosts[0], "slurmd"), (hosts[1], "slurmd"):
+        host.run([str(which(daemon))])
+    deadline = time.monotonic() + 60
+    while hosts[0].run(["sinfo", "--noheader", "--partition=low", "--format=%D %t"]).strip() != "2 idle":
+        if time.monotonic() > deadline:
+            logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("*.log")))
+            raise RuntimeError(f"Slurm's nodes are not idle:\n{logs}")
+        time.sleep(0.5)
+    for host in hosts:
+        host.daemons.update(host.processes())

@@ -1,8 +1,9 @@
-"""What the launch scripts refuse before they start anything, and what they would run. Needs bash only."""
+"""What the launch scripts refuse before they start anything, and what they would run. By bash, but for the last."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,18 +11,27 @@ from pathlib import Path
 
 import pytest
 
+from launch import distributed
+from tests.jobs import Job
+from tests.training import Case, engine_for, train_window
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["torchrun.sh", "pdsh.sh", "ssh.sh", "no_ssh.sh", "openmpi.sh", "mpich.sh"]
+HOSTS = "node-1 slots=4\nnode-2 slots=8 # larger\n"
 
 
-def run(tmp_path: Path, script: str, *arguments: str, program: str | None = "program.py",
+def run(folder: Path, command: str, files: dict[str, str] | None = None,
         **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in an empty home, with a program that is never started."""
-    (tmp_path / "program.py").touch()
-    programs = ["--program", program] if program else []
-    return subprocess.run(["bash", str(ROOT / "launch" / script), *programs, *arguments], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=120, stdin=subprocess.DEVNULL,
-                          env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": sys.executable,
+    """A script of launch/ and its arguments, in an empty home with these files, which are also programs, and with a
+    program that is never started."""
+    for name, text in {"program.py": "", "hosts": HOSTS, **(files or {})}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    script, *arguments = shlex.split(command)
+    python = folder / "python" if (folder / "python").exists() else sys.executable
+    return subprocess.run(["bash", str(ROOT / "launch" / script), *arguments], cwd=folder, text=True, timeout=120,
+                          capture_output=True, stdin=subprocess.DEVNULL,
+                          env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "PYTHON": str(python),
                                "LC_ALL": "C.UTF-8", **environment})
 
 
@@ -34,138 +44,103 @@ def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_takes_and_refuses_the_same(tmp_path, script):
-    refused(run(tmp_path, script, "--hostfil", "x"), "--hostfil", "--help")
-    refused(run(tmp_path, script, "--data-dir", "x"), "--data-dir", "behind --")
-    refused(run(tmp_path, script, "--hostfile"), "--hostfile needs a value")
-    refused(run(tmp_path, script, "--hostfile", "absent"), "absent", "NAME slots=N")
-    refused(run(tmp_path, script, "--master-port", "99999"), "99999", "1-65535")
-    refused(run(tmp_path, script, "--master-port", "many"), "not a number")
-    refused(run(tmp_path, script, program="absent.py"), "absent.py")
-    usage = run(tmp_path, script, "--help")
+    for arguments, *words in [
+        ("--hostfil x", "--hostfil", "--help"),
+        ("--data-dir x", "--data-dir", "behind --"),
+        ("--hostfile", "--hostfile needs a value"),
+        ("--hostfile absent", "absent", "NAME slots=N"),
+        ("--master-port 99999", "99999", "1-65535"),
+        ("--master-port many", "not a number"),
+        ("--program absent.py", "absent.py"),
+    ]:
+        refused(run(tmp_path, f"{script} --program program.py {arguments}"), *words)
+    usage = run(tmp_path, f"{script} --help").stderr
     for option in "--hostfile", "--slots", "--master-port", "--env", "--program", "--dry-run", f"launch/{script}":
-        assert option in usage.stderr
+        assert option in usage
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("node-1\n", ["line 1", "NAME slots=N"]),
-    ("node-1 slots=2\nnode-2 slots=two\n", ["line 2", "NAME slots=N"]),
-    ("node-1 slots=0\n", ["node-1 has no slots"]),
-    ("node-1 slots=2\n\nnode-1 slots=2\n", ["line 3", "twice"]),
-    ("# nothing\n\n", ["names no host"]),
+def echo(text: str) -> str:
+    return f"#!/bin/sh\necho '{text}'\n"
+
+
+OPENMPI, MPICH = echo("mpirun (Open MPI) 5.0.1"), echo("HYDRA build details")
+
+
+@pytest.mark.parametrize(("command", "files", "words"), [
+    ("ssh.sh --hostfile hosts", {"hosts": "node-1\n"}, ["line 1", "NAME slots=N"]),
+    ("ssh.sh --hostfile hosts", {"hosts": "node-1 slots=2\nnode-2 slots=two\n"}, ["line 2", "NAME slots=N"]),
+    ("ssh.sh --hostfile hosts", {"hosts": "node-1 slots=0\n"}, ["node-1 has no slots"]),
+    ("ssh.sh --hostfile hosts", {"hosts": "node-1 slots=2\n\nnode-1 slots=2\n"}, ["line 3", "twice"]),
+    ("ssh.sh --hostfile hosts", {"hosts": "# nothing\n\n"}, ["names no host"]),
+    ("torchrun.sh", {".deepspeed_env": "A=1\nexport B=2\n"}, [".deepspeed_env", "export B=2", "NAME=VALUE"]),
+    ("torchrun.sh --restarts 3 -- --data-dir x", {}, ["--resume"]),
+    ("no_ssh.sh --hostfile hosts", {}, ["--node-rank is needed"]),
+    ("no_ssh.sh --hostfile hosts --node-rank 2", {}, ["2 hosts"]),
+    ("openmpi.sh --slots 2", {"mpirun": MPICH}, ["use the other script"]),
+    ("mpich.sh --slots 2", {"mpirun": OPENMPI}, ["use the other script"]),
+    ("openmpi.sh --slots 2", {"mpirun": OPENMPI, "python": echo("MPICH Version: 5.0")}, ["mpi4py is built for"]),
+    ("mpich.sh --slots 2", {"mpirun": MPICH, "python": echo("Open MPI v5.0.1")}, ["mpi4py is built for"]),
 ])
-def test_hostfiles_that_are_refused(tmp_path, text, words):
-    (tmp_path / "hosts").write_text(text)
-    refused(run(tmp_path, "ssh.sh", "--hostfile", "hosts"), *words)
+def test_what_some_scripts_refuse(tmp_path, command, files, words):
+    refused(run(tmp_path, command, files), *words)
 
 
-def test_environment_file_with_a_bad_line(tmp_path):
-    (tmp_path / ".deepspeed_env").write_text("A=1\nexport B=2\n")
-    refused(run(tmp_path, "torchrun.sh"), ".deepspeed_env", "export B=2", "NAME=VALUE")
+@pytest.mark.parametrize(("command", "words"), [
+    ("torchrun.sh --slots 2 --restarts 3 --dry-run -- --resume", ["--max-restarts 3", "launch/train.py --resume"]),
+    ("no_ssh.sh --hostfile hosts --node-rank 1 --dry-run -- --text 'two words'",
+     ["--no_ssh", "--node_rank 1", "--master_addr node-1", r"--text two\ words"]),
+    ("torchrun.sh --hostfile hosts --node-rank 1 --dry-run -- --text 'two words'",
+     ["--nnodes 2", "--nproc-per-node 8", "--rdzv-endpoint node-1:29500", "is_host=0", r"--text two\ words"]),
+])
+def test_what_would_be_run(tmp_path, command, words):
+    result = run(tmp_path, command)
+    assert result.returncode == 0 and all(word in result.stderr for word in words), result.stderr
 
 
 def test_variables_of_the_working_folder_and_the_command_line_win(tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / ".deepspeed_env").write_text("A=home\nB=home\nC=home\n")
-    (tmp_path / ".deepspeed_env").write_text("B=here\nC=here\n")
-    result = run(tmp_path, "torchrun.sh", "--slots", "2", "--env", "C=line", "--env", "D", program="show.sh",
-                 HOME=str(home), D="from the shell", **show_environment(tmp_path))
-    assert result.returncode == 0, result.stderr
+    """And the exit code is the job's. The interpreter is one that prints variables."""
+    (tmp_path / "home").mkdir()
+    result = run(tmp_path, "torchrun.sh --program program.py --slots 2 --env C=line --env D", {
+        "home/.deepspeed_env": "A=home\nB=home\nC=home\n", ".deepspeed_env": "B=here\nC=here\n",
+        "python": "#!/bin/sh\necho $A $B $C $D\nexit 17\n"}, HOME=str(tmp_path / "home"), D="from the shell")
     assert result.stdout == "home here line from the shell\n"
+    assert result.returncode == 17 and "error: the job ended with exit code 17" in result.stderr
 
 
-def show_environment(tmp_path: Path) -> dict[str, str]:
-    """An interpreter that prints variables instead of launching."""
-    (tmp_path / "show.sh").touch()
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$A $B $C $D"\n')
-    python.chmod(0o755)
-    return {"PYTHON": str(python)}
-
-
-def test_the_exit_code_is_the_jobs(tmp_path):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexit 17\n")
-    python.chmod(0o755)
-    result = run(tmp_path, "torchrun.sh", "--slots", "1", PYTHON=str(python))
-    assert result.returncode == 17
-    assert "error: the job ended with exit code 17" in result.stderr
-
-
-def test_restarts_without_resume_are_refused(tmp_path):
-    refused(run(tmp_path, "torchrun.sh", "--restarts", "3", "--", "--data-dir", "x", program=None), "--resume")
-    result = run(tmp_path, "torchrun.sh", "--slots", "2", "--restarts", "3", "--dry-run", "--", "--resume",
-                 program=None)
-    assert result.returncode == 0, result.stderr
-    assert "--max-restarts 3" in result.stderr and "launch/train.py --resume" in result.stderr
-
-
-def test_node_ranks(tmp_path):
-    (tmp_path / "hosts").write_text("node-1 slots=4\nnode-2 slots=8 # larger\n")
-    refused(run(tmp_path, "no_ssh.sh", "--hostfile", "hosts"), "--node-rank is needed")
-    refused(run(tmp_path, "no_ssh.sh", "--hostfile", "hosts", "--node-rank", "2"), "2 hosts")
-    for script, words in {"no_ssh.sh": ["--no_ssh", "--node_rank 1", "--master_addr node-1"],
-                          "torchrun.sh": ["--nnodes 2", "--nproc-per-node 8", "--rdzv-endpoint node-1:29500",
-                                          "is_host=0"]}.items():
-        result = run(tmp_path, script, "--hostfile", "hosts", "--node-rank", "1", "--dry-run", "--", "--text",
-                     "two words")
-        assert result.returncode == 0, result.stderr
-        for word in [*words, r"--text two\ words"]:
-            assert word in result.stderr
-
-
-@pytest.mark.parametrize(("script", "says", "library"), [
-    ("openmpi.sh", "HYDRA build details", ""),
-    ("mpich.sh", "mpirun (Open MPI) 5.0.1", ""),
-    ("openmpi.sh", "mpirun (Open MPI) 5.0.1", "MPICH Version: 5.0"),
-    ("mpich.sh", "HYDRA build details", "Open MPI v5.0.1"),
-])
-def test_mpirun_and_mpi4py_of_different_mpis_are_refused(tmp_path, script, says, library):
-    for name, output in {"mpirun": says, "python": library}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\necho '{output}'\n")
-        (tmp_path / name).chmod(0o755)
-    refused(run(tmp_path, script, "--slots", "2", PATH=f"{tmp_path}:{os.environ['PATH']}",
-                PYTHON=str(tmp_path / "python")), "mpi4py is built for" if library else "use the other script")
-
-
-def test_a_missing_launcher_is_named(tmp_path):
-    (tmp_path / "hosts").write_text("node-1 slots=2\n")
-    tools = tmp_path / "bin"
-    tools.mkdir()
+@pytest.mark.parametrize(("script", "missing"), [("pdsh.sh", "pdsh"), ("ssh.sh", "ssh"), ("openmpi.sh", "mpirun")])
+def test_a_missing_launcher_is_named(tmp_path, script, missing):
     for name in "bash", "dirname", "realpath", "date", "grep":
-        (tools / name).symlink_to(shutil.which(name))
-    for script, missing in {"pdsh.sh": "pdsh", "ssh.sh": "ssh", "openmpi.sh": "mpirun"}.items():
-        refused(run(tmp_path, script, "--hostfile", "hosts", PATH=str(tools)), f"{missing} is not installed here")
+        (tmp_path / name).symlink_to(shutil.which(name))
+    refused(run(tmp_path, f"{script} --hostfile hosts", PATH=str(tmp_path)), f"{missing} is not installed here")
 
 
-def test_slurm_script_outside_slurm(tmp_path):
-    result = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, text=True, capture_output=True, timeout=60,
-                            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": sys.executable})
-    refused(result, "sbatch launch/slurm.sbatch")
+def test_what_the_slurm_script_needs(tmp_path):
+    environment: dict[str, str] = {}
+    for name, value, words in [("HOME", str(tmp_path), "submit from the repository's root"),
+                               ("SLURM_SUBMIT_DIR", str(ROOT), "this is a batch script: sbatch launch/slurm.sbatch"),
+                               ("SLURM_JOB_ID", "1", "--ntasks-per-node N is needed"),
+                               ("SLURM_NTASKS_PER_NODE", "2", "a requeued job: launch/train.py must go on"),
+                               ("SLURM_GPUS_ON_NODE", "4", "2 tasks but 4 GPUs on a node")]:
+        environment[name] = value
+        refused(run(tmp_path, "slurm.sbatch", {"srun": ""}, **environment), words)
 
 
-def test_leave_ends_the_threads_of_the_process_group():
+def gloo_threads() -> int:
+    return sum("gloo" in file.read_text() for file in Path("/proc/self/task").glob("*/comm"))
+
+
+def train_and_leave() -> None:
+    distributed.join()
+    with engine_for(Case(world=1)) as engine:
+        train_window(engine, Case(world=1), 0)
+    assert gloo_threads() > 0
+    del engine
+    distributed.leave()
+    assert gloo_threads() == 0
+
+
+def test_leave_ends_the_threads_of_the_process_group(tmp_path):
     """With torch.distributed.destroy_process_group one in fifteen processes that ended at once was aborted."""
-    program = """if True:
-        import os
-        from launch import distributed
-        from tests.training import Case, engine_for, train_window
-
-        def gloo():
-            names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
-            return sum("gloo" in name for name in names)
-
-        distributed.join()
-        case = Case(world=1, updates=1)
-        with engine_for(case) as engine:
-            train_window(engine, case, 0)
-        before = gloo()
-        del engine
-        distributed.leave()
-        print(f"{before > 0} {gloo()}")
-    """
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "True 0"
+    job = Job(tmp_path, 1, train_and_leave)
+    job.finish()
+    assert job.codes == [0], job.outputs
