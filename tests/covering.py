@@ -17,8 +17,10 @@ def product(grid: Grid) -> Iterator[dict[str, Any]]:
         yield dict(zip(grid, values, strict=True))
 
 
-def covering(grid: Grid, strength: int, candidates: int = 30, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of ``grid`` such that every choice of ``strength`` keys and of one value for each is in some row.
+def covering(grid: Grid, strength: int, candidates: int = 30, seed: int = 0,
+             valid: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
+    """Rows of ``grid`` such that every choice of ``strength`` keys and of one value for each is in some row, of those
+    that ``valid`` rows have.
 
     Greedy: each row starts from a combination not covered yet and takes the best of ``candidates`` random completions.
     The same arguments give the same rows.
@@ -36,11 +38,15 @@ def covering(grid: Grid, strength: int, candidates: int = 30, seed: int = 0) -> 
         for _ in range(candidates):
             row = {key: draw.choice(grid[key]) for key in keys} | dict(zip(names, values, strict=True))
             row = {key: row[key] for key in keys}
+            if not valid(row):
+                continue
             covered = {(some, tuple(row[n] for n in some)) for some in itertools.combinations(keys, strength)}
             covered &= missing.keys()
             if len(covered) > len(best_covered):
                 best, best_covered = row, covered
-        assert best is not None
+        if best is None:  # no valid row has them
+            del missing[names, values]
+            continue
         rows.append(best)
         for combination in best_covered:
             del missing[combination]

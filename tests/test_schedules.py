@@ -1,20 +1,22 @@
-"""LR schedules: the rate a scheduler sets reaches the base optimizer, once per update."""
+"""Schedules: the rate that a scheduler sets reaches the base optimizer, once per update; and rho's, each rule at its
+ends (whole runs are in test_update.py and test_options.py)."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import ds_looksam  # noqa: F401 - registers LookSAM in the rank processes too
+from ds_looksam.config.params import LookSAMConfig, RhoSchedule, parse_params
+from ds_looksam.errors import LookSAMConfigError
+from ds_looksam.step.schedule import RhoFactors
 
-from . import oracle
-from .models import make_model
 from .ranks import run_on_ranks
 from .test_oracle_grid import TOLERANCE
-from .training import Case, distance, engine_for, master_weights, named, train_window
+from .training import Case, distance, engine_for, master_weights, named, start_oracle, train_window
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "WarmupLR": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 5, "warmup_type": "linear"},
@@ -47,14 +49,11 @@ def train_on_schedule(case: Case, scheduler: str, looksam: bool = True) -> tuple
 
 @pytest.mark.parametrize("scheduler, stage", [
     pytest.param(scheduler, stage, marks=[] if (i + stage) % 4 == 0 else pytest.mark.grid)
-    for i, scheduler in enumerate(SCHEDULERS) for stage in range(4)
-])  # yapf: disable
+    for i, scheduler in enumerate(SCHEDULERS) for stage in range(4)])
 def test_schedulers(scheduler: str, stage: int) -> None:
     case = Case(stage=stage, two_groups=True, updates=9, accumulation=2)
     results = run_on_ranks(case.world, train_on_schedule, case, scheduler)
-    module = make_model(case.model, case.seed)
-    groups = case.oracle_groups(module)
-    reference = oracle.build(module, groups, base=case.base, k=case.k)
+    reference, module, groups = start_oracle(case)
     _, schedule = results[0]
     for update, hyper in enumerate(schedule):
         for group, values in zip(groups, hyper, strict=True):
@@ -66,3 +65,36 @@ def test_schedulers(scheduler: str, stage: int) -> None:
     assert len({str(hyper) for hyper in schedule}) > 3, "the schedule was meant to move"
     if scheduler != "torch":
         assert schedule == run_on_ranks(case.world, train_on_schedule, case, scheduler, False)[0][1]
+
+
+LINEAR = {"type": "linear", "start": 2.0, "end": 1.0, "updates": 10, "off_updates": 5}
+COSINE = {**LINEAR, "type": "cosine", "off_updates": 0}
+
+
+@pytest.mark.parametrize("schedule, updates, factor", [
+    *((LINEAR, t, factor) for t, factor in [(0, 0.0), (4, 0.0), (5, 2.0), (10, 1.5), (15, 1.0), (1000, 1.0)]),
+    *((COSINE, t, factor) for t, factor in [(0, 2.0), (2, 1.5 + math.cos(math.pi * 0.2) / 2), (5, 1.5), (11, 1.0)]),
+    ({"type": "lr"}, 3, 0.25), ({"type": "lr", "lr": 0.05}, 3, 0.5), ({}, 0, 1.0),
+], ids=str)
+def test_rho(schedule: dict[str, Any], updates: int, factor: float) -> None:
+    """At a learning rate of a quarter of the configured one."""
+    assert RhoFactors(RhoSchedule(**schedule), [0.1]).of(0, updates, 0.025) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("schedule, message", [
+    ({"type": "linear"}, 'rho_schedule: .*needs "updates"'), ({"type": "exponential"}, r"rho_schedule\.type"),
+    ({"type": "linear", "updates": 0}, r"rho_schedule\.updates"), ({"warmup": 5}, r"rho_schedule\.warmup"),
+    ({"type": "cosine", "updates": 5, "end": -1.0}, r"rho_schedule\.end"),
+    ({"type": "constant", "end": 0.1}, "has no use for end"), ({"off_updates": 1.5}, r"rho_schedule\.off_updates"),
+], ids=str)
+def test_wrong_schedules_of_rho_are_refused(schedule: dict[str, Any], message: str) -> None:
+    with pytest.raises(LookSAMConfigError, match=message):
+        parse_params({"rho_schedule": schedule})
+
+
+def test_settings_are_plain_data() -> None:
+    """They are written into checkpoints as JSON."""
+    config = LookSAMConfig(rho_schedule=RhoSchedule(type="linear", updates=3))
+    schedule = config.model_dump()["rho_schedule"]
+    assert config.model_dump(mode="json")["rho_schedule"] == schedule
+    assert RhoFactors(config.rho_schedule, [0.1]).state_dict() == {"schedule": schedule, "reference_lrs": [0.1]}

@@ -303,8 +303,9 @@ def start_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.
     if case.stage == 0 and case.precision != "fp32":
         # Oddities of plain DeepSpeed 0.19.8 (shards/fp16.py): a step with gradient 0 when the wrapper is built, which
         # the model's weights do not show until the first update, and gradients divided by a loss scale they don't have.
-        reference.stale_w = reference.w
-        reference.w = reference.base.step(reference.w, torch.zeros_like(reference.w))
+        if not case.by_layer:  # LAMB and LARS see that it is no update
+            reference.stale_w = reference.w
+            reference.w = reference.base.step(reference.w, torch.zeros_like(reference.w))
         reference.divisor = case.loss_scale if case.precision == "fp16" else 1.0
     schedule = case.params.get("rho_schedule", {})
     reference.off = schedule.get("off_updates", 0)

@@ -1,0 +1,193 @@
+"""What lies where in a wrapper's shards: whose elements, in which memory, and which copies of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from .inside import shards as shards_of
+from .inside import stored_v
+from .ranks import run_on_ranks
+from .test_options import FP32_SUMS, OFFLOAD, check
+from .training import Case, engine_for, master_weights, train_window
+
+
+def layout_is_right(case: Case) -> tuple[int, int, float]:
+    """Every segment of layout() must hold, in master_weights(), what DeepSpeed's own API gives for its parameter."""
+    with engine_for(case) as engine:
+        masters = master_weights(engine)
+        expected = {id(p): masters[name] for name, p in engine.module.named_parameters() if name in masters}
+        shards = shards_of(engine)
+        elements, padding = 0, 0.0
+        for flat, segments in zip(shards.master_weights(), shards.layout(), strict=True):
+            rest = flat.clone()
+            starts = [segment.start for segment in segments]
+            assert starts == sorted(starts)
+            for segment in segments:
+                whole = expected[id(segment.parameter)].reshape(-1)
+                assert whole.numel() == segment.param_numel
+                part = whole[segment.param_offset:segment.param_offset + segment.numel]
+                here = slice(segment.start, segment.start + segment.numel)
+                assert part.equal(flat[here].float())
+                rest[here].zero_()
+                elements += segment.numel
+            padding += float(rest.abs().sum())
+        return elements, sum(p.numel() for p in expected.values()), padding
+
+
+LAYOUTS = [
+    *({"model": model, "stage": stage, "world": world} for model, world in [("straddling", 2), ("tiny", 4)]
+      for stage in (1, 2, 3)),
+    *({"zero": {key: True}, "stage": stage, "world": 3, "two_groups": True, "model": model}
+      for key, stage, model in [("round_robin_gradients", 1, "mlp"), ("round_robin_gradients", 2, "tiny"),
+                                ("parameter_alignment", 1, "tiny"), ("parameter_alignment", 2, "mlp")]),
+    *({"precision": "bf16", "stage": 0, "base": base, "two_groups": True} for base in ("SGD", "AdamW")),
+    *({"precision": "bf16", "stage": stage, "world": 3, "two_groups": True, "config": FP32_SUMS, "model": model}
+      for stage, model in [(1, "mlp"), (1, "tiny"), (2, "mlp"), (3, "tiny")]),
+    {"precision": "bf16", "stage": 3, "world": 4},
+]
+
+
+@pytest.mark.parametrize("case", [Case(**fields) for fields in LAYOUTS], ids=lambda c: "-".join(
+    [c.model, f"stage{c.stage}", f"world{c.world}", c.precision, c.base, *c.zero]))
+def test_layout(case: Case) -> None:
+    """Every element lives on exactly one rank, or on each at stage 0. Padding holds nothing, where a nan may have been,
+    of whatever lay in that memory before."""
+    owned, whole, padding = zip(*run_on_ranks(case.world, layout_is_right, case), strict=True)
+    assert case.model != "tiny" or case.world < 4 or 0 in owned, "one rank was meant to own nothing"
+    assert all(n == whole[0] for n in owned) if case.stage == 0 else sum(owned) == whole[0]
+    assert not any(padding)
+
+
+def stored_bytes(case: Case) -> tuple[int, int]:
+    """Bytes of v and of the fp32 master on this rank. Collective."""
+    with engine_for(case) as engine:
+        for update in range(case.k + 1):
+            train_window(engine, case, update)
+        v, master = stored_v(engine), shards_of(engine).master_weights()
+        assert all(part.untyped_storage().nbytes() == part.nbytes for part in v)
+        return sum(part.nbytes for part in v), sum(part.nbytes for part in master)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bytes_of_v(stage: int) -> None:
+    for dtype, share in (("fp32", 1), ("bf16", 2)):
+        for v, master in run_on_ranks(2, stored_bytes, Case(stage=stage, params={"v_dtype": dtype})):
+            assert share * v == master
+
+
+# Offload --------------------------------------------------------------------------------------------------------------
+
+
+def shares_memory(case: Case) -> list[bool]:
+    """On a rank, for each gradient that LookSAM took and did not have to keep: whether it is DeepSpeed's own memory."""
+    with engine_for(case) as engine:
+        shards, masters = shards_of(engine), (engine.optimizer.fp32_partitioned_groups_flat if case.stage == 3 else
+                                              engine.optimizer.single_partition_of_fp32_groups)
+        take, shared = shards.take_gradient, []
+
+        def take_and_see(*, survives_evaluation: bool) -> list[torch.Tensor]:
+            taken = take(survives_evaluation=survives_evaluation)
+            if not survives_evaluation:
+                shared.extend(g.data_ptr() == master.grad.data_ptr() for g, master in zip(taken, masters, strict=True))
+            return taken
+
+        shards.take_gradient = take_and_see
+        for update in range(case.updates):
+            train_window(engine, case, update)
+        return shared
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_copy_of_the_gradient_in_host_memory(stage: int, precision: str) -> None:
+    """Fresh memory for a shard takes a CPU several times as long as the arithmetic on it. A SAM step's second gradient
+    and every reuse step's are edited where the optimizer reads them."""
+    case = Case(world=1, stage=stage, precision=precision, updates=4, k=2, alpha=0.7, zero=OFFLOAD)
+    assert run_on_ranks(1, shares_memory, case)[0] == [True] * 4
+
+
+def perturb_elsewhere(case: Case) -> tuple[list[float], list[float]]:
+    """On a rank: what perturb_weights measures, and what it does where the model's partitions lie on another device."""
+    with engine_for(case) as engine:
+        shards, wrapper = shards_of(engine), engine.optimizer
+        gradient = [torch.ones_like(w) for w in shards.master_weights()]
+        sums = []
+        for device in ("cpu", "meta"):
+            wrapper.fp16_partitioned_groups_flat = [w.to(device) for w in wrapper.fp16_partitioned_groups_flat]
+            sums.append(shards.perturb_weights(gradient, lambda *_: torch.tensor(1e-3), None).tolist())
+        return sums[0], sums[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_arithmetic_stays_on_the_host(precision: str) -> None:
+    """On a GPU the master lies in host memory and, without offload_param, the model's partitions do not. The "meta"
+    device has no values, but an operation that mixes it with the CPU raises as one that mixes a GPU with it does."""
+    here, elsewhere = run_on_ranks(1, perturb_elsewhere, Case(stage=3, world=1, precision=precision, zero=OFFLOAD))[0]
+    assert here == elsewhere
+    assert precision == "fp32" or min(here) > 0
+
+
+# Stage 3's gathered copies --------------------------------------------------------------------------------------------
+
+NONE_STAYS = {"stage3_param_persistence_threshold": 0}
+
+
+def gathers(case: Case) -> list[list[tuple[int, ...]]]:
+    """For each evaluation, the sizes of the parameters that each of its all-gathers brought, the last window's last.
+    Collective."""
+    seen: list[list[tuple[int, ...]]] = []
+    with engine_for(case) as engine:
+        coordinator = engine.optimizer._get_param_coordinator()
+        gather = coordinator._PartitionedParameterCoordinator__all_gather_params
+
+        def noted(params: Any, forward: bool) -> None:
+            seen[-1].append(tuple(sorted(p.ds_numel for p in params)))
+            gather(params, forward)
+
+        coordinator._PartitionedParameterCoordinator__all_gather_params = noted
+        engine.module.register_forward_pre_hook(lambda *_: seen.append([]), prepend=True)
+        for update in range(case.k + 1):
+            train_window(engine, case, update)
+    return seen
+
+
+def test_the_second_evaluation_prefetches_as_the_first() -> None:
+    """DeepSpeed gathers ahead of the module that runs once it knows their order; a replay must not lose that."""
+    first, again = run_on_ranks(2, gathers, Case(stage=3, k=2, zero=NONE_STAYS))[0][-2:]
+    # Each layer is a module with two parameters: more at once than one module needs was fetched ahead.
+    assert max(len(params) for params in first) > 2
+    assert again == first
+
+
+def train_by_hand(case: Case, left_gathered: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights, and how many parameters had a secondary partition after a forward; with one weight gathered by hand
+    before each step, and left so. Collective."""
+    with engine_for(case) as engine:
+        for update in range(case.updates):
+            (x, y), = case.micro_batches(update, torch.distributed.get_rank())
+            loss = engine(x.float(), y)
+            secondary = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in engine.module.parameters())
+            engine.backward(loss)
+            if left_gathered:
+                weight = engine.module.second.weight
+                weight.all_gather([weight])
+            engine.step()
+        return master_weights(engine), secondary
+
+
+def test_no_gathered_copy_survives_the_perturbation() -> None:
+    """DeepSpeed leaves none but the persistent parameters' behind, user code may."""
+    case = Case(stage=3, k=2, updates=4, zero=NONE_STAYS)
+    (dropped, _), (left, _) = (run_on_ranks(2, train_by_hand, case, left)[0] for left in (False, True))
+    assert all(torch.equal(weight, left[name]) for name, weight in dropped.items())
+
+
+@pytest.mark.parametrize("size, zero_init", [(2, False), (4, True)])
+def test_hpz(size: int, zero_init: bool) -> None:
+    case = Case(stage=3, world=4, updates=1, zero_init=zero_init, zero={"zero_hpz_partition_size": size})
+    assert all(copies for _, copies in run_on_ranks(4, train_by_hand, case, False)), "hpZ keeps a second copy"
+    check(replace(case, updates=12, accumulation=2))
