@@ -28,6 +28,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 UPDATE = "test_update.py"
+OFFLOADED = "test_options.py -k 'test_wrappers and (optimizer or both)'"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ MUTANTS = [
     Mutant("arithmetic/layerwise.py", "scaled = layerwise & (w_squared > 0)", "scaled = (w_squared > 0)",
            "layer-wise: a group that is left out is scaled all the same", UPDATE),
     Mutant("arithmetic/layerwise.py", "g_squared = g_squared / loss_scale**2", "g_squared = g_squared / loss_scale",
-           "layer-wise: the loss scale taken out once too little", "test_layerwise.py"),
+           "layer-wise: the loss scale taken out once too little", f"{UPDATE} -k loss_scale"),
     Mutant("arithmetic/layout.py", "if size > end:", "if size > end + 10**9:",
            "padding at a shard's end counts as the last layer's", "test_layerwise.py"),
     Mutant("arithmetic/triton_passes.py", "tl.store(g_ptr + offsets, d - tl.load(along_ptr) * g",
@@ -85,30 +86,30 @@ MUTANTS = [
     Mutant("shards/replicated.py", "            self._write_weights(self._clean)\n", "",
            "stage 0: w + eps left in the model", UPDATE),
     Mutant("shards/base.py", "return [part.to(dtype) for part in v]", "return [part for part in v]",
-           "v_dtype bf16 forgotten", "test_v_dtype.py"),
+           "v_dtype bf16 forgotten", "test_shards.py -k bytes_of_v"),
     Mutant("shards/fp16.py", "moved = self._perturb_flats(self.master_weights(), gradient",
            "moved = self._perturb_flats(self._clean, gradient",
            "stage 0 in bf16: eps added to the rounded weights, not to the master's",
-           "test_low_precision.py -k test_one_rank_tight"),
+           "test_options.py -k 'test_wrappers and 0-bf16'"),
     Mutant("shards/zero12.py", "            self._zero.averaged_gradients[i] = None\n", "",
            "stages 1 and 2: a missing reset, g_s is added onto g",
-           "test_low_precision.py -k test_fp32_accumulation_tight"),
+           "test_options.py -k 'test_wrappers and 2-bf16'"),
     Mutant("shards/zero12_offload.py", "norms = part_norms(parts)", "norms = [norm / 2 for norm in part_norms(parts)]",
-           "offload: the clipping norm is not the given gradient's", "test_offload.py -k test_offload_to_cpu"),
+           "offload: the clipping norm is not the given gradient's", OFFLOADED),
     Mutant("shards/zero12_offload.py", "    def end_window(self) -> None:\n        self._clear_partial_sums()\n", "",
-           "offload: a window's partial sums show in the next one", "test_offload.py -k test_offload_to_cpu"),
+           "offload: a window's partial sums show in the next one", OFFLOADED),
     Mutant("shards/zero3.py", "def end_window(self) -> None:\n        self._zero.grad_partitions_flat_buffer.zero_()",
            "def end_window(self) -> None:\n        pass",
            "stage 3: a parameter without a gradient gets an earlier window's", "test_oracle_grid.py"),
     Mutant("shards/zero3.py", "            if not self._model_flat_is_master[i]:\n"
            "                self._zero.fp16_partitioned_groups_flat[i].data.copy_(master.data)\n", "            pass\n",
-           "stage 3: w + eps left in the model after a skipped update", "test_overflow.py -k 'test_fp16 and second'"),
+           "stage 3: w + eps left in the model after a skipped update", "test_overflow.py -k 'skipped and fp16'"),
     Mutant("shards/zero3_offload.py", "if missing:", "if missing and False:",
            "stage 3, offload: gradients from before the last micro-batch are lost",
-           "test_offload.py -k test_offload_to_cpu"),
+           OFFLOADED),
     Mutant("shards/bf16.py", "rest = squared_norm - self.passes.squared_norm(own, self.device)", "rest = squared_norm",
            "BF16_Optimizer: this rank's part counts twice in the clipping norm",
-           "test_low_precision.py -k test_fp32_accumulation_tight"),
+           "test_options.py -k '1-bf16-fp32 or v-bf16'"),
     # optimizers
     Mutant("optimizers/base.py", "self._apply(layers, sum_over_ranks(self._norms, shards.process_group))",
            "self._apply(layers, self._norms)", "LAMB, LARS: a trust ratio per shard instead of per layer",
@@ -145,7 +146,7 @@ MUTANTS = [
     Mutant("step/update.py", "loss_rise.sum() / ranks, self._loss_scale())", "loss_rise.sum() / ranks, 1.0)",
            "measurements carry the loss scale", UPDATE),
     Mutant("step/update.py", "                self._shards.restore_weights()\n", "                pass\n",
-           "a skipped SAM step leaves w + eps in the model", "test_overflow.py -k 'test_fp16 and second'"),
+           "a skipped SAM step leaves w + eps in the model", "test_overflow.py -k 'skipped and fp16'"),
     Mutant("step/update.py", "settings.append(own._replace(rho=own.rho * factor))", "settings.append(own)",
            "the schedule's factor forgotten", UPDATE),
     Mutant("step/update.py", "            torch._foreach_add_(g_s, other.g_s)\n", "            pass\n",
@@ -191,7 +192,7 @@ MUTANTS = [
            "            self._unmanaged_backward_count = backwards\n",
            "the second evaluation moves the end of the next window", "test_accumulation.py"),
     Mutant("engines/deepspeed_fixes.py", "    wrapper.optimizer = adagrad\n", "",
-           "Adagrad: groups are lost", "test_bases.py -k Adagrad"),
+           "Adagrad: groups are lost", "test_options.py -k Adagrad-stage"),
     Mutant("engines/deepspeed_fixes.py", "    for step in range(1, max(steps) + 1):\n", "    for step in ():\n",
            "CPU Adam: late steps after a load differ in their last bits", "test_checkpoint.py -k late_resume"),
     # cli

@@ -112,7 +112,7 @@ def test_ways_to_accumulate_with_offload(way: str, stage: int) -> None:
                 zero={"offload_optimizer": {"device": "cpu"}})
     _, expected = run_oracle(case)
     for result in run_on_ranks(case.world, accumulate, case, way):
-        assert distance(result.weights, expected) <= 3 * TOLERANCE  # DeepSpeedCPUAdam: see test_offload
+        assert distance(result.weights, expected) <= 3 * TOLERANCE  # DeepSpeedCPUAdam: see test_options
 
 
 REFUSED = {

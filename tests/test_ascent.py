@@ -113,7 +113,7 @@ SETTINGS: list[dict[str, Any]] = [
     for settings in SETTINGS for ascent in (["global_micro_batch"] if settings.get("stage") == 3 else MODES[1:3])],
     ids=_id)
 def test_options(case: Case) -> None:
-    check_against_oracle(case, 3 * TOLERANCE)  # DeepSpeedCPUAdam: see test_offload
+    check_against_oracle(case, 3 * TOLERANCE)  # DeepSpeedCPUAdam: see test_options
 
 
 # The same bits --------------------------------------------------------------------------------------------------------

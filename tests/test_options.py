@@ -174,8 +174,8 @@ def _rows_of_ci() -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("case", [
-    pytest.param(_case(row), id="-".join(str(value) for value in row.values() if value != "")) for row in _rows_of_ci()])
+@pytest.mark.parametrize("case", [pytest.param(_case(row), id="-".join(filter(None, map(str, row.values()))))
+                                  for row in _rows_of_ci()])
 def test_wrappers(case: Case) -> None:
     check(case)
 

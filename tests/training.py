@@ -392,7 +392,7 @@ def error_to_nearest(weights: dict[str, Tensor], case: Case, dtype: torch.dtype,
     """Relative error to the nearest of the oracles whose weights are off, after each update, by what fp32 rounds.
 
     A master weight that close to a boundary between two numbers of bf16 or fp16 is rounded to either side, and the next
-    evaluation sees it a whole step (2^-8, 2^-11 of itself) apart. One run of some fifteen of test_low_precision's has
+    evaluation sees it a whole step (2^-8, 2^-11 of itself) apart. One run of some fifteen of test_options' has
     such a weight and ends 1e-3 away from the oracle, but 1e-6 from an oracle that took the same side.
     """
     def error(nudge: float, seed: int) -> float:
