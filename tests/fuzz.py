@@ -118,14 +118,8 @@ def seeds(draws: int, seed: int) -> Iterator[int]:
     yield from (1_000_000 * seed + i for i in range(draws))
 
 
-def compiles_an_operator(case: Case) -> bool:
-    """Half a minute: tests/run.sh compiles those of Adam only."""
-    return "offload_optimizer" in case.zero and case.base in ("Adagrad", "Lion")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", type=int, help="run the draw of this seed only")

@@ -1,4 +1,4 @@
-"""What lies where in a wrapper's shards: whose elements, in which memory, and which copies of them."""
+"""What lies where in a wrapper's shards, and which copies there are of it."""
 
 from __future__ import annotations
 
@@ -11,55 +11,23 @@ import torch
 from .inside import shards as shards_of
 from .inside import stored_v
 from .ranks import run_on_ranks
-from .test_options import FP32_SUMS, OFFLOAD, check
+from .test_options import OFFLOAD, check
 from .training import Case, engine_for, master_weights, train_window
 
 
-def layout_is_right(case: Case) -> tuple[int, int, float]:
-    """Every segment of layout() must hold, in master_weights(), what DeepSpeed's own API gives for its parameter."""
+def padding(case: Case) -> float:
+    """What is left of this rank's master weights without those of any parameter."""
     with engine_for(case) as engine:
-        masters = master_weights(engine)
-        expected = {id(p): masters[name] for name, p in engine.module.named_parameters() if name in masters}
-        shards = shards_of(engine)
-        elements, padding = 0, 0.0
-        for flat, segments in zip(shards.master_weights(), shards.layout(), strict=True):
-            rest = flat.clone()
-            starts = [segment.start for segment in segments]
-            assert starts == sorted(starts)
+        flats = shards_of(engine).master_weights()
+        for flat, segments in zip(flats, shards_of(engine).layout(), strict=True):
             for segment in segments:
-                whole = expected[id(segment.parameter)].reshape(-1)
-                assert whole.numel() == segment.param_numel
-                part = whole[segment.param_offset:segment.param_offset + segment.numel]
-                here = slice(segment.start, segment.start + segment.numel)
-                assert part.equal(flat[here].float())
-                rest[here].zero_()
-                elements += segment.numel
-            padding += float(rest.abs().sum())
-        return elements, sum(p.numel() for p in expected.values()), padding
+                flat[segment.start:segment.start + segment.numel].zero_()
+        return sum(float(flat.abs().sum()) for flat in flats)
 
 
-LAYOUTS = [
-    *({"model": model, "stage": stage, "world": world} for model, world in [("straddling", 2), ("tiny", 4)]
-      for stage in (1, 2, 3)),
-    *({"zero": {key: True}, "stage": stage, "world": 3, "two_groups": True, "model": model}
-      for key, stage, model in [("round_robin_gradients", 1, "mlp"), ("round_robin_gradients", 2, "tiny"),
-                                ("parameter_alignment", 1, "tiny"), ("parameter_alignment", 2, "mlp")]),
-    *({"precision": "bf16", "stage": 0, "base": base, "two_groups": True} for base in ("SGD", "AdamW")),
-    *({"precision": "bf16", "stage": stage, "world": 3, "two_groups": True, "config": FP32_SUMS, "model": model}
-      for stage, model in [(1, "mlp"), (1, "tiny"), (2, "mlp"), (3, "tiny")]),
-    {"precision": "bf16", "stage": 3, "world": 4},
-]
-
-
-@pytest.mark.parametrize("case", [Case(**fields) for fields in LAYOUTS], ids=lambda c: "-".join(
-    [c.model, f"stage{c.stage}", f"world{c.world}", c.precision, c.base, *c.zero]))
-def test_layout(case: Case) -> None:
-    """Every element lives on exactly one rank, or on each at stage 0. Padding holds nothing, where a nan may have been,
-    of whatever lay in that memory before."""
-    owned, whole, padding = zip(*run_on_ranks(case.world, layout_is_right, case), strict=True)
-    assert case.model != "tiny" or case.world < 4 or 0 in owned, "one rank was meant to own nothing"
-    assert all(n == whole[0] for n in owned) if case.stage == 0 else sum(owned) == whole[0]
-    assert not any(padding)
+def test_padding_holds_nothing() -> None:
+    """Where a nan may have been, of whatever lay in that memory before."""
+    assert run_on_ranks(4, padding, Case(stage=3, world=4, precision="bf16")) == [0.0] * 4
 
 
 def stored_bytes(case: Case) -> tuple[int, int]:

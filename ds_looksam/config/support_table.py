@@ -46,7 +46,7 @@ SUPPORTED = (
               ("test_bf16_masters.py::test_one_rank_tight", "test_bf16_masters.py::test_ranks")),
     Supported("`overlap_comm`, `contiguous_gradients` off, `round_robin_gradients`, `reduce_scatter` off, "
               "`use_multi_rank_bucket_allreduce` off, `parameter_alignment`, bucket sizes", (1, 2), FULL, False,
-              ("test_options.py::test_options", "test_shards.py::test_layout")),
+              ("test_options.py::test_options", )),
     Supported("`gradient_predivide_factor`, `prescale_gradients`", ALL, FULL, False,
               ("test_options.py::test_options", )),
     Supported("`communication_data_type`", ZERO, EVERY, False,
