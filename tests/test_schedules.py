@@ -28,17 +28,13 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 }
 
 
-def train_on_schedule(case: Case, scheduler: str, looksam: bool = True) -> tuple[dict[str, Tensor], list[list[dict]]]:
+def train_on_schedule(case: Case, looksam: bool = True) -> tuple[dict[str, Tensor], list[list[dict]]]:
     """The weights, and the hyper-parameters of each group at each update; without ``looksam`` those of a plain
     DeepSpeed run. Collective."""
-    def schedule(json: dict[str, Any]) -> None:
-        if scheduler != "torch":
-            json["scheduler"] = {"type": scheduler, "params": SCHEDULERS[scheduler]}
-
     def client(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.7**t)
 
-    with engine_for(case, looksam, adapt=schedule, lr_scheduler=client if scheduler == "torch" else None) as engine:
+    with engine_for(case, looksam, lr_scheduler=None if "scheduler" in case.config else client) as engine:
         hyper = []
         for update in range(case.updates):
             hyper.append([{key: group[key] for key in ("lr", "betas")} for group in engine.optimizer.param_groups])
@@ -50,8 +46,9 @@ def train_on_schedule(case: Case, scheduler: str, looksam: bool = True) -> tuple
     pytest.param(scheduler, stage, marks=[] if (i + stage) % 4 == 0 else pytest.mark.grid)
     for i, scheduler in enumerate(SCHEDULERS) for stage in range(4)])
 def test_schedulers(scheduler: str, stage: int) -> None:
-    case = Case(stage=stage, two_groups=True, updates=9, accumulation=2)
-    results = run_on_ranks(case.world, train_on_schedule, case, scheduler)
+    config = {} if scheduler == "torch" else {"scheduler": {"type": scheduler, "params": SCHEDULERS[scheduler]}}
+    case = Case(stage=stage, two_groups=True, updates=9, accumulation=2, config=config)
+    results = run_on_ranks(case.world, train_on_schedule, case)
     reference, module, groups = start_oracle(case)
     _, schedule = results[0]
     for update, hyper in enumerate(schedule):
@@ -62,8 +59,8 @@ def test_schedulers(scheduler: str, stage: int) -> None:
         assert hyper == schedule
         assert distance(weights, named(reference.w, module, groups)) <= TOLERANCE
     assert len({str(hyper) for hyper in schedule}) > 3, "the schedule was meant to move"
-    if scheduler != "torch":
-        assert schedule == run_on_ranks(case.world, train_on_schedule, case, scheduler, False)[0][1]
+    if config:
+        assert schedule == run_on_ranks(case.world, train_on_schedule, case, False)[0][1]
 
 
 def test_rho_follows_the_learning_rate_from_the_one_that_is_given() -> None:

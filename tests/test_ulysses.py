@@ -133,17 +133,36 @@ def engine_on_parts(case: Case, make: Make) -> Iterator[tuple[Any, Inputs]]:
         attention_functions["sdpa"] = plain
 
 
-def train(case: Case, make: Make = Attention, folder: str | None = None) -> dict[str, Tensor]:
-    """With a stop after four updates, to go on in another engine, if there is a folder."""
-    stops = [0, 4, case.updates] if folder else [0, case.updates]
-    for first, last in pairwise(stops):
+def train(case: Case, make: Make = Attention, folder: str | None = None, loss_fn: bool | None = None
+          ) -> dict[str, Tensor] | str:
+    """The weights, or what LookSAM refuses.
+
+    Args:
+        folder: for a stop after four updates, to go on in another engine.
+        loss_fn: the loss of the whole sequence is formed on each rank, by a collective outside the model, as in
+            DeepSpeed's tutorial (with all_gather there, whose backward torch does not have for gloo's groups); and
+            whether LookSAM is told of it.
+    """
+    import torch.distributed.nn.functional as differentiable
+
+    from ds_looksam import LookSAMReplayError
+
+    def whole(part_of_loss: Tensor, *inputs: Tensor) -> Tensor:
+        return differentiable.all_reduce(part_of_loss, group=engine.get_sequence_parallel_group())
+
+    for first, last in pairwise([0, 4, case.updates] if folder else [0, case.updates]):
         with engine_on_parts(case, make) as (engine, inputs):
+            engine.loss_fn = whole if loss_fn else None
             if first:
                 engine.load_checkpoint(folder)
             for update in range(first, last):
                 for micro_batch in inputs(update):
-                    engine.backward(engine(*micro_batch))
-                    engine.step()
+                    loss = engine(*micro_batch)
+                    engine.backward(loss if loss_fn is None else whole(loss))
+                    try:
+                        engine.step()
+                    except LookSAMReplayError as error:
+                        return str(error)
             if folder:
                 engine.save_checkpoint(folder)
             weights = master_weights(engine)
@@ -162,13 +181,10 @@ def by_oracle(case: Case, times: float, make: Make = Attention) -> dict[str, Ten
     return named(reference.w, module, parameters)
 
 
-def _grid(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.grid)
-
-
 @pytest.mark.parametrize("make, stage, zero", [
-    (Attention, 0, {}), _grid(Attention, 1, {}), (Attention, 2, {}), (Attention, 3, {}), (Attention, 2, OFFLOAD),
-    _grid(Attention, 3, OFFLOAD), _grid(Llama, 1, {}), (Llama, 2, {}), _grid(Llama, 3, {})])
+    (Attention, 0, {}), (Attention, 2, {}), (Attention, 3, {}), (Attention, 2, OFFLOAD), (Llama, 2, {}),
+    *(pytest.param(*rest, marks=pytest.mark.grid) for rest in [
+        (Attention, 1, {}), (Attention, 3, OFFLOAD), (Llama, 1, {}), (Llama, 3, {})])])
 def test_ulysses(make: Make, stage: int, zero: dict[str, Any]) -> None:
     times = TIMES.get(stage, 1.0)
     case = replace(CASE, stage=stage, zero=zero, clipping=0.2 * times if make is Attention else 0.0)
@@ -177,35 +193,13 @@ def test_ulysses(make: Make, stage: int, zero: dict[str, Any]) -> None:
         assert distance(got, expected) <= (OFFLOADED if zero else 1) * TOLERANCE
 
 
-def train_on_whole_loss(case: Case, loss_fn: bool) -> dict[str, Tensor] | str:
-    """The loss of the whole sequence is formed on each rank, by a collective outside the model, as in DeepSpeed's
-    tutorial (with all_gather there, whose backward torch does not have for gloo's groups)."""
-    import torch.distributed.nn.functional as differentiable
-
-    from ds_looksam import LookSAMReplayError
-
-    def whole(part_of_loss: Tensor, *inputs: Tensor) -> Tensor:
-        return differentiable.all_reduce(part_of_loss, group=engine.get_sequence_parallel_group())
-
-    with engine_on_parts(case, Attention) as (engine, inputs):
-        engine.loss_fn = whole if loss_fn else None
-        for update in range(case.updates):
-            for micro_batch in inputs(update):
-                engine.backward(whole(engine(*micro_batch)))
-                try:
-                    engine.step()
-                except LookSAMReplayError as error:
-                    return str(error)
-        return master_weights(engine)
-
-
 def test_loss_added_up_outside_the_model() -> None:
     """The backward of that collective adds up as well, so the gradient is that of the loss times SEQUENCE_RANKS."""
     case = replace(CASE, clipping=0.2 * SEQUENCE_RANKS)
     expected = by_oracle(case, times=SEQUENCE_RANKS)
-    for got in run_on_ranks(WORLD, train_on_whole_loss, case, True):
+    for got in run_on_ranks(WORLD, train, case, Attention, None, True):
         assert distance(got, expected) <= TOLERANCE
-    for message in run_on_ranks(WORLD, train_on_whole_loss, CASE, False):
+    for message in run_on_ranks(WORLD, train, CASE, Attention, None, False):
         assert "engine.loss_fn" in message and "_AllReduceBackward" in message
 
 

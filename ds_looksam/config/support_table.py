@@ -43,7 +43,7 @@ SUPPORTED = (
     Supported("`fp16` with a dynamic loss scale, overflow in either evaluation", ALL, ("fp16", ), False,
               ("test_overflow.py::test_skipped", "test_overflow.py::test_loss_scale_may_change_between_sam_and_reuse")),
     Supported("`bf16_master_weights_and_grads`, `bf16_optimizer_states`", ZERO, ("bf16", ), True,
-              ("test_bf16_masters.py::test_one_rank_tight", "test_bf16_masters.py::test_ranks")),
+              ("test_options.py::test_bf16_masters", "test_options.py::test_bf16_masters_on_ranks")),
     Supported("`overlap_comm`, `contiguous_gradients` off, `round_robin_gradients`, `reduce_scatter` off, "
               "`use_multi_rank_bucket_allreduce` off, `parameter_alignment`, bucket sizes", (1, 2), FULL, False,
               ("test_options.py::test_options", )),
