@@ -59,7 +59,7 @@ SUPPORTED = (
     Supported("`offload_optimizer` to `cpu`, DeepSpeed's CPU optimizers or torch's", ZERO, BF16, True,
               ("test_options.py::test_wrappers", )),
     Supported("`offload_optimizer` to `nvme`", (3, ), BF16, True,
-              ("test_offload.py::test_optimizer_state_on_nvme", )),
+              ("test_shards.py::test_optimizer_state_on_nvme", )),
     Supported("`offload_param` to `cpu`", (3, ), BF16, True, ("test_options.py::test_wrappers", )),
     Supported("models built under `deepspeed.zero.Init`", (3, ), FULL, False,
               ("test_options.py::test_options", )),
