@@ -239,7 +239,8 @@ OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "predivided": (ALL, {"config": {"gradient_predivide_factor": 4.0}, "zero": WHOLE}),
     "prescaled": (ALL, {"config": {"prescale_gradients": True}, "zero": WHOLE}),
     # Gradient buffers outlive the step: a parameter that takes no part in a micro-batch has none of an earlier one's.
-    "offload-sometimes": (ZERO, {"zero": OFFLOAD, "model": "sometimes", "accumulation": 3}),
+    "offload-sometimes": (ZERO, {"zero": OFFLOAD, "model": "sometimes", "accumulation": 3, "alpha": "auto",
+                                 "updates": 9}),
     # Stage 3: where parameters lie, and which gathered copies of them exist. One of the old weights that survives the
     # perturbation, or one of w + eps that survives the restore, is off by rho.
     "persistence-none": (ZERO3, _zero(stage3_param_persistence_threshold=0)),
