@@ -325,7 +325,7 @@ def test_options(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("seed", seeds(10, seed=0))
+@pytest.mark.parametrize("seed", list(seeds(10, seed=0)))
 def test_draws(seed: int) -> None:
     """A short run of the fuzz command; ``python -m tests.fuzz --draws 300`` is the long one."""
     check_draw(seed)
