@@ -17,10 +17,10 @@ def product(grid: Grid) -> Iterator[dict[str, Any]]:
         yield dict(zip(grid, values, strict=True))
 
 
-def covering(grid: Grid, strength: int, pairs: Collection[str] = (), candidates: int = 30, seed: int = 0
-             ) -> list[dict[str, Any]]:
-    """Rows of ``grid`` such that every choice of ``strength`` keys and of one value for each is in some row; of the
-    keys in ``pairs``, with each other and with the others, every choice of two.
+def covering(grid: Grid, strength: int, pairs: Collection[str] = (), candidates: int = 30, seed: int = 0,
+             valid: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict[str, Any]]:
+    """Rows of ``grid`` such that every choice of ``strength`` keys and of one value for each is in some row, of those
+    that ``valid`` rows have; of the keys in ``pairs``, with each other and with the others, every choice of two.
 
     Greedy: each row starts from a combination not covered yet and takes the best of ``candidates`` random completions.
     The same arguments give the same rows.
@@ -39,10 +39,14 @@ def covering(grid: Grid, strength: int, pairs: Collection[str] = (), candidates:
         for _ in range(candidates):
             row = {key: draw.choice(grid[key]) for key in keys} | dict(zip(names, values, strict=True))
             row = {key: row[key] for key in keys}
+            if not valid(row):
+                continue
             covered = {(some, tuple(row[n] for n in some)) for some in chosen} & missing.keys()
             if len(covered) > len(best_covered):
                 best, best_covered = row, covered
-        assert best is not None
+        if best is None:  # no valid row has them
+            del missing[names, values]
+            continue
         rows.append(best)
         for combination in best_covered:
             del missing[combination]

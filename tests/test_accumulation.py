@@ -85,7 +85,7 @@ def test_ways_to_accumulate(way: Way, stage: int, settings: dict[str, Any]) -> N
     case = Case(stage=stage, accumulation=3, clipping=0.05, updates=5, config=CONFIG.get(way, {}), **settings)
     reference, expected = run_oracle(case)
     for result in run_on_ranks(case.world, train, case, loop=way):
-        # Three times for DeepSpeedCPUAdam: see test_offload.
+        # Three times for DeepSpeedCPUAdam: see test_options.
         assert distance(result.weights, expected) <= TOLERANCE * (3 if case.zero else 1)
         assert (result.updates, result.evaluations) == (case.updates, reference.evaluations)
         assert result.forwards == reference.evaluations * case.accumulation, "replays are whole windows"

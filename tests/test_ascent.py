@@ -104,7 +104,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     Case(**{"model": "straddling", "accumulation": 2, "clipping": 0.05, "updates": 7, "ascent": ascent, **settings})
     for ascent, settings in SETTINGS], ids=_id)
 def test_options(case: Case) -> None:
-    check_against_oracle(case, 3 * TOLERANCE)  # DeepSpeedCPUAdam: see test_offload
+    check_against_oracle(case, 3 * TOLERANCE)  # DeepSpeedCPUAdam: see test_options
 
 
 @pytest.mark.parametrize(("stage", "layer_scale"), [(0, "gradient"), (1, "norm"), (2, None), (3, "relative")])

@@ -19,9 +19,9 @@ from ds_looksam.arithmetic.choose import COMPILES_ON_CPU, choose_passes
 from ds_looksam.arithmetic.eager import EAGER
 
 from .test_algebra import CHECKS, CPU
-from .test_low_precision import TIGHT
+from .test_options import BF16_V, TIGHT
+from .test_options import V_ROUNDED as ROUNDED
 from .test_oracle_grid import TOLERANCE
-from .test_v_dtype import BF16_V, ROUNDED
 from .training import DTYPES, Case, check_against_oracle
 
 pytestmark = pytest.mark.skipif(Version(torch.__version__) < COMPILES_ON_CPU, reason="refused with this torch")

@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 TOLERANCE = 3e-5
-"""fp32, as in test_offload.py: DeepSpeed's Adams keep 1 - beta2^t as a float. In low precision that of the fuzz
+"""fp32, as in test_options.py: DeepSpeed's Adams keep 1 - beta2^t as a float. In low precision that of the fuzz
 command: a GPU adds up in another order than the oracle on its CPU, so that activations and gradients that lie near a
 rounding boundary come out one unit apart."""
 EFFECT = 2

@@ -1,9 +1,9 @@
-"""What Look-LayerSAM promises beside its weights: what it sends, its rules' invariances, and where elements belong."""
+"""What Look-LayerSAM, LAMB and LARS promise beside their weights: what they send, and where elements belong."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -13,81 +13,54 @@ from torch import nn
 
 from ds_looksam.arithmetic.layerwise import perturbation_scales
 from ds_looksam.arithmetic.layout import LayerMap, Segment
-from ds_looksam.config.params import parse_params
-from ds_looksam.errors import LookSAMConfigError
 
-from .collectives import Collective, Recorder
+from .collectives import Collective
+from .costs import record_steps
 from .models import make_model
 from .ranks import run_on_ranks
-from .training import Case, engine_for, train_window
+from .test_optimizers import SUB_GROUPS
+from .training import Case
 
 CPU = torch.device("cpu")
+LAYERS = sum(1 for _ in make_model("mlp").parameters())
 
 
-def _sam_and_reuse_step(case: Case) -> list[list[Collective]]:
-    """What a SAM step's and a reuse step's windows send, after a first round in which stage 3 records its trace."""
-    with engine_for(case) as engine:
-        sent = []
-        for update in range(4):
-            with Recorder() as recorder:
-                train_window(engine, case, update)
-            sent.append(recorder.collectives)
-        return sent[2:]
+def _sent(case: Case, looksam: bool = True) -> list[list[list[Collective]]]:
+    """By rank and window. In the first two stage 3 records its trace."""
+    return [[step.evaluation + step.update for step in steps][2:]
+            for steps in run_on_ranks(2, record_steps, replace(case, updates=4), looksam, partial(make_model, "mlp"))]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_layerwise_sends_no_more_than_looksam(stage: int) -> None:
     """The layers' norms ride in the all-reduce of ‖g‖² and ‖v‖², two float64 per layer; nothing else is sent."""
-    looksam = Case(stage=stage, k=2, alpha=0.7)
-    layers = sum(1 for _ in make_model(looksam.model).parameters())
-    plain = run_on_ranks(2, _sam_and_reuse_step, looksam)
-    by_layer = run_on_ranks(2, _sam_and_reuse_step, replace(looksam, layer_scale="norm"))
-    for (sam, reuse), (layer_sam, layer_reuse) in zip(plain, by_layer, strict=True):
+    case = Case(stage=stage, k=2, alpha=0.7)
+    for (sam, reuse), (layer_sam, layer_reuse) in zip(_sent(case), _sent(replace(case, layer_scale="norm")),
+                                                      strict=True):
         assert layer_reuse == reuse
         first = sam.index(Collective("allreduce", 8 * 2, ranks=2))
-        assert layer_sam == [*sam[:first], Collective("allreduce", 8 * (2 * layers + 1), ranks=2), *sam[first + 1:]]
+        assert layer_sam == [*sam[:first], Collective("allreduce", 8 * (2 * LAYERS + 1), ranks=2), *sam[first + 1:]]
 
 
-# The rules ----------------------------------------------------------------------------------------------------------
-
-
-def _scales(rule: Any, w: list[float], g: list[float], layerwise: list[bool] | None = None,
-            loss_scale: float = 1.0) -> torch.Tensor:
-    """From norms to the layers' scales; test_update.py compares what comes of them with the oracle."""
-    wanted = torch.tensor(layerwise if layerwise is not None else [True] * len(w))
-    double = [torch.tensor(x, dtype=torch.float64) for x in (w, g, [0.1] * len(w))]
-    scales = perturbation_scales(double[0]**2, (double[1] * loss_scale)**2, wanted, double[2], rule, loss_scale)
-    assert scales[-1] == 0
-    return scales[:-1].double() * loss_scale
-
-
-W, G = [3.0, 0.0, 2.0, 1.0, 5.0], [0.1, 0.4, 0.0, 2.0, 0.5]
-"""Norms of five layers; the second has no weights yet, the third no gradient."""
-
-
-@pytest.mark.parametrize("rule", ["norm", "relative", "gradient"])
-def test_loss_scale_changes_nothing(rule: str) -> None:
-    layerwise = [True, True, True, False, True]
-    scaled = _scales(rule, W, G, layerwise, loss_scale=2.0**16)
-    assert scaled.tolist() == pytest.approx(_scales(rule, W, G, layerwise).tolist(), rel=1e-6)
+@pytest.mark.parametrize("case", [Case(stage=2, base="Lamb", two_groups=True),
+                                  Case(stage=3, base="Lars", two_groups=True, zero=SUB_GROUPS)],
+                         ids=lambda case: f"stage{case.stage}")
+def test_trust_ratios_take_one_small_all_reduce(case: Case) -> None:
+    """However many flat tensors the wrapper steps through: beside what AdamW sends, one vector of two per layer."""
+    for sent, plain in zip(_sent(case, False), _sent(replace(case, base="AdamW"), False), strict=True):
+        extra = list(sent[-1])
+        for call in plain[-1]:
+            extra.remove(call)
+        assert extra == [Collective("allreduce", 8 * (2 * LAYERS + 2), ranks=2)]
 
 
 @pytest.mark.parametrize("rule", ["norm", "relative", "gradient"])
 @pytest.mark.parametrize("g", [[0.0, 0.0], [float("inf"), 1.0], [float("nan"), 1.0], [1e-300, 0.0]])
 def test_nothing_is_ever_divided_by_zero(rule: str, g: list[float]) -> None:
-    assert torch.isfinite(_scales(rule, [1.0, 0.0], g)).all()
-
-
-def test_json_keys() -> None:
-    assert parse_params({}, "LookLayerSAM")[0].layerwise
-    assert not parse_params({}, "LookSAM")[0].layerwise
-    assert parse_params({"layerwise": True, "layer_scale": "relative"})[0].layer_scale == "relative"
-    with pytest.raises(LookSAMConfigError, match="layerwise: false contradicts"):
-        parse_params({"layerwise": False}, "LookLayerSAM")
-    with pytest.raises(LookSAMConfigError, match=r"optimizer\.params\.layer_scale"):
-        parse_params({"layer_scale": "global"})
-    with pytest.raises(LookSAMConfigError, match=r"optimizer\.params\.layerwise"):
-        parse_params({"layerwise": 1})
+    """The second layer has no weights yet."""
+    w, g, rho = (torch.tensor(values, dtype=torch.float64) for values in ([1.0, 0.0], g, [0.1, 0.1]))
+    scales = perturbation_scales(w**2, g**2, torch.tensor([True, True]), rho, rule, 1.0)
+    assert torch.isfinite(scales).all() and scales[-1] == 0
 
 
 # Which layer an element belongs to ----------------------------------------------------------------------------------
@@ -136,8 +109,8 @@ def test_all_ranks_together_hold_every_element_once(sizes: list[int], world: int
     values[-1] = 0
     seen = [torch.zeros(size, dtype=torch.int64) for size in sizes]
     for rank in range(world):
-        segments, size = (partition_zero3(sizes, world, rank) if stage == 3 else
-                          partition_zero12(sizes, world, rank, alignment))
+        segments, size = (partition_zero3(sizes, world, rank) if stage == 3
+                          else partition_zero12(sizes, world, rank, alignment))
         layers = LayerMap([segments], [size], groups, CPU)
         out = layers.zeros(1)[:, 0]
         for lo in range(0, size, chunk):

@@ -35,7 +35,7 @@ from .training import Case, allowed, distance, named, run_oracle, start_oracle
 CPU = torch.device("cpu")
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4}
-"""By how g_v is kept. fp32 as in test_oracle_grid; bf16 as in test_v_dtype, against an oracle that rounds it too."""
+"""By how g_v is kept. fp32 as in test_oracle_grid; bf16 as in test_options, against an oracle that rounds it too."""
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad,

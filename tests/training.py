@@ -308,8 +308,9 @@ def start_oracle(case: Case, dtype: torch.dtype = torch.float64, v_dtype: torch.
     if case.stage == 0 and case.precision != "fp32":
         # Oddities of plain DeepSpeed 0.19.8 (shards/fp16.py): a step with gradient 0 when the wrapper is built, which
         # the model's weights do not show until the first update, and gradients divided by a loss scale they don't have.
-        reference.stale_w = reference.w
-        reference.w = reference.base.step(reference.w, torch.zeros_like(reference.w))
+        if not case.by_layer:  # LAMB and LARS see that it is no update
+            reference.stale_w = reference.w
+            reference.w = reference.base.step(reference.w, torch.zeros_like(reference.w))
         reference.divisor = case.loss_scale if case.precision == "fp16" else 1.0
     schedule = case.params.get("rho_schedule", {})
     reference.off = schedule.get("off_updates", 0)
@@ -391,7 +392,7 @@ def error_to_nearest(weights: dict[str, Tensor], case: Case, dtype: torch.dtype,
     """Relative error to the nearest of the oracles whose weights are off, after each update, by what fp32 rounds.
 
     A master weight that close to a boundary between two numbers of bf16 or fp16 is rounded to either side, and the next
-    evaluation sees it a whole step (2^-8, 2^-11 of itself) apart. One run of some fifteen of test_low_precision's has
+    evaluation sees it a whole step (2^-8, 2^-11 of itself) apart. One run of some fifteen of test_options' has
     such a weight and ends 1e-3 away from the oracle, but 1e-6 from an oracle that took the same side.
     """
     def error(nudge: float, seed: int) -> float:

@@ -17,13 +17,13 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 def tag_for_muon(config_class: Any, model: torch.nn.Module) -> None:
     """Mark the parameters that Muon trains, if it is the base: deepspeed.initialize saw only "LookSAM" there. Shown by
-    test_muon.py."""
+    test_options.py with Muon."""
     deepspeed.set_optimizer_flags(config_class, model)
 
 
 def keep_group_keys(given: list[Any], optimizer: torch.optim.Optimizer) -> None:
     """Bring back what DeepSpeed drops of a user's param groups when it makes two of each, for Muon and for its Adam.
-    Shown by test_muon.py with two groups."""
+    Shown by test_options.py with Muon."""
     for built in optimizer.param_groups:
         if "use_muon" in built:
             first = built["params"][0]
@@ -36,7 +36,7 @@ def keep_group_keys(given: list[Any], optimizer: torch.optim.Optimizer) -> None:
 def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:
     """Undo what DeepSpeed's ZeRO wrappers do to ``torch.optim.Adagrad``: they put a new one, made from its defaults, in
     its place, because its state is made at construction, for other parameters. Every param group but one is lost with
-    it, and what the groups brought. Shown by test_bases.py with Adagrad."""
+    it, and what the groups brought. Shown by test_options.py with Adagrad."""
     if not isinstance(adagrad, torch.optim.Adagrad) or getattr(wrapper, "optimizer", adagrad) is adagrad:
         return
     in_stage_3 = hasattr(wrapper, "fp32_partitioned_groups_flat")
@@ -66,7 +66,7 @@ def whole_pickles(checkpoint_engine: CheckpointEngine) -> Iterator[None]:
 def keeping_trust_ratios(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """ZeRO-3 gives every param group the keys of the first one when it loads a universal checkpoint. Afterwards which
     groups have trust ratios is what this run's groups say (test_optimizers.py,
-    test_groups_left_out_stay_left_out_after_a_universal_checkpoint)."""
+    test_lamb_goes_on_at_another_world_size_and_stage)."""
     wanted = [group.get("trust_ratio") for group in optimizer.param_groups]
     yield
     for group, value in zip(optimizer.param_groups, wanted, strict=True):
