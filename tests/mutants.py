@@ -64,7 +64,7 @@ MUTANTS = [
     Mutant("arithmetic/layerwise.py", "scaled = «layerwise & →»(w_squared > 0)",
            "layer-wise: a group that is left out is scaled all the same"),
     Mutant("arithmetic/layerwise.py", "g_squared = g_squared / loss_scale«**2→»",
-           "layer-wise: the loss scale taken out once too little", f"{UPDATE} -k loss_scale"),
+           "layer-wise: the loss scale taken out once too little", "test_update.py -k loss_scale"),
     Mutant("arithmetic/layout.py", "if size > end«→ + 10**9»:", "padding at a shard's end counts as the last layer's",
            "test_layerwise.py"),
     Mutant("arithmetic/triton_passes.py", "tl.store(g_ptr + offsets, d «-→+» tl.load(along_ptr) * g",

@@ -32,6 +32,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward", "trainer", "_train
 _OF_DEEPSPEED = ("ds_", "_ds", "_external_params", "_original_parameters", "applied_pre_backward", "pre_bwd_fn",
                  "post_bwd_fn")
 _NOT_ENTERED = {"torch", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"}
+_PLAIN = {type(None), bool, int, float, str, bytes}  # nothing is in them; looked up first, for there are many
 _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
 _DEPTH = 4
 
@@ -56,6 +57,7 @@ class ModuleState:
         self._metric_states = {id(vars(m).get(name)) for m in _instances(modules, "Metric", "torchmetrics")
                                for name in m._defaults}  # type: ignore[union-attr]
         self._contents = [restore for m, attributes in self._attributes for name, value in attributes.items()
+                          if type(value) not in _PLAIN
                           for restore in self._contents_of(value, f"{type(m).__name__}.{name}", _DEPTH)]
 
     def restore(self) -> list[str]:
@@ -76,9 +78,9 @@ class ModuleState:
 
     def _contents_of(self, value: Any, name: str, depth: int) -> Iterator[Restore]:
         """What puts back the contents of ``value`` and of all that is in it."""
-        if value is None or isinstance(value, (bool, int, float, str, bytes, type, nn.Module, nn.Parameter)):
-            return
         if not depth or id(value) in self._known:
+            return
+        if isinstance(value, (int, float, str, bytes, type, nn.Module, nn.Parameter)):
             return
         self._known.add(id(value))
         inner: Iterable[Any] = ()
@@ -102,7 +104,8 @@ class ModuleState:
             inner = list(vars(value).values())
             yield partial(_refill, vars(value), dict(vars(value)))
         for item in inner:
-            yield from self._contents_of(item, name, depth - 1)
+            if type(item) not in _PLAIN:
+                yield from self._contents_of(item, name, depth - 1)
 
     def _copy_of(self, value: Any) -> Iterator[Restore]:
         if id(value) not in self._metric_states:  # those are copied whatever their size: they are counted up in place
