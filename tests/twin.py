@@ -30,19 +30,21 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
 
-    def traces(self) -> Any:
-        """What a forward leaves behind, where it is more than gradients."""
-        return ({name: buffer.data for name, buffer in self.named_buffers()},
-                [p.data for p in self.parameters() if not p.requires_grad],
-                {name: getattr(self, name) for name in self.kept})
 
-    def retrace(self, traces: Any) -> None:
-        buffers, frozen, kept = traces
-        vars(self).update(kept)
-        for name, buffer in self.named_buffers():
-            buffer.data.copy_(buffers[name])
-        for p, value in zip((p for p in self.parameters() if not p.requires_grad), frozen, strict=True):
-            p.data = value
+def traces(module: nn.Module) -> Any:
+    """What a forward leaves behind, where it is more than gradients."""
+    return ({name: buffer.data for name, buffer in module.named_buffers()},
+            [p.data for p in module.parameters() if not p.requires_grad],
+            {name: getattr(module, name) for name in getattr(module, "kept", ())})
+
+
+def retrace(module: nn.Module, left: Any) -> None:
+    buffers, frozen, kept = left
+    vars(module).update(kept)
+    for name, buffer in module.named_buffers():
+        buffer.data.copy_(buffers[name])
+    for p, value in zip((p for p in module.parameters() if not p.requires_grad), frozen, strict=True):
+        p.data = value
 
 
 def batches(micro_batches: int, tensors: int = 2) -> list[list[tuple[Tensor, ...]]]:
@@ -56,7 +58,7 @@ class Twin:
     """``module``: what ``build`` makes, in float64. Which of its parameters require grad may change between updates,
     and the groups of ``optimizer``. ``edit``: what is done to it after each evaluation."""
 
-    def __init__(self, build: Callable[[], Net], looksam: bool = True,
+    def __init__(self, build: Callable[[], nn.Module], looksam: bool = True,
                  edit: Callable[[Any], None] | None = None) -> None:
         self.module, self.looksam, self.edit = build().double(), looksam, edit
         self.optimizer = torch.optim.SGD([p for p in self.module.parameters() if p.requires_grad], **SGD)
@@ -74,17 +76,17 @@ class Twin:
 
     def update(self, losses: Callable[[Any], list[Tensor]]) -> None:
         """One update by the losses of a window's micro-batches, as a function of the model."""
-        before = copy.deepcopy(self.module.traces())
+        before = copy.deepcopy(traces(self.module))
         u = g = self._gradient(losses)
         if self.looksam and self.updates % K == 0:
-            after, clean = copy.deepcopy(self.module.traces()), {p: p.detach().clone() for p in g}
-            self.module.retrace(before)
+            after, clean = copy.deepcopy(traces(self.module)), {p: p.detach().clone() for p in g}
+            retrace(self.module, before)
             for p in g:
                 p.data += RHO / _length(g) * g[p]
             u = self._gradient(losses)
             for p in g:
                 p.data.copy_(clean[p])
-            self.module.retrace(after)
+            retrace(self.module, after)
             along = sum((g[p] * u[p]).sum() for p in g) / _length(g)**2
             self.v = {p: u[p] - along * g[p] for p in g}
         elif self.looksam:
@@ -98,8 +100,8 @@ class Twin:
     def check(self, engine: Any) -> None:
         """The engine's weights, and what its forwards have left behind."""
         expected = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
-        pairs = zip(*(tree_leaves(tree) for tree in [(master_weights(engine), engine.module.traces()),
-                                                     (expected, self.module.traces())]), strict=True)
+        pairs = zip(*(tree_leaves(tree) for tree in [(master_weights(engine), traces(engine.module)),
+                                                     (expected, traces(self.module))]), strict=True)
         for got, of_twin in ((_state(one), _state(other)) for one, other in pairs):
             if isinstance(got, Tensor):
                 error, length = (got.double() - of_twin).norm(), of_twin.double().norm()
