@@ -29,6 +29,7 @@ def test_defaults_and_keys_of_the_base_optimizer() -> None:
     ({"rho": -0.1}, "rho"), ({"rho": float("nan")}, "rho"), ({"rho": float("inf")}, "rho"), ({"rho": "auto"}, "rho"),
     ({"alpha": -1}, "alpha"), ({"alpha": "Auto"}, "alpha"), ({"alpha": None}, "alpha"),
     ({"base_optimizer": ""}, "base_optimizer"), ({"base_optimizer": 3}, "base_optimizer"),
+    ({"layer_scale": "global"}, "layer_scale"), ({"layerwise": 1}, "layerwise"), ({"v_dtype": "fp16"}, "v_dtype"),
     ({"lr": -1.0}, "lr"), ({"lr": "auto"}, "lr"), ({"betas": [0.9, 1.0]}, "betas"), ({"betas": [0.9]}, "betas"),
     ({"eps": -1e-8}, "eps"), ({"weight_decay": "0.1"}, "weight_decay"), ({"momentum": float("inf")}, "momentum"),
 ])  # yapf: disable
