@@ -107,19 +107,19 @@ def test_predictions_are_those_of_the_docs(arguments):
 
 # As rank 0 of 4,096, LookSAM does what it does as rank 0 of 8 ---------------------------------------------------------
 
-STAGES = (2, 3)  # 1 is 2 with another order of the same reductions; 0 sends nothing, see test_costs.py
+# Stage 1 is 2 with another order of the same reductions; 0 sends nothing, see test_costs.py.
 
 
-@pytest.fixture(scope="module")
-def scaled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Row]:
-    """What the program measured, by stage and world size. It fails by itself where its formulas do not hold."""
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.grid), 3])
+def scaled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[int, Row]:
+    """What the program measured, by world size. It fails by itself where its formulas do not hold."""
     file = tmp_path_factory.mktemp("scale") / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.scale", "--model", "tiny", "--stage", *map(str, STAGES),
+    command = [sys.executable, "-m", "benchmarks.scale", "--model", "tiny", "--stage", str(request.param),
                "--world", "8", "4096", "--json", str(file)]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
                             text=True, timeout=850)
     assert result.returncode == 0, result.stdout + result.stderr
-    return {(row["stage"], row["world"]): Row(**row | {key: measured(row[key]) for key in ("base", "ours")})
+    return {row["world"]: Row(**row | {key: measured(row[key]) for key in ("base", "ours")})
             for row in json.loads(file.read_text())}
 
 
@@ -133,16 +133,15 @@ def measured(values: dict[str, Any]) -> Measured:
 
 @pytest.mark.timeout(900)  # ten seconds of computing, which a busy machine stretches
 def test_nothing_grows_with_the_world_size(scaled):
-    for stage in STAGES:
-        few, many = scaled[stage, 8], scaled[stage, 4096]
-        for kind in ("sam", "reuse"):
-            assert 0 < many.ours.steps[kind].lines <= few.ours.steps[kind].lines, (stage, kind)
-            assert sum(many.extra(kind).values()) == sum(few.extra(kind).values())
-        assert 0 < many.ours.map_lines <= few.ours.map_lines
-        assert len(many.ours.startup) == len(few.ours.startup)
-        # Versions are compared once: everything else at start-up is DeepSpeed's.
-        extra = Counter(many.ours.startup) - Counter(many.base.startup)
-        assert extra == Counter([Collective("allreduce", 16, 4096)])
+    few, many = scaled[8], scaled[4096]
+    for kind in ("sam", "reuse"):
+        assert 0 < many.ours.steps[kind].lines <= few.ours.steps[kind].lines, kind
+        assert sum(many.extra(kind).values()) == sum(few.extra(kind).values())
+    assert 0 < many.ours.map_lines <= few.ours.map_lines
+    assert len(many.ours.startup) == len(few.ours.startup)
+    # Versions are compared once: everything else at start-up is DeepSpeed's.
+    extra = Counter(many.ours.startup) - Counter(many.base.startup)
+    assert extra == Counter([Collective("allreduce", 16, 4096)])
 
 
 def lines_to_map(depth: int) -> tuple[int, int]:
@@ -161,7 +160,7 @@ def test_the_map_of_segments_is_linear_in_tensors():
 
 @pytest.mark.timeout(900)
 def test_the_program_notices_what_a_formula_does_not_explain(scaled):
-    row = scaled[2, 4096]
+    row = scaled[4096]
     assert row.problems() == []
     for kind, message in (("reuse", "a reuse step adds"), ("sam", "a SAM step adds")):
         step = row.ours.steps[kind]
@@ -336,6 +335,7 @@ def serve_known_ends(pipe: Any, folder: Path, rendezvous: str) -> None:
         pipe.send(("done", None if job.seed == 5 else asdict(job)))
 
 
+@pytest.mark.grid  # five processes that import DeepSpeed
 def test_side_by_side_a_lost_process_costs_one_run(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence_pool, "describe", str)
     board = Board(tmp_path, "runs.jsonl", [Job(TASK, "base", seed, 30, 1e-3) for seed in range(1, 8)])

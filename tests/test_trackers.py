@@ -82,6 +82,7 @@ def wandb(folder: Path) -> Iterator[Event]:
                 yield item.key or ".".join(item.nested_key), float(json.loads(item.value_json)), history.step.num
 
 
+@pytest.mark.grid  # a service of its own is started; what monitors are told is in test_metrics.py
 @pytest.mark.parametrize(("tracker", "package", "read"), [("wandb", "wandb", wandb), ("comet", "comet_ml", comet)])
 def test_the_service_keeps_what_it_is_told(tracker: str, package: str, read: Any, tmp_path: Path) -> None:
     """In a process of its own: these packages start services and hook into others when they are imported."""
