@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-MAX_POOLS = 3
+MAX_POOLS = 4
 """World sizes kept alive at once: a rank process costs about 100 MB beside what it shares with the fork server."""
 PRELOADED = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.zero.stage3", "ds_looksam",
              "torch._dynamo", "tests.ranks", "tests.training", "transformers.models.vit.modeling_vit"]

@@ -63,7 +63,7 @@ SCHEDULES = {"constant": {}, "linear": {"type": "linear", "start": 1.0, "end": 0
 
 def _cases(rows: list[dict[str, Any]]) -> list[Case]:
     """Stage 3's weights are shared: it has "global_micro_batch" alone."""
-    return [Case(**{key: value for key, value in row.items() if key != "schedule"}, updates=9,
+    return [Case(**{key: value for key, value in row.items() if key != "schedule"}, updates=7,
                  rho=0.01 if row["layer_scale"] == "relative" else 0.1,
                  params={"rho_schedule": SCHEDULES[row["schedule"]]})
             for row in rows if row["stage"] < 3 or row["ascent"] == "global_micro_batch"]

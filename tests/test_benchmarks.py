@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -26,13 +24,13 @@ from benchmarks.evidence_plan import PLANS, Board, Part, jobs, read
 from benchmarks.evidence_pool import run_in_turn
 from benchmarks.evidence_run import Job, sharpness
 from benchmarks.evidence_tasks import TASKS, Data, wrong_labels
-from benchmarks.scale import Measured, Row, Step, lines_of_package
+from benchmarks.scale import Row, in_fresh_process, lines_of_package, measure
 
 from .collectives import Collective
 from .inside import shards as shards_of
 from .inside import stored_v
 from .models import CLASSES, FEATURES
-from .ranks import run_on_ranks
+from .ranks import PRELOADED, run_on_ranks
 from .training import Case, engine_for, train_window
 
 ROOT = Path(__file__).parent.parent
@@ -111,24 +109,14 @@ def test_predictions_are_those_of_the_docs(arguments):
 
 
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.grid), 3])
-def scaled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[int, Row]:
-    """What the program measured, by world size. It fails by itself where its formulas do not hold."""
-    file = tmp_path_factory.mktemp("scale") / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.scale", "--model", "tiny", "--stage", str(request.param),
-               "--world", "8", "4096", "--json", str(file)]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                            text=True, timeout=850)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return {row["world"]: Row(**row | {key: measured(row[key]) for key in ("base", "ours")})
-            for row in json.loads(file.read_text())}
-
-
-def measured(values: dict[str, Any]) -> Measured:
-    def collectives(of: dict[str, Any], *keys: str) -> dict[str, Any]:
-        return of | {key: [Collective(**c) for c in of[key]] for key in keys}
-
-    steps = {kind: Step(**collectives(step, "evaluation", "update")) for kind, step in values["steps"].items()}
-    return Measured(**collectives(values, "startup") | {"steps": steps})
+def scaled(request: pytest.FixtureRequest) -> dict[int, Row]:
+    """What the program measures, by world size."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    rows = {world: Row("tiny", request.param, world, *(
+        in_fresh_process(measure, "tiny", request.param, world, looksam, True, "global") for looksam in (False, True)))
+        for world in (8, 4096)}
+    assert not [problem for row in rows.values() for problem in row.problems()]
+    return rows
 
 
 @pytest.mark.timeout(900)  # ten seconds of computing, which a busy machine stretches

@@ -160,7 +160,7 @@ def _case(row: dict[str, Any]) -> Case:
     if row["base"] == "SGD" and "offload_optimizer" in zero:
         config = {**config, "zero_force_ds_cpu_optimizer": False}  # it is not one of DeepSpeed's CPU optimizers
     # At stage 0 the gradient gets no loss scale, but is divided by it (shards/fp16.py).
-    return Case(**row, zero=zero, config=config, rho=RHO.get(row["layer_scale"], 0.1), updates=9,
+    return Case(**row, zero=zero, config=config, rho=RHO.get(row["layer_scale"], 0.1), updates=7,
                 loss_scale=8.0 if row["stage"] == 0 else 128.0)
 
 

@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 another at most, and Adam divides by the root of a mean that starts at one square: 100 times the rounding unit."""
 
 
-@pytest.mark.parametrize("case", cases(GRID, lambda row: Case(**row, two_groups=row["model"] in TWO_GROUPS, updates=9),
+@pytest.mark.parametrize("case", cases(GRID, lambda row: Case(**row, two_groups=row["model"] in TWO_GROUPS, updates=7),
                                        strength=3, pairs=("clipping", "alpha", "k", "base")))
 def test_matches_oracle(case: Case) -> None:
     reference = check_against_oracle(case, TOLERANCE)
