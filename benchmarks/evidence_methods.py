@@ -118,27 +118,24 @@ class ReuseRule:
 
     def __init__(self, engine: Any, fresh: float = 1.0, decay: float = 0.8, least_squares: bool = False) -> None:
         self.engine, self.fresh, self.decay, self.least_squares = engine, fresh, decay, least_squares
-        self.v: list[Tensor] | None = None
-        self.sums: list[Tensor] | None = None
+        self.v: list[Tensor] = []  # as it was left, where it is no g_v
+        self.sums: list[Tensor] = []
 
     @torch.no_grad()
     def after_update(self) -> None:
         status, state = self.engine.looksam, self.engine._state
         if status.step_kind != "sam":
             return
-        g_v = state.v
-        if self.v is not None:
-            dot, norm = (sum((a * b).sum(dtype=torch.float64) for a, b in zip(x, self.v, strict=True))
-                         for x in (g_v, self.v))
-            norm = norm.sqrt()
-            weight = status.gradient_norm if self.least_squares else 1.0 / status.gradient_norm
-            new = [weight * dot / norm, status.gradient_norm**2 if self.least_squares else torch.ones_like(dot)]
-            self.sums = new if self.sums is None else [self.decay * old + (1 - self.decay) * x
-                                                       for old, x in zip(self.sums, new, strict=True)]
+        if status.orthogonal_cosine is not None:
+            along, norm = status.orthogonal_cosine * status.orthogonal_norm, status.gradient_norm  # <v, g_v> / ‖v‖, ‖g‖
+            new = [along * norm, norm**2] if self.least_squares else [along / norm, torch.ones_like(norm)]
+            self.sums = [self.decay * old + (1 - self.decay) * x
+                         for old, x in zip(self.sums or new, new, strict=True)]
             status.beta = self.sums[0] / self.sums[1]
-            if self.fresh != 1:
-                state._store([self.fresh * a + (1 - self.fresh) * b for a, b in zip(g_v, self.v, strict=True)])
-        self.v = [part.clone() for part in state.v]
+        if self.fresh != 1:
+            if self.v:
+                state._store([self.fresh * a + (1 - self.fresh) * b for a, b in zip(state.v, self.v, strict=True)])
+            self.v = [part.clone() for part in state.v]
 
 
 class MomentumAscent:
