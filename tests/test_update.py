@@ -63,8 +63,8 @@ class CutShards(ReplicatedShards):
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(optimizer, CPU)
-        pieces = [(i, params[lo:lo + 2]) for i, params in enumerate(self._groups) for lo in range(0, len(params), 2)]
-        self.group_of, self._groups = [i for i, _ in pieces], [piece for _, piece in pieces]
+        pieces = [(i, params[lo:lo + 2]) for i, params in enumerate(self.groups) for lo in range(0, len(params), 2)]
+        self.group_of, self.groups = [i for i, _ in pieces], [piece for _, piece in pieces]
         self.told: Tensor | None = None
 
     def follow_changes(self, v: Any) -> Any:

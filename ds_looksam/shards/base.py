@@ -63,6 +63,7 @@ class GradientShards(ABC):
         device: where the shards, and the sums over them, live.
         group_of: for each flat tensor, the index of its param group.
         passes: the arithmetic on them.
+        groups: for each flat tensor the parameters that ranks have in theirs.
         whole_groups: the parameters of each param group of the optimizer, the same lists on every rank.
     """
 
@@ -71,14 +72,14 @@ class GradientShards(ABC):
     group_of: list[int]
     passes: Passes = EAGER
     whole_groups: list[list[torch.nn.Parameter]]
-    _groups: list[list[Any]]  # for each flat tensor the parameters that ranks have in theirs
+    groups: list[list[Any]]
     _changed: bool = False
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The model's parameters that the base optimizer trains."""
-        return [p for params in self._groups for p in params]
+        return [p for params in self.groups for p in params]
 
     def follow_changes(self, v: Shard | None) -> Shard | None:
         """Called before each update. Where parameters were frozen, unfrozen or added since: v, laid out anew, with 0

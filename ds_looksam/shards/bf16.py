@@ -38,7 +38,7 @@ class BF16Shards(PartitionedShards):
 
     def layout(self) -> list[list[Segment]]:
         flats = []
-        for i, params in enumerate(self._groups):
+        for i, params in enumerate(self.groups):
             lo, hi = self._own_range(i)
             position, segments = 0, []
             for p in params:
@@ -66,7 +66,7 @@ class BF16Shards(PartitionedShards):
             whole[lo:hi].copy_(flat)  # the same memory after take_gradient(survives_evaluation=False)
             whole[hi:].zero_()
             # A parameter without a gradient in this window may have a part of v: clip that too.
-            zero.fp32_groups_has_gradients[i] = [True] * len(self._groups[i])
+            zero.fp32_groups_has_gradients[i] = [True] * len(self.groups[i])
 
     def tell_squared_norm(self, squared_norm: Tensor) -> None:
         slot = self._slot_of_others()
@@ -82,7 +82,7 @@ class BF16Shards(PartitionedShards):
 
     def _slot_of_others(self) -> Tensor | None:
         """One element of the gradient buffers that is a parameter's and not this rank's; None if this rank has all."""
-        for i, params in enumerate(self._groups):
+        for i, params in enumerate(self.groups):
             lo, hi = self._own_range(i)
             if lo > 0:
                 return self._zero.fp32_groups_gradients_flat[i][0]

@@ -33,9 +33,9 @@ from .replicated import WholeShards
 class FP16Shards(WholeShards):
     def __init__(self, optimizer: FP16_UnfusedOptimizer | FP16_Optimizer) -> None:
         self._wrapper = optimizer
-        self._groups = optimizer.fp16_groups
-        self.group_of = list(range(len(self._groups)))
-        self.device = self._groups[0][0].device
+        self.groups = optimizer.fp16_groups
+        self.group_of = list(range(len(self.groups)))
+        self.device = self.groups[0][0].device
         for p in self.parameters():
             # So that the reuse step's u reaches the base in fp32 instead of being rounded once more. None allows any
             # dtype in p.grad; what backward puts there stays in the model's.

@@ -27,23 +27,23 @@ class WholeShards(GradientShards):
 
     def trained(self) -> list[list[torch.nn.Parameter]]:
         """The parameters of each param group that are trained at the moment."""
-        return self._groups
+        return self.groups
 
     def layout(self) -> list[list[Segment]]:
         return [[Segment(p, lo, 0, hi - lo, hi - lo) for p, (lo, hi) in zip(params, _ends(params), strict=True)]
-                for params in self._groups]
+                for params in self.groups]
 
     def flat_sizes(self) -> list[int]:
-        return [sum(p.numel() for p in params) for params in self._groups]
+        return [sum(p.numel() for p in params) for params in self.groups]
 
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
         gradient = [self._flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).float()
-                    for params in self._groups]
+                    for params in self.groups]
         self._clear_gradients()
         return gradient
 
     def give_gradient(self, gradient: Shard) -> None:
-        for params, flat in zip(self._groups, gradient, strict=True):
+        for params, flat in zip(self.groups, gradient, strict=True):
             for p, view in zip(params, views_of(flat, params), strict=True):
                 p.grad = view
 
@@ -77,10 +77,10 @@ class WholeShards(GradientShards):
             p.grad = None
 
     def _copy_weights(self) -> Shard:
-        return [self._flatten(params) for params in self._groups]
+        return [self._flatten(params) for params in self.groups]
 
     def _write_weights(self, flats: Shard) -> None:
-        for params, flat in zip(self._groups, flats, strict=True):
+        for params, flat in zip(self.groups, flats, strict=True):
             if params:
                 torch._foreach_copy_([p.data for p in params], views_of(flat, params))
 
@@ -101,7 +101,7 @@ class OwnWholeModel(OwnModel):
         self._heard: dict[torch.nn.Parameter, Tensor] = {}
 
     def listen(self, so_far: Shard | None = None) -> None:
-        for params, flat in zip(self._shards._groups, so_far or [], strict=False):
+        for params, flat in zip(self._shards.groups, so_far or [], strict=False):
             self._heard.update(zip(params, views_of(flat, params), strict=True))
         for p in (p for params in self._shards.trained() for p in params if p not in self._hooks):
             if p not in self._heard:
@@ -110,7 +110,7 @@ class OwnWholeModel(OwnModel):
 
     def take_gradient(self) -> Shard:
         gradient = [self._shards._flatten([self._heard[p] if p in self._heard else torch.zeros_like(p) for p in params])
-                    for params in self._shards._groups]
+                    for params in self._shards.groups]
         self.stop_listening()
         return gradient
 
@@ -135,21 +135,21 @@ class OwnWholeModel(OwnModel):
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.device, self._optimizer = device, optimizer
-        self._groups = self.trained()
-        self.group_of = list(range(len(self._groups)))
+        self.groups = self.trained()
+        self.group_of = list(range(len(self.groups)))
 
     def trained(self) -> list[list[torch.nn.Parameter]]:
         return [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
                 for group in self._optimizer.param_groups]
 
     def follow_changes(self, v: Shard | None) -> Shard | None:
-        before, now = self._groups, self.trained()
+        before, now = self.groups, self.trained()
         if list(map(len, before)) == list(map(len, now)) and all(
                 p is q for old, new in zip(before, now, strict=True) for p, q in zip(old, new, strict=True)):
             return v
         kept = {} if v is None else {id(p): part for params, flat in zip(before, v, strict=True)
                                      for p, part in zip(params, views_of(flat, params), strict=True)}
-        self._groups, self.group_of = now, list(range(len(now)))
+        self.groups, self.group_of = now, list(range(len(now)))
         self.whole_groups = [list(group["params"]) for group in self._optimizer.param_groups]
         self.__dict__.pop("layers", None)
         if v is None:
@@ -162,7 +162,7 @@ class ReplicatedShards(WholeShards):
 
     def layer_squares(self) -> Tensor:
         out = self.layers.zeros(1)[:, 0]
-        for i, params in enumerate(self._groups):  # where they lie: master_weights() would copy all of them
+        for i, params in enumerate(self.groups):  # where they lie: master_weights() would copy all of them
             self.layers.add_squares_(out, [(i, *ends) for ends in _ends(params)],
                                      [p.detach().reshape(-1) for p in params])
         return out[:-1]
@@ -172,7 +172,7 @@ class ReplicatedShards(WholeShards):
         # same bits. w + eps is formed in place, parameter by parameter, as a factor belongs to a layer or to all of
         # them: fresh memory for it would take a CPU longer than the arithmetic.
         self._clean = self._copy_weights()
-        for i, (params, flat) in enumerate(zip(self._groups, gradient, strict=True)):
+        for i, (params, flat) in enumerate(zip(self.groups, gradient, strict=True)):
             scales = [scale_of(i, lo, hi) for lo, hi in _ends(params)]
             if params:
                 torch._foreach_addcmul_([p.data for p in params], views_of(flat, params), scales)

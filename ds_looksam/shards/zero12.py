@@ -35,7 +35,7 @@ class PartitionedShards(GradientShards):
 
     def __init__(self, optimizer: Any, groups: list[list[torch.nn.Parameter]], wholes: Shard, partitions: list[Shard],
                  masters: Shard) -> None:
-        self._zero, self._groups, self._wholes = optimizer, groups, wholes
+        self._zero, self.groups, self._wholes = optimizer, groups, wholes
         self._partitions, self._masters = partitions, masters
         self.process_group = optimizer.dp_process_group
         self.device = masters[0].device

@@ -29,7 +29,7 @@ from .base import GradientShards, ScaleOf, in_fp32
 
 class Zero3Shards(GradientShards):
     def __init__(self, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-        self._zero, self._groups = optimizer, optimizer.fp16_groups
+        self._zero, self.groups = optimizer, optimizer.fp16_groups
         self.process_group = optimizer.dp_process_group
         self.device = optimizer.fp32_partitioned_groups_flat[0].device
         self.group_of = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
@@ -51,7 +51,7 @@ class Zero3Shards(GradientShards):
 
     def layout(self) -> list[list[Segment]]:
         flats = []
-        for params in self._groups:
+        for params in self.groups:
             start, segments = 0, []
             for p in params:
                 offset = p.partition_numel() * self._zero._get_param_partition_rank(p)
@@ -75,7 +75,7 @@ class Zero3Shards(GradientShards):
     def give_gradient(self, gradient: Shard) -> None:
         # One tensor per sub-group: DeepSpeed's step flattens a list of one without copying it. Muon takes them apart.
         for i, flat in enumerate(gradient):
-            sizes = [p.partition_numel() for p in self._groups[i]]
+            sizes = [p.partition_numel() for p in self.groups[i]]
             self._zero.averaged_gradients[i] = list(flat.split(sizes)) if self._zero.use_muon else [flat]
 
     def end_window(self) -> None:
