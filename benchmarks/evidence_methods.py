@@ -13,8 +13,6 @@ from benchmarks.evidence_tasks import Task
 from ds_looksam.config.params import LookSAMConfig
 
 ASCENTS = ("global", "rank", "micro_batch", "global_micro_batch")
-RHOS = (0.05, 0.12, 0.3)
-"""With the task's learning rates, the grid that every method is tuned on; the base optimizer has no rho."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence_methods import METHODS, REUSE_RULES, RHOS, Method, refusal
+from benchmarks.evidence_methods import METHODS, REUSE_RULES, Method, refusal
 from benchmarks.evidence_run import Job
 from benchmarks.evidence_tasks import TASKS
 
@@ -24,6 +24,7 @@ TUNED = CORE + SMALL_GROUPS
 ALL = [*TUNED, "base-x1.2", "base-x2", "SAM-10", "LookSAM-10", "SAM-10/micro_batch", "LookSAM-10/micro_batch"]
 LARGE_BATCH = ["base", "SAM-5", "LookSAM-5", "Look-LayerSAM-5", "LookSAM-5/micro_batch", "Look-LayerSAM-5/micro_batch"]
 REUSE = [f"LookSAM-5-{rule}{end}" for end in ("/micro_batch", "") for rule in REUSE_RULES]
+WHOLE = ["base", "LookSAM-5", "SAM-5", "SAM", "Look-LayerSAM-5", "LookSAM-5/micro_batch", "SAM-5/micro_batch"]
 TEXT = ["base", "MSAM", "SAM", "SAM-5", "LookSAM-5", "LookSAM-5/micro_batch", "SAM-5/micro_batch"]
 
 
@@ -40,6 +41,7 @@ class Part:
 _BATCHES = [f"batch-{base}-{batch}" for batch in (8192, 4096, 1024, 256) for base in ("AdamW", "Lamb")]
 PLANS = {
     "tune": [Part(["5k-wrong"], TUNED, tune=True)],
+    "whole": [Part(["5k-wrong-whole"], WHOLE, tune=True), Part(["5k-wrong-whole"], [*WHOLE, "base-x1.2"])],
     "5k": [Part(["5k-wrong"], ALL), Part(["5k-clean"], ALL)],
     "reuse": [Part(["5k-wrong", "5k-clean"], ["LookSAM-5/micro_batch", "LookSAM-5", *REUSE])],
     "60k": [Part(["60k-wrong", "60k-clean"], ALL)],
@@ -50,7 +52,7 @@ PLANS = {
 
 
 def jobs(parts: Iterable[Part], world: int, updates: int | None = None, lr: float | None = None,
-         rho: float = RHOS[1]) -> list[Job]:
+         rho: float = 0.12) -> list[Job]:
     """The runs of a plan, with a line on the standard output for all methods that cannot run for the same reason.
 
     ``updates``: instead of the tasks' own, for a trial of the program. ``lr``, ``rho``: instead of tuned ones.
@@ -66,10 +68,9 @@ def jobs(parts: Iterable[Part], world: int, updates: int | None = None, lr: floa
                     if reason is not None:
                         left_out.setdefault(reason, set()).add(name)
                         continue
-                    # Tuning takes half of a run: what it has to tell apart are lr and rho.
                     job = Job(task_name, name, seed, round((updates or task.updates) * method.more), world=world)
                     if part.tune:
-                        made += grid(replace(job, updates=max(1, job.updates // 2), tuning=True), method)
+                        made += grid(replace(job, updates=max(1, int(job.updates * task.tuning)), tuning=True), method)
                     elif lr is None:
                         made.append(job)
                     else:
@@ -81,7 +82,7 @@ def jobs(parts: Iterable[Part], world: int, updates: int | None = None, lr: floa
 
 def grid(job: Job, method: Method) -> Iterator[Job]:
     for lr in TASKS[job.task].lrs:
-        for rho in RHOS if method.has_rho else (None, ):
+        for rho in TASKS[job.task].rhos if method.has_rho else (None, ):
             yield replace(job, lr=lr, rho=rho)
 
 

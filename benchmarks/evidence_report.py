@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from benchmarks.evidence_methods import METHODS, RHOS
+from benchmarks.evidence_methods import METHODS
 from benchmarks.evidence_plan import TUNING_SEED, Record, tuned
 from benchmarks.evidence_tasks import TASKS, Task
 
@@ -114,21 +114,25 @@ def task_table(task: Task, rows: dict[Row, Runs]) -> str:
 
 def tuning_table(records: list[Record]) -> str:
     """What the grid was, and what was chosen."""
-    lines = [f"### Tuning: seed {TUNING_SEED}, half of the updates", "",
-             f"Every lr of the task's with every rho of {', '.join(f'{rho:g}' for rho in RHOS)}; the seed is used for "
-             "nothing else.", "",
-             "| task | method | lr tried | lr | rho | score | worst and best |", "|---|---|---|---|---|---|---|"]
-    done = {(r["task"], r["method"], r["world"]) for r in records if r["tuning"]}
-    for task, method, world in sorted(done, key=lambda d: (list(TASKS).index(d[0]), list(METHODS).index(d[1]), d[2])):
-        best = tuned(records, task, method, world)
-        scores = sorted(r["score"] for r in records
-                        if r["tuning"] and (r["task"], r["method"], r["world"]) == (task, method, world))
-        start = f"| {task} | {method} | {', '.join(f'{lr:g}' for lr in TASKS[task].lrs)} |"
-        if best is None:
-            lines.append(f"{start} not all of the grid was run | | | |")
-        else:
-            lines.append(f"{start} {best['lr']:g} | {best['rho'] or ''} | {best['score']:.2f} | {scores[0]:.2f} to "
-                         f"{scores[-1]:.2f} |")
+    lines = [f"### Tuning: seed {TUNING_SEED}", "",
+             "Every lr with every rho; the seed is used for nothing else.", "",
+             "| task | method | updates | lr tried | rho tried | lr | rho | score | worst and best |", "|" + "---|" * 9]
+    runs: dict[tuple[str, str, int], list[Record]] = defaultdict(list)
+    for r in records:
+        if r["tuning"]:
+            runs[r["task"], r["method"], r["world"]].append(r)
+    tasks, methods = list(TASKS), list(METHODS)
+    for (name, method, world), done in sorted(
+            runs.items(), key=lambda item: (tasks.index(item[0][0]), methods.index(item[0][1]), item[0][2])):
+        task, best = TASKS[name], tuned(records, name, method, world)
+        digits = 2 if task.more_is_better else 4
+        grid = task.lrs, task.rhos if METHODS[method].has_rho else ()
+        tried = [", ".join(f"{x:g}" for x in values) for values in grid]
+        scores = sorted((r["score"] for r in done), reverse=not task.more_is_better)
+        chosen = "not all of the grid was run | | |" if best is None else (
+            f"{best['lr']:g} | {best['rho'] or ''} | {best['score']:.{digits}f} | "
+            f"{scores[0]:.{digits}f} to {scores[-1]:.{digits}f} |")
+        lines.append(f"| {name} | {method} | {done[0]['updates']} | {' | '.join(tried)} | {chosen}")
     return "\n".join(lines)
 
 
