@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ from ds_looksam import LookSAMReplayError
 from ds_looksam.engines.compile_lock import stale_locks
 
 from .ranks import run_on_ranks
-from .twin import Net, Twin, batches, engine_of
+from .twin import UPDATES, Net, Twin, batches, engine_of
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 TEACHERS: dict[Any, Tensor] = {}
@@ -66,7 +67,7 @@ def train(name: str, stage: int = 2, accumulation: int = 1, ascent: str = "globa
     """On a rank: what was refused. Without a way out the run ends there."""
     this, rank, told, now = SITUATIONS[name], torch.distributed.get_rank(), [], {}
     TEACHERS.clear()
-    twin = Twin(this.build, edit=this.edit)
+    twin = Twin(this.build, edit=this.edit, apart=world == 1 and "micro_batch" in ascent)
     with engine_of(this.build, stage, accumulation, ascent=ascent, world=world, **case) as engine:
         for update, window in enumerate(batches(world * accumulation)):
             for side in (engine, twin) if this.before is not None else ():
@@ -130,6 +131,25 @@ class Noisy(Net):
         if more is not None:
             noise += torch.from_numpy(more["numpy"].random(3))
         return self.norm(self.body(x * noise.to(x.dtype)))
+
+
+class Tracked(Net):
+    """Dropout by a generator that DeepSpeed keeps by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with deepspeed.checkpointing.get_cuda_rng_tracker().fork("noise"):
+            return self.body(x * torch.rand(3, dtype=torch.float64).to(x.dtype))
+
+
+def seeds_tracked(module: Any, i: int) -> None:
+    tracker = deepspeed.checkpointing.get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("noise", i + 1)
+
+
+class InPlace(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.mul_(2))
 
 
 class Normed(Net):
@@ -297,6 +317,13 @@ def measures_by_functorch(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
     torch.func.vmap(torch.func.grad(lambda xi: engine(xi).sum()))(x)
     engine.backward(F.mse_loss(out, y))
     torch.func.vmap(torch.func.grad(lambda xi: engine(xi).sum()))(x)
+
+
+def freezes_before_step(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    """A layer that has a gradient in this window, and is trained again in the next one."""
+    engine.module.body[0].requires_grad_(True)
+    engine.backward(plain(engine, i, x, y))
+    engine.module.body[0].requires_grad_(engine.looksam.updates == UPDATES - 1)
 
 
 def steps_the_optimizer(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
@@ -481,6 +508,8 @@ SITUATIONS: dict[str, Situation] = {
     "thawed_layer": Situation(sets=lambda module, i: module.body[0].requires_grad_(i > 0)),
     "normed": Situation(build=Normed),
     "dropout": Situation(build=Noisy, sets=lambda module, i: torch.manual_seed(i)),
+    "tracked": Situation(build=Tracked, sets=seeds_tracked), "in_place": Situation(build=InPlace),
+    "freezes_before_step": Situation(loop=freezes_before_step),
     "generators_in_inputs": Situation(lambda m, i, x, y: F.mse_loss(
         m(x, torch.Generator().manual_seed(i), {"numpy": np.random.default_rng(i)}), y), Noisy),
     "stateful": Situation(lambda m, i, x, y: m(x, y), Stateful),
@@ -522,7 +551,9 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["inference", "failures", "hook", "generators_in_inputs", "normed", "hooks_on_gradients", "inner_loop"],
          [(2, 1, "micro_batch")]),
         (["hook", "frozen_layer", "generator_in_loss", "submodule"], [(2, 2, "global", 2)]),
-        (["attributes", "buffer_in_place", "hook"], [(3, 2)]), (["frozen_layer", "thawed_layer"], [(0, 2, "rank")]),
+        (["attributes", "buffer_in_place", "hook"], [(3, 2)]), (["tracked"], [(2, 2)]),
+        (["frozen_layer", "thawed_layer"], [(0, 2, "rank")]), (["thawed_layer"], [(0, 2, "micro_batch")]),
+        (["freezes_before_step"], [*((stage, 2) for stage in range(4)), (0, 2, "rank"), (0, 2, "micro_batch")]),
         (["dropout", "mode"], [(stage, 2) for stage in range(4)]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),
         (["returned", *REFILLED], [(2, 2)]),
@@ -552,10 +583,11 @@ def test_trained(name: str, stage: int, accumulation: int, ascent: str, world: i
     *(("masked", "was changed between", {"stage": stage, "accumulation": 2, "world": world, "zero": OFFLOAD,
                                          "config": {"zero_force_ds_cpu_optimizer": False}})
       for stage, world in [(2, 2), (3, 1)]),
-    ("clipped", "was changed between", {"stage": 0}),
+    ("clipped", "was changed between", {"stage": 0}), ("in_place", "by the model's own forward", {}),
 ])
 def test_refused(name: str, words: str, case: dict[str, Any]) -> None:
-    way_out = {"was changed in place after its forward": "", "was changed between": "engine.edit_gradients"}
+    way_out = {"was changed in place after its forward": "", "was changed between": "engine.edit_gradients",
+               "by the model's own forward": "x = x.clone()"}
     for told in run_on_ranks(case.get("world", 1), partial(train, name, **case)):
         assert told and all(words in message and way_out.get(words, "engine.loss_fn") in message for message in told)
 

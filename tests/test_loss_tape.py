@@ -185,6 +185,12 @@ def with_numpy(out, model):
     return F.cross_entropy(out["logits"], Y, weight=weight.abs())
 
 
+def queued(out, model):
+    queue = torch.zeros(8, CLASSES)
+    queue[:6].copy_(out["logits"].detach())
+    return (out["logits"] @ queue.T).square().mean()
+
+
 def hidden_in_data(out, model):
     out["logits"].data = torch.zeros(6, CLASSES)
     return cross_entropy(out)
@@ -207,7 +213,7 @@ def hooked(out, model):
     (hidden_in_data, "read out to Python"),
     (lambda out, model: F.batch_norm(out["hidden"], torch.zeros(9), torch.ones(9), training=True).pow(3).mean(),
      "batch_norm may update running statistics"),
-    (hooked, "hook"),
+    (hooked, "hook"), (queued, "into which a value that depends on its output was written"),
     (lambda out, model: nn.Parameter(torch.ones(())) * 2, "does not come from"),
     (lambda out, model: torch.ones((), requires_grad=True), "does not come from"),
     (functional_penalty, "torch.func"),

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .models import Mlp, make_model
+from .models import CLASSES, Mlp, make_model
 from .ranks import run_on_ranks
 from .test_oracle_grid import TOLERANCE
-from .training import Case, distance, engine_for, master_weights, run_oracle, train_window
+from .training import Case, batches_for, distance, engine_for, master_weights, run_oracle, train_window
 
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 CPU = {"offload_optimizer": {"device": "cpu"}}
@@ -75,6 +76,40 @@ def test_autocast_tightly(stage: int, ascent: str, accumulation: int) -> None:
     # Where the two round a value differently, one bf16 unit of one activation in some thousand.
     check(Case(stage=stage, world=1, config=AUTOCAST, updates=7, ascent=ascent, accumulation=accumulation), 1e-3,
           autocast=torch.bfloat16)
+
+
+class Headless(Mlp):
+    """The same function as "mlp" once its loop has called the head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(x)) * self.scale))
+
+
+def train_in_a_region(case: Case, ends: str) -> dict[str, Tensor]:
+    """On a rank, by a loop with an autocast region of its own, in which autocast keeps the casts of weights."""
+    torch.manual_seed(case.seed)
+    with engine_for(case, module=Headless()) as engine:
+        for update in range(case.updates):
+            for x, y in batches_for(engine, case, update):
+                with torch.autocast("cpu", torch.bfloat16):
+                    out = engine.module.head(engine(x))
+                    loss = F.mse_loss(out, F.one_hot(y, CLASSES).to(out.dtype))
+                    if ends == "after step()":
+                        engine.backward(loss)
+                        engine.step()
+                if ends == "before backward()":
+                    engine.backward(loss)
+                    engine.step()
+        return master_weights(engine)
+
+
+@pytest.mark.parametrize("ends", ["after step()", "before backward()"])
+@pytest.mark.parametrize("stage, ascent", [(0, "global"), (1, "micro_batch"), (2, "rank")])
+def test_an_autocast_region_of_the_loop(stage: int, ascent: str, ends: str) -> None:
+    """The second evaluation computes with w + eps, and what follows it with w."""
+    case = Case(stage=stage, world=1, updates=7, ascent=ascent)
+    _, expected = run_oracle(case, autocast=torch.bfloat16)
+    assert distance(run_on_ranks(1, train_in_a_region, case, ends)[0], expected) <= 1e-3
 
 
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "deepspeed"])

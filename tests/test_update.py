@@ -67,8 +67,8 @@ class CutShards(ReplicatedShards):
         self.group_of, self.groups = [i for i, _ in pieces], [piece for _, piece in pieces]
         self.told: Tensor | None = None
 
-    def follow_changes(self, v: Any) -> Any:
-        return v  # as DeepSpeed's wrappers, it keeps the pieces it began with
+    def follow_changes(self, within_window: bool) -> Any:
+        return None  # as DeepSpeed's wrappers, it keeps the pieces it began with
 
     def tell_squared_norm(self, squared_norm: Tensor) -> None:
         self.told = squared_norm

@@ -56,19 +56,21 @@ def batches(micro_batches: int, tensors: int = 2) -> list[list[tuple[Tensor, ...
 
 class Twin:
     """``module``: what ``build`` makes, in float64. Which of its parameters require grad may change between updates,
-    and the groups of ``optimizer``. ``edit``: what is done to it after each evaluation."""
+    and the groups of ``optimizer``. ``edit``: what is done to it after each evaluation. ``apart``: every micro-batch
+    has a perturbation of its own."""
 
     def __init__(self, build: Callable[[], nn.Module], looksam: bool = True,
-                 edit: Callable[[Any], None] | None = None) -> None:
-        self.module, self.looksam, self.edit = build().double(), looksam, edit
+                 edit: Callable[[Any], None] | None = None, apart: bool = False) -> None:
+        self.module, self.looksam, self.edit, self.apart = build().double(), looksam, edit, apart
         self.optimizer = torch.optim.SGD([p for p in self.module.parameters() if p.requires_grad], **SGD)
         self.updates = 0
         self.v: dict[nn.Parameter, Tensor] = {}
 
-    def _gradient(self, losses: Callable[[Any], list[Tensor]]) -> dict[nn.Parameter, Tensor]:
+    def _gradient(self, losses: Callable[[Any], list[Tensor]], part: slice = slice(None)) -> dict[nn.Parameter, Tensor]:
         self.module.zero_grad()
         of_window = losses(self.module)
-        (torch.stack(of_window).sum() / len(of_window)).backward()
+        self.micro_batches = len(of_window)
+        (torch.stack(of_window[part]).sum() / len(of_window)).backward()
         if self.edit is not None:
             self.edit(self)
         return {p: torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.module.parameters()
@@ -80,12 +82,17 @@ class Twin:
         u = g = self._gradient(losses)
         if self.looksam and self.updates % K == 0:
             after, clean = copy.deepcopy(traces(self.module)), {p: p.detach().clone() for p in g}
-            retrace(self.module, before)
-            for p in g:
-                p.data += RHO / _length(g) * g[p]
-            u = self._gradient(losses)
-            for p in g:
-                p.data.copy_(clean[p])
+            u = {p: torch.zeros_like(p) for p in g}
+            for part in [slice(i, i + 1) for i in range(self.micro_batches)] if self.apart else [slice(None)]:
+                retrace(self.module, before)
+                g_j = self._gradient(losses, part) if self.apart else g
+                retrace(self.module, before)
+                for p in g:
+                    p.data += RHO / _length(g_j).clamp(min=1e-30) * g_j[p]
+                for p, gradient in self._gradient(losses, part).items():
+                    u[p] += gradient
+                for p in g:
+                    p.data.copy_(clean[p])
             retrace(self.module, after)
             along = sum((g[p] * u[p]).sum() for p in g) / _length(g)**2
             self.v = {p: u[p] - along * g[p] for p in g}

@@ -85,6 +85,7 @@ class Watched:
     def __init__(self, value: Any) -> None:
         self.iterator: Iterator[Any] | None = None  # one that the forward has used up
         self._marks: list[tuple[Any, Callable[[Any], int | None], int | None]] = []
+        self._changed_by_forward: Any = None
         rebuilt(value, self._watch)
 
     def _watch(self, leaf: Any) -> Any:
@@ -98,8 +99,19 @@ class Watched:
             self._marks.append((leaf, _crc, _crc(leaf)))
         return leaf
 
+    def forward_is_over(self) -> None:
+        """Tensors that are changed now were changed by the forward itself."""
+        self._changed_by_forward = next((x for x, look, then in self._marks if look is version_of and look(x) != then),
+                                        None)
+
     def check(self) -> None:
         """Raise LookSAMReplayError if one of them was changed."""
+        changed = self._changed_by_forward
+        if changed is not None:
+            raise LookSAMReplayError(
+                f"an input of the model (shape {tuple(changed.shape)}, {changed.dtype}) is changed in place by the "
+                "model's own forward, so the second evaluation would start from what the first one has left. Let the "
+                "forward change a copy: x = x.clone().")
         changed = next((x for x, look, then in self._marks if look(x) != then), None)
         if changed is not None:
             raise LookSAMReplayError(

@@ -183,6 +183,9 @@ class Replay:
             LookSAMReplayError: this rank's error is only what came of another rank's.
         """
         snapshot = ModelSnapshot(self._module, optimized=shards.parameters())
+        # What autocast keeps of weights until its region ends would be used at other weights: a user may call step()
+        # inside of one, and the recorded calls run in none, so that nothing ends.
+        torch.clear_autocast_cache()
         try:
             self._where = Where.PERTURBED
             # The door through which perturbed weights could leave: torch.save(model.state_dict()) from a forward hook,
@@ -198,6 +201,7 @@ class Replay:
             raise
         finally:
             snapshot.restore()
+            torch.clear_autocast_cache()
 
     def _leave(self, error: Exception, shards: GradientShards, put_back: Callable[[], None]) -> None:
         apart = raised_everywhere(error, shards.process_group,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 
@@ -40,20 +41,24 @@ class TorchRandomState:
 
 @dataclass(frozen=True)
 class RandomState:
-    """States of every generator a model is likely to draw from: torch on CPU and device, NumPy, Python."""
+    """States of every generator a model is likely to draw from: torch on CPU and device, NumPy, Python, and those that
+    DeepSpeed tracks by name (``deepspeed.checkpointing.get_cuda_rng_tracker().fork()``)."""
 
     torch: TorchRandomState
     numpy: Any
     python: Any
+    tracked: dict[str, Tensor]
 
     @classmethod
     def capture(cls) -> RandomState:
-        return cls(torch=TorchRandomState.capture(), numpy=np.random.get_state(), python=random.getstate())
+        return cls(torch=TorchRandomState.capture(), numpy=np.random.get_state(), python=random.getstate(),
+                   tracked=get_cuda_rng_tracker().get_states())
 
     def restore(self) -> None:
         self.torch.restore()
         np.random.set_state(self.numpy)
         random.setstate(self.python)
+        get_cuda_rng_tracker().set_states(dict(self.tracked))
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,22 @@ _STRUCTURE = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"
               "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks")
 
 
+Flags = list[tuple[nn.Parameter, bool]]
+
+
+@contextmanager
+def requiring_grad(flags: Flags) -> Iterator[None]:
+    """Inside, these parameters require grad or do not."""
+    changed = [(p, p.requires_grad) for p, flag in flags if p.requires_grad != flag]
+    try:
+        for p, flag in changed:
+            p.requires_grad_(not flag)
+        yield
+    finally:
+        for p, flag in changed:
+            p.requires_grad_(flag)
+
+
 class Structure:
     """A module's submodules and hooks, and which of its parameters require grad, at one moment: loops register hooks
     for one forward, swap a part, and freeze a layer for one micro-batch."""
@@ -133,23 +154,23 @@ class Structure:
     def applied(self) -> Iterator[None]:
         """Inside, the module is as it was then."""
         contents = [(d, d.copy()) for d, then in self._contents if d != then]
-        flags = [(p, p.requires_grad) for p, then in self._flags if p.requires_grad != then]
-        self._put(self._contents if contents else (), self._flags if flags else ())
+        self._put(self._contents if contents else ())
         try:
-            yield
+            with requiring_grad(self._flags):
+                yield
         finally:
-            self._put(contents, flags)
+            self._put(contents)
+
+    def flags_now(self) -> Flags:
+        """Which of the same parameters require grad now."""
+        return [(p, p.requires_grad) for p, _ in self._flags]
 
     @staticmethod
-    def _put(contents: Iterable[tuple[dict[Any, Any], dict[Any, Any]]],
-             flags: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    def _put(contents: Iterable[tuple[dict[Any, Any], dict[Any, Any]]]) -> None:
         for d, then in contents:
             if d != then:
                 d.clear()
                 d.update(then)
-        for p, flag in flags:
-            if p.requires_grad != flag:
-                p.requires_grad_(flag)
 
 
 class ModelSnapshot:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -90,6 +91,7 @@ class LossTape(TorchFunctionMode):
         self._apart: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._roots: dict[GraphId, weakref.ref[Step]] = {}
         self._read_outs: list[_ReadOut] = []
+        self._written: list[StorageWeakRef] = []  # memory from before the forward, into which something of it came
         self._newest: weakref.ref[Step] | None = None
         self._numbers = itertools.count(1)
         self._ended = False
@@ -264,6 +266,9 @@ class LossTape(TorchFunctionMode):
             if known is not None:
                 return known.made
             if not leaf.requires_grad:
+                if self._is_written(leaf):
+                    call.problem = (f"an argument of {call.name} (shape {tuple(leaf.shape)}) lies in memory that the "
+                                    "model did not make, into which a value that depends on its output was written")
                 call.constants.append((leaf, version_of(leaf)))
                 return leaf
             apart = self._apart.get(leaf)
@@ -296,6 +301,7 @@ class LossTape(TorchFunctionMode):
                 call.problem = (f"{call.name} changes a tensor in place that was there before the model's forward "
                                 f"(shape {tuple(t.shape)})")
                 self._known[t] = _Known(Made(call, -1), None, None)
+                self._note_written(t)
         if call.problem is not None:  # it is not called again, and what it was called with can go
             call.args, call.kwargs, call.needs, call.constants, call.apart = (), {}, [], [], []
         call.shapes = [t.shape for t in made]
@@ -306,6 +312,18 @@ class LossTape(TorchFunctionMode):
             for t, known in self._known.items():
                 if storage_of(t) in written:
                     known.version, known.made_by, known.changed_by = version_of(t), graph_id(t), call
+
+    def _note_written(self, tensor: Tensor) -> None:
+        """It may be a view of what the loss is formed with."""
+        self._written = [memory for memory in self._written if not memory.expired()]
+        if tensor.layout == torch.strided:
+            self._written.append(StorageWeakRef(tensor.untyped_storage()))
+
+    def _is_written(self, tensor: Tensor) -> bool:
+        if not self._written or tensor.layout != torch.strided:
+            return False
+        memory = storage_of(tensor)
+        return any(written.cdata == memory and not written.expired() for written in self._written)
 
     def _take_in_hook(self, call: RecordedCall, tensor: Tensor, hook: Callable[..., Any], *args: Any) -> None:
         """DeepSpeed's own hooks tell an engine that a backward has begun; another one may change the gradient."""

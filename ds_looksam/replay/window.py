@@ -27,7 +27,7 @@ from .recording import (
     graph_of,
     output_tensors,
 )
-from .snapshot import ComputeMode, RandomState, Structure
+from .snapshot import ComputeMode, Flags, RandomState, Structure, requiring_grad
 from .tape import LossTape, in_functorch
 
 LossFn = Callable[..., Tensor]
@@ -95,12 +95,13 @@ class Backward:
 @dataclass(eq=False)
 class RecordedBackward(Step):
     """One backward, the forwards that its graph reaches, and what made its loss: None where ``problem`` tells why
-    that is not known."""
+    that is not known. ``flags``: which parameters required grad, for others autograd accumulates nothing."""
 
     how: Backward
     forwards: list[Forward]
     loss: Made | None
     graph: list[Any]
+    flags: Flags
 
     def form_loss(self, values: Values, loss_fn: LossFn | None) -> Tensor:
         """The loss of the second evaluation, formed as the user formed the first one."""
@@ -193,6 +194,7 @@ class Window:
         with self.not_recording():
             output = run(*args, **kwargs)
         with torch._C.DisableTorchFunction():
+            watched.forward_is_over()
             forward.left = self._left = Attributes(module)
             outputs = output_tensors(output)
             forward.n_outputs, forward.nodes = len(outputs), tape.add_forward(forward, inputs, outputs)
@@ -216,7 +218,8 @@ class Window:
                     reason = "the loss given to backward() does not depend on the output of the model"
             if not forwards and self._newest is not None:
                 forwards = [self._newest]
-            backward = RecordedBackward(how, forwards, made, graph, number=self._tape.number(), needs=steps,
+            flags = forwards[0].structure.flags_now() if forwards else []
+            backward = RecordedBackward(how, forwards, made, graph, flags, number=self._tape.number(), needs=steps,
                                         problem=problem or reason)
             self._trained = max(forwards, key=lambda forward: forward.number).left if forwards else None
         self._backwards.append(backward)
@@ -288,7 +291,8 @@ class Window:
             elif isinstance(step, RecordedBackward):
                 loss = step.form_loss(values, loss_fn)
                 kept = any(uses[need] > 1 for need in needs(step))
-                backward(loss, step.how, kept)
+                with requiring_grad(step.flags):
+                    backward(loss, step.how, kept)
                 del loss
             for need in needs(step):  # its part of the graph is freed as early as in the user's loop
                 uses[need] -= 1

@@ -81,10 +81,11 @@ class GradientShards(ABC):
         """The model's parameters that the base optimizer trains."""
         return [p for params in self.groups for p in params]
 
-    def follow_changes(self, v: Shard | None) -> Shard | None:
-        """Called before each update. Where parameters were frozen, unfrozen or added since: v, laid out anew, with 0
-        for what is new; else ``v`` itself. Only stage 0 in fp32 can: DeepSpeed's wrappers keep their partitions."""
-        return v
+    def follow_changes(self, within_window: bool) -> Callable[[Shard], Shard] | None:
+        """Called before gradients are taken. Where parameters were frozen, unfrozen or added since: what lays a shard
+        out anew, with 0 for what is new; else None. ``within_window``: gradients of this window were taken already, so
+        nothing is dropped. Only stage 0 in fp32 can: DeepSpeed's wrappers keep their partitions."""
+        return None
 
     @abstractmethod
     def layout(self) -> list[list[Segment]]:

@@ -6,7 +6,7 @@ sends nothing. Parameters of one group are handled as one flat tensor; ``p.grad`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -25,8 +25,9 @@ class WholeShards(GradientShards):
     _clean: Shard | None = None
     """The model's weights as they were, while it computes with w + eps."""
 
-    def trained(self) -> list[list[torch.nn.Parameter]]:
-        """The parameters of each param group that are trained at the moment."""
+    def trained(self, within_window: bool = True) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each param group that are trained at the moment; ``within_window``: and those that were
+        when this window's first gradient was taken."""
         return self.groups
 
     def layout(self) -> list[list[Segment]]:
@@ -103,7 +104,7 @@ class OwnWholeModel(OwnModel):
     def listen(self, so_far: Shard | None = None) -> None:
         for params, flat in zip(self._shards.groups, so_far or [], strict=False):
             self._heard.update(zip(params, views_of(flat, params), strict=True))
-        for p in (p for params in self._shards.trained() for p in params if p not in self._hooks):
+        for p in (p for params in self._shards.trained() for p in params if p.requires_grad and p not in self._hooks):
             if p not in self._heard:
                 self._heard[p] = torch.zeros(p.numel(), dtype=torch.float32, device=self._shards.device)
             self._hear(p, self._heard[p].view(-1))
@@ -135,27 +136,32 @@ class OwnWholeModel(OwnModel):
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.device, self._optimizer = device, optimizer
+        self.groups = [[] for _ in optimizer.param_groups]
         self.groups = self.trained()
         self.group_of = list(range(len(self.groups)))
 
-    def trained(self) -> list[list[torch.nn.Parameter]]:
-        return [[p for p in group["params"] if p.requires_grad and p.numel() > 0]
+    def trained(self, within_window: bool = True) -> list[list[torch.nn.Parameter]]:
+        # A gradient that is there will be stepped with, also where its parameter was frozen since.
+        kept = {p for params in self.groups for p in params} if within_window else set()
+        return [[p for p in group["params"] if (p.requires_grad or p.grad is not None or p in kept) and p.numel() > 0]
                 for group in self._optimizer.param_groups]
 
-    def follow_changes(self, v: Shard | None) -> Shard | None:
-        before, now = self.groups, self.trained()
+    def follow_changes(self, within_window: bool) -> Callable[[Shard], Shard] | None:
+        before, now = self.groups, self.trained(within_window)
         if list(map(len, before)) == list(map(len, now)) and all(
                 p is q for old, new in zip(before, now, strict=True) for p, q in zip(old, new, strict=True)):
-            return v
-        kept = {} if v is None else {id(p): part for params, flat in zip(before, v, strict=True)
-                                     for p, part in zip(params, views_of(flat, params), strict=True)}
+            return None
         self.groups, self.group_of = now, list(range(len(now)))
         self.whole_groups = [list(group["params"]) for group in self._optimizer.param_groups]
         self.__dict__.pop("layers", None)
-        if v is None:
-            return None
-        dtype = v[0].dtype
-        return [self._flatten([kept.get(id(p), torch.zeros_like(p, dtype=dtype)) for p in params]) for params in now]
+
+        def lay_out(shard: Shard) -> Shard:
+            kept = {p: part for params, flat in zip(before, shard, strict=True)
+                    for p, part in zip(params, views_of(flat, params), strict=True)}
+            return [self._flatten([kept[p] if p in kept else torch.zeros_like(p, dtype=shard[0].dtype)
+                                   for p in params]) for params in now]
+
+        return lay_out
 
     def master_weights(self) -> Shard:
         return self._clean if self._clean is not None else self._copy_weights()

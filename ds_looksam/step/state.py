@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -70,11 +71,13 @@ class LookSAMState:
         self.v = self._shards.keep_v(v, self._v_dtype)
         self.v_squared = self._shards.passes.squared_norm(self.v, self._shards.device)
 
-    def follow_changes(self) -> None:
-        """Parameters may have been frozen, unfrozen or added since the last update."""
-        v = self._shards.follow_changes(self.v)
-        if v is not None and v is not self.v:
-            self._store(v)
+    def follow_changes(self, within_window: bool = False) -> Callable[[Shard], Shard] | None:
+        """Parameters may have been frozen, unfrozen or added since the last update, or ``within_window``. What lays
+        out anew what was taken before, if anything changed."""
+        lay_out = self._shards.follow_changes(within_window)
+        if lay_out is not None and self.v is not None:
+            self._store(lay_out(self.v))
+        return lay_out
 
     def to_json(self) -> dict[str, Any]:
         """Counters and measurements as JSON has them. Waits for the device."""

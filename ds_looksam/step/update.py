@@ -47,6 +47,10 @@ class Gradients:
     loss_rise: Tensor
     groups: int = 1
 
+    def laid_out(self, lay_out: Callable[[Shard], Shard]) -> Gradients:
+        """The same on shards that were laid out anew."""
+        return replace(self, g=lay_out(self.g), g_s=None if self.g_s is None else lay_out(self.g_s))
+
     def plus(self, other: Gradients) -> Gradients:
         """The sum, in this one's memory; the norms are the other's."""
         torch._foreach_add_(self.g, other.g)
@@ -266,8 +270,9 @@ class Update:
         so_far = self._so_far
         try:
             self._replay.check(in_step=False)
-            if so_far is None:
-                self._state.follow_changes()
+            lay_out = self._state.follow_changes(within_window=so_far is not None)
+            if lay_out is not None and so_far is not None:
+                self._so_far = so_far = so_far.laid_out(lay_out)
             self._replay.edit_gradients()
             if so_far is not None and so_far.g_s is None:  # an overflow: the update will be skipped
                 found = replace(so_far, g=self._shards.take_gradient(survives_evaluation=True))
