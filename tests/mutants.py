@@ -121,6 +121,10 @@ MUTANTS = [
     Mutant("config/params.py", "if value in (AUTO, «CALIBRATED→»):", '"calibrated" is not "auto" any more',
            "test_huggingface.py -k test_accelerate"),
     # replay
+    Mutant("replay/replay.py", "«torch.clear_autocast_cache()\n        →»try:\n            self._where",
+           "casts of w, kept by autocast, used at w + eps", "test_torch_features.py -k region"),
+    Mutant("replay/window.py", "with «requiring_grad(step.flags)→nullcontext()»:",
+           "a backward repeated with the flags of the step", "test_loops.py -k freezes_before_step"),
     Mutant("replay/snapshot.py", "«        self._random.restore()\n→»",
            "what is drawn after a SAM step is not what it would have been", "test_loops.py -k dropout"),
     Mutant("replay/module_state.py", "«                buffer.copy_(saved)\n→»",

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed import checkpointing
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 
@@ -52,13 +52,13 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         return cls(torch=TorchRandomState.capture(), numpy=np.random.get_state(), python=random.getstate(),
-                   tracked=get_cuda_rng_tracker().get_states())
+                   tracked=checkpointing.get_cuda_rng_tracker().get_states())
 
     def restore(self) -> None:
         self.torch.restore()
         np.random.set_state(self.numpy)
         random.setstate(self.python)
-        get_cuda_rng_tracker().set_states(dict(self.tracked))
+        checkpointing.get_cuda_rng_tracker().set_states(dict(self.tracked))
 
 
 @dataclass(frozen=True)
