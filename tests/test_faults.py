@@ -76,7 +76,7 @@ def let_happen(kind: str, engine: Any, folder: Path) -> None:
     if kind == "kill-save-looksam":
         files.save_file = dying(files.save_file)  # written, not yet renamed
     if kind == "save-on-term-replay":  # what many training scripts do
-        signal.signal(signal.SIGTERM, lambda *_: engine.save_checkpoint(str(folder), tag="emergency"))
+        signal.signal(signal.SIGTERM, lambda *_: engine.save_checkpoint(str(folder), tag="on-term"))
 
 
 def work(folder: Path, stage: int, ascent: str, config: dict[str, Any], kind: str, struck: int) -> None:
@@ -177,7 +177,8 @@ def _disturb(kind: str, rank: int, stage: int, ascent: str, folder: Path, expect
         assert "perturbed" in job.outputs[rank] and "LookSAMReplayError" in job.outputs[rank]
     else:
         assert job.codes[rank] == -signal.SIGKILL
-    if (kind, rank) == ("raise-replay", -1):
+    assert not (folder / "on-term").exists()
+    if rank == -1:  # all raised together
         assert _tensors(folder / "emergency")
         same_bits(_tensors(folder / "emergency"), _tensors(folder / f"global_step{STRIKE}"))
     else:
