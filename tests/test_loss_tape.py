@@ -110,6 +110,13 @@ def metrics_in_between(out, model):
     return loss / 4
 
 
+def metrics_before_the_mean(out, model):
+    """As preference losses do."""
+    losses = F.cross_entropy(out["logits"], Y, reduction="none")
+    losses.detach().max().item()
+    return torch.sum(losses.mean()) / 4
+
+
 def distillation(out, model):
     with torch.no_grad():
         teacher = TEACHER(X)["logits"]
@@ -128,8 +135,8 @@ def through_modes(out, model):
 
 
 FORMED = {
-    **{form.__name__: (dict, form) for form in (in_place, through_a_view, metrics_in_between, distillation,
-                                                under_autocast, through_modes)},
+    **{form.__name__: (dict, form) for form in (in_place, through_a_view, metrics_in_between, metrics_before_the_mean,
+                                                distillation, under_autocast, through_modes)},
     "label smoothing": (dict, lambda out, model: LabelSmoother(0.1)(out, Y.clone())),
     "dropout": (dict, lambda out, model: F.cross_entropy(F.dropout(out["logits"], 0.4), Y)),
     "own parameters": (dict, lambda out, model: cross_entropy(out) + 0.01 * sum(
@@ -210,6 +217,7 @@ def hooked(out, model):
     (lambda out, model: cross_entropy(out) + (out["hidden"].mean() if out["hidden"].mean() < 1 else 0.0),
      r"read out to Python \(torch.Tensor.__bool__\)"),
     (with_numpy, "read out to Python"),
+    (lambda out, model: out["logits"].mean(int(out["logits"].max() > 9)).sum(), r"came later.*what your code did"),
     (hidden_in_data, "read out to Python"),
     (lambda out, model: F.batch_norm(out["hidden"], torch.zeros(9), torch.ones(9), training=True).pow(3).mean(),
      "batch_norm may update running statistics"),

@@ -29,6 +29,7 @@ _LEAF = "torch::autograd::AccumulateGrad"
 
 _SCALINGS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "div", "div_", "divide", "true_divide",
              "__truediv__", "__itruediv__", "neg", "neg_", "negative", "__neg__"}
+_TOTALS = {"sum", "mean"}  # which differ by a factor
 
 
 @dataclass(eq=False, kw_only=True)
@@ -108,9 +109,11 @@ class RecordedCall(Step):
 
     @property
     def is_scaling(self) -> bool:
-        """Multiplies or divides one dependent one-element tensor by a constant."""
-        dependent = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Made)]
-        return (getattr(self.function, "__name__", "") in _SCALINGS and len(dependent) == 1
+        """Multiplies or divides one dependent one-element tensor by a constant, or is the sum or mean of all elements
+        of one: preference losses log their metrics before they take the mean."""
+        leaves, name = tree_leaves((self.args, self.kwargs)), getattr(self.function, "__name__", "")
+        dependent = [leaf for leaf in leaves if isinstance(leaf, Made)]
+        return ((name in _SCALINGS or (name in _TOTALS and len(leaves) == 1)) and len(dependent) == 1
                 and all(shape.numel() == 1 for shape in self.shapes))
 
     def check(self) -> None:
