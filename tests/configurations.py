@@ -98,6 +98,9 @@ _REFUSED: list[tuple[dict[str, Any], *tuple[str, ...]]] = [
     ({"optimizer": {"type": "LookLayerSAM", "params": {"layerwise": False}}}, "contradicts"),
     # The base's
     (looksam(base_optimizer="sgd"), "'sgd' is known neither", "Did you mean 'SGD'?"),
+    (looksam(base_optimizer={"type": "SGD", "params": {"lr": 0.1}}), "base_optimizer: ", "stand beside it"),
+    ({"optimizer": {"k": 2, "rho": 0.1, "lr": 0.1}}, "optimizer.k: ", "optimizer.rho: ", "optimizer.lr: ",
+     "optimizer.params"),
     (looksam(base_optimizer="lr_scheduler"), "is known neither"),
     (looksam(base_optimizer="LookSAM"), "cannot be its own base"),
     (looksam(momentum=0.9), "params.momentum: neither a key of LookSAM"), (looksam(foreach=True), "params.foreach: "),

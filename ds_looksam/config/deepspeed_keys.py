@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.config import (
     DeepSpeedZeroOffloadParamConfig,
 )
 
-from .params import did_you_mean
+from .params import did_you_mean, keys_of_params
 
 SIMILAR = 0.85
 """difflib's ratio from which on an unknown key is a misspelling, and not somebody's own key."""
@@ -55,13 +55,17 @@ MODELS: dict[str, type[DeepSpeedConfigModel]] = {
 
 def misspelt(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Keys that DeepSpeed does not read, or refuses: (the key with its blocks, what is wrong). An unknown key that
-    DeepSpeed ignores is only told where it looks like one that it knows."""
+    DeepSpeed ignores is only told where it looks like one that it knows, or is one of another block."""
     for block, keys in KEYS.items():
         for key in _within(values, block):
             hint = did_you_mean(key, keys, SIMILAR)
             if key not in keys and hint:
                 name = f"{block}.{key}".removeprefix(".")
                 yield name, f"{name}: DeepSpeed knows no such key and would ignore it.{hint}"
+    for key in _within(values, "optimizer"):
+        if key in keys_of_params():
+            name = f"optimizer.{key}"
+            yield name, f"{name}: DeepSpeed would ignore it there; it belongs in optimizer.params"
     for block, model in MODELS.items():
         known = {name for field, info in model.model_fields.items() for name in (field, info.alias) if name}
         for key in _within(values, block):

@@ -183,6 +183,11 @@ def parse_params(params: dict[str, Any] | None,
     return settings, base_params
 
 
+def keys_of_params() -> set[str]:
+    """LookSAM's, and those that most base optimizers share."""
+    return {*LookSAMConfig.model_fields, *_CommonBaseParams.model_fields}
+
+
 def wrong_base_params(params: dict[str, Any]) -> list[str]:
     """What is of the wrong type or out of range among the hyper-parameters that most base optimizers share."""
     try:
@@ -235,5 +240,7 @@ def _wrong_values(error: ValidationError, prefix: str) -> list[str]:
         elif detail["input"] == AUTO:
             hint = (' ("auto" is a placeholder that Hugging Face integrations fill in for lr, betas, eps and '
                     'weight_decay only; give a number)')
+        elif where == ("base_optimizer", ) and isinstance(detail["input"], dict):
+            hint = " (give its name alone; its parameters stand beside it in optimizer.params)"
         lines.append(f"{key}: {detail['msg'].removeprefix('Value error, ')}, got {detail['input']!r}{hint}")
     return list(dict.fromkeys(lines))
