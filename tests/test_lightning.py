@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from .ranks import run_on_ranks
+from .ranks import RankError, run_on_ranks
 from .training import CLASSES, Case, engine_for, make_model, master_weights
 
 pytest.importorskip("lightning")
@@ -129,6 +129,37 @@ def test_lightning_equals_own_loop(stage: int, loss_in: str, stop: int, tmp_path
         # The last update is a SAM step: its second evaluation counts neither in what is logged nor in metrics.
         assert result["counted"] == case.accumulation
         assert result["loss"] == pytest.approx(mean_loss, rel=1e-6)
+
+
+def optimize_manually() -> None:
+    import lightning
+    from torch import nn
+
+    import ds_looksam  # noqa: F401
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.automatic_optimization = nn.Linear(3, 1), False
+
+        def training_step(self, x: Any) -> None:
+            self.manual_backward(self.model(x).square().mean())
+            self.optimizers().step()
+
+        def configure_optimizers(self) -> None:
+            """The optimizer is the configuration's."""
+
+    config = Case(world=1).json()
+    del config["gradient_accumulation_steps"], config["gradient_clipping"]
+    lightning.Trainer(accelerator="cpu", devices=1, strategy=on_cpu(config), max_epochs=1, logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(
+        Module(), torch.utils.data.DataLoader(torch.randn(8, 3), batch_size=4))
+
+
+def test_manual_optimization_is_refused_by_name() -> None:
+    """There ``training_step``, which is the engine's forward, runs backward and step itself."""
+    with pytest.raises(RankError, match=r"LookSAMReplayError.*inside the model's own forward.*automatic optimization"):
+        run_on_ranks(1, optimize_manually)
 
 
 def test_metrics_are_as_before_whatever_kind_of_state_they_have() -> None:

@@ -43,6 +43,11 @@ def ways_out(with_closure: bool = True) -> str:
             "trainer.model_wrapped.loss_fn, from a TrainerCallback's on_train_begin.)")
 
 
+_IN_FORWARD = ("engine.backward() was called inside the model's own forward, which LookSAM runs again: call it, and "
+               "engine.step(), after the forward. In PyTorch Lightning, manual optimization does this: use automatic "
+               "optimization")
+
+
 @dataclass(eq=False)
 class Forward(Step):
     """One forward of the user's loop and all that is needed to run it again. ``args`` and ``kwargs`` hold
@@ -124,6 +129,7 @@ class Window:
     """The forwards and backwards since the last update. Empty, and not filled, in a window without a SAM step."""
 
     def __init__(self) -> None:
+        self._in_forward = False
         self.forget()
 
     def forget(self) -> None:
@@ -191,8 +197,12 @@ class Window:
                               Structure(module), Attributes(module, since=self._trained or self._left),
                               apart=apart, number=tape.number(), needs=needs,
                               before=before(module) if before is not None and not self._backwards else None)
-        with self.not_recording():
-            output = run(*args, **kwargs)
+        self._in_forward = True
+        try:
+            with self.not_recording():
+                output = run(*args, **kwargs)
+        finally:
+            self._in_forward = False
         with torch._C.DisableTorchFunction():
             watched.forward_is_over()
             forward.left = self._left = Attributes(module)
@@ -203,6 +213,9 @@ class Window:
 
     def add_backward(self, loss: Tensor, how: Backward, problem: str | None = None) -> None:
         """Remember a backward of this engine that is about to run. What is wrong is told by :meth:`check`."""
+        if self._in_forward:
+            self._problem = _IN_FORWARD
+            return
         if self._tape is None:
             self._problem = "no forward of the engine was seen in this window before a backward"
             return
@@ -261,7 +274,8 @@ class Window:
                                "before one backward")
         reason = next((reason for reason in reasons if reason is not None), None)
         if reason is not None:
-            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reason}. {ways_out(with_closure)}")
+            ways = "" if reason is _IN_FORWARD else f" {ways_out(with_closure)}"
+            raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reason}.{ways}")
         for step in self._steps(loss_fn):
             step.check()
 
