@@ -9,7 +9,8 @@ reaches an output of a forward of the window, or a parameter of the model.
 The recorded calls make the user's loss at w + eps if every dependence on the output went through one of them. What can
 break this is noticed, and makes the loss one that cannot be formed again, instead of a wrong one:
 
-- values read out to Python (``.item()``, ``if loss > 3``) before the loss was complete, but for constant factors;
+- values read out to Python (``.item()``, ``if loss > 3``) before the loss was complete, but for constant factors
+  and the sum or mean of all elements;
 - tensors whose graph reaches the model by other ways: a custom ``autograd.Function`` (its backward is its own);
 - tensors changed by something that is not a torch function, or that were there before the forward;
 - shapes that depend on values, and any other difference between the two autograd graphs.
