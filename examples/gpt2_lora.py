@@ -118,10 +118,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True,
                                                task_type="CAUSAL_LM"))
     lora = train(adapted, python_source(), args.lora_steps, 3e-3, args)
-    for name, result in (("from scratch", scratch), ("LoRA", lora)):
-        looksam = result["looksam"]
-        print(f"{name}: held-out loss {' '.join(f'{x:.3f}' for x in result['held_out_losses'])} nats per byte, "
-              f"{looksam['updates']} updates, {looksam['evaluations']} gradient evaluations")
+    if torch.distributed.get_rank() == 0:
+        for name, result in (("from scratch", scratch), ("LoRA", lora)):
+            looksam = result["looksam"]
+            print(f"{name}: held-out loss {' '.join(f'{x:.3f}' for x in result['held_out_losses'])} nats per byte, "
+                  f"{looksam['updates']} updates, {looksam['evaluations']} gradient evaluations")
     return {"scratch": scratch, "lora": lora}
 
 
