@@ -41,7 +41,7 @@ class Part:
 _BATCHES = [f"batch-{base}-{batch}" for batch in (8192, 4096, 1024, 256) for base in ("AdamW", "Lamb")]
 PLANS = {
     "tune": [Part(["5k-wrong"], TUNED, tune=True)],
-    "whole": [Part(["5k-wrong-whole"], WHOLE, tune=True), Part(["5k-wrong-whole"], [*WHOLE, "base-x1.2"])],
+    "whole": [Part(["5k-wrong-whole"], WHOLE, tune=True), Part(["5k-wrong-whole"], WHOLE)],
     "5k": [Part(["5k-wrong"], ALL), Part(["5k-clean"], ALL)],
     "reuse": [Part(["5k-wrong", "5k-clean"], ["LookSAM-5/micro_batch", "LookSAM-5", *REUSE])],
     "60k": [Part(["60k-wrong", "60k-clean"], ALL)],
