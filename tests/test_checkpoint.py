@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from .checkpoints import Stretch, run_stretch, same_bits
 from .ranks import run_on_ranks
 from .training import Case, Result, batches_for, distance, engine_for, master_weights
+from .twin import Net, batches, engine_of
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 CASES = [
@@ -76,6 +78,40 @@ def test_late_resume_on_a_cpu_adam_is_bit_exact(case: Case, tmp_path: Path) -> N
 def test_a_tag_may_be_several_folders_deep(tmp_path: Path) -> None:
     _resume(Case(world=1, updates=6), 4, tmp_path, "epoch-1/last")
     assert not (tmp_path / "last").exists()
+
+
+THAWING, FREEZING, BOTH = [0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1]
+"""Whether a layer is trained in each update."""
+
+
+def resume_while_layers_are_frozen(trained: list[int], ascent: str, folder: str, before: bool) -> None:
+    """``before``: the layer's flag is set before the load, to what it was at the save."""
+    def run(updates: range) -> dict[str, Tensor]:
+        for update in updates:
+            engine.module.body[0].requires_grad_(bool(trained[update]))
+            for x, y in batches(1)[update % 4]:
+                engine.backward(nn.functional.mse_loss(engine(x.float()), y.float()))
+                engine.step()
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+    with engine_of(Net, 0, ascent=ascent) as engine:
+        run(range(3))
+        engine.save_checkpoint(folder)
+        expected = run(range(3, 6))
+    with engine_of(Net, 0, ascent=ascent) as engine:
+        if before:
+            engine.module.body[0].requires_grad_(bool(trained[2]))
+        engine.load_checkpoint(folder)
+        same_bits(run(range(3, 6)), expected)
+        engine.load_checkpoint(folder)  # into an engine that has trained
+        same_bits(run(range(3, 6)), expected)
+
+
+@pytest.mark.parametrize(("trained", "ascent"), [(THAWING, "global"), (THAWING, "rank"), (FREEZING, "global"),
+                                                 (FREEZING, "micro_batch"), (BOTH, "global")])
+@pytest.mark.parametrize("before", [False, True])
+def test_resume_while_layers_are_frozen(trained: list[int], ascent: str, before: bool, tmp_path: Path) -> None:
+    run_on_ranks(1, resume_while_layers_are_frozen, trained, ascent, str(tmp_path), before)
 
 
 def load_in_mid_window(case: Case, begins: bool, folder: str) -> Result:

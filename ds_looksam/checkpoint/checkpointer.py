@@ -30,7 +30,7 @@ from ..step.state import LookSAMState
 from .files import MANIFEST, Manifest, write_atomically, write_rank_file
 from .finding import MARK, check_belongs, find, resolve_tag
 from .groups import changed_settings, plain_group, restore_base_groups, restore_groups
-from .reading import NamedLayout, read_own_part
+from .reading import NamedLayout, names_of, read_own_part
 
 
 class Saved(NamedTuple):
@@ -154,17 +154,29 @@ class Checkpointer:
         at, manifest = found
 
         def check() -> NamedLayout:
+            self._lay_out_as(manifest)
             here = NamedLayout.of(self._module, self._shards)
             check_belongs(at / MANIFEST, manifest, self._settings, here)
             return here
 
         where = f"LookSAM's part of checkpoint {at} cannot be loaded"
-        here = together(check, self._device, where)
-        return Saved(manifest, read_own_part(at, manifest, here, self._shards, self._device, where)
-                     if manifest.files > 0 else None)
+        held = set(self._shards.parameters())
+        try:
+            here = together(check, self._device, where)
+            return Saved(manifest, read_own_part(at, manifest, here, self._shards, self._device, where)
+                         if manifest.files > 0 else None)
+        finally:
+            self._shards.hold(held.__contains__)
+
+    def _lay_out_as(self, saved: Manifest) -> None:
+        """As when it was saved: another part of the model may have been frozen then. The next update follows that."""
+        names = names_of(self._module)
+        self._shards.hold(lambda p: names.get(id(p)) in (None, *saved.shapes))
 
     def _go_on_with(self, saved: Saved | None, path: str) -> None:
         manifest, v = saved or (None, None)
+        if manifest is not None:
+            self._lay_out_as(manifest)
         self._state.restore({} if manifest is None else manifest.status, v)
         changes = [] if manifest is None else changed_settings(manifest, self._settings)
         changes += restore_groups(self._param_groups(), self._configured_groups, manifest)
