@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from .checkpoints import Stretch, run_stretch, same_bits
 from .ranks import run_on_ranks
-from .training import Case, distance
+from .training import Case, Result, batches_for, distance, engine_for, master_weights
+from .twin import Net, batches, engine_of
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 CASES = [
@@ -44,8 +46,8 @@ def _id(case: Case) -> str:
     return f"stage{case.stage}-world{case.world}-{case.model}-{case.precision}{offload}-{case.ascent}"
 
 
-def _resume(case: Case, save_at: int, tmp_path: Path) -> None:
-    save = Stretch(stop=case.updates, save={"save_dir": str(tmp_path)}, save_at=save_at)
+def _resume(case: Case, save_at: int, tmp_path: Path, tag: str | None = None) -> None:
+    save = Stretch(stop=case.updates, save={"save_dir": str(tmp_path)}, tags=(tag, ), save_at=save_at)
     whole = run_on_ranks(case.world, run_stretch, case, save)
     if case in LATE:
         run_on_ranks(case.world, run_stretch, case, Stretch(stop=1))  # what another process would not have computed
@@ -56,7 +58,9 @@ def _resume(case: Case, save_at: int, tmp_path: Path) -> None:
         assert got.extra.kinds == expected.extra.kinds[save_at:]
         assert got.extra.status == expected.extra.status
         assert got.extra.client_state is not None and "ds_looksam" not in got.extra.client_state
-    files = {path.name for path in (tmp_path / f"global_step{save_at}").glob("looksam*")}
+    folder = tmp_path / (tag or f"global_step{save_at}")
+    assert (tmp_path / "latest").read_text() == str(folder.relative_to(tmp_path))
+    files = {path.name for path in folder.glob("looksam*")}
     files_of_g_v = 1 if case.stage == 0 else case.world
     assert files == {"looksam.json", *(f"looksam_rank_{r:05d}.safetensors" for r in range(files_of_g_v))}
 
@@ -69,6 +73,80 @@ def test_resume_in_the_middle_of_a_cycle_is_bit_exact(case: Case, tmp_path: Path
 @pytest.mark.parametrize("case", LATE, ids=_id)
 def test_late_resume_on_a_cpu_adam_is_bit_exact(case: Case, tmp_path: Path) -> None:
     _resume(case, 31, tmp_path)
+
+
+def test_a_tag_may_be_several_folders_deep(tmp_path: Path) -> None:
+    _resume(Case(world=1, updates=6), 4, tmp_path, "epoch-1/last")
+    assert not (tmp_path / "last").exists()
+
+
+THAWING, FREEZING, BOTH = [0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 1]
+"""Whether a layer is trained in each update."""
+
+
+def resume_while_layers_are_frozen(trained: list[int], ascent: str, folder: str, before: bool) -> None:
+    """``before``: the layer's flag is set before the load, to what it was at the save."""
+    def run(updates: range) -> dict[str, Tensor]:
+        for update in updates:
+            engine.module.body[0].requires_grad_(bool(trained[update]))
+            for x, y in batches(1)[update % 4]:
+                engine.backward(nn.functional.mse_loss(engine(x.float()), y.float()))
+                engine.step()
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+    with engine_of(Net, 0, ascent=ascent) as engine:
+        run(range(3))
+        engine.save_checkpoint(folder)
+        expected = run(range(3, 6))
+    with engine_of(Net, 0, ascent=ascent) as engine:
+        if before:
+            engine.module.body[0].requires_grad_(bool(trained[2]))
+        engine.load_checkpoint(folder)
+        same_bits(run(range(3, 6)), expected)
+        engine.load_checkpoint(folder)  # into an engine that has trained
+        same_bits(run(range(3, 6)), expected)
+
+
+@pytest.mark.parametrize(("trained", "ascent"), [(THAWING, "global"), (THAWING, "rank"), (FREEZING, "global"),
+                                                 (FREEZING, "micro_batch"), (BOTH, "global")])
+@pytest.mark.parametrize("before", [False, True])
+def test_resume_while_layers_are_frozen(trained: list[int], ascent: str, before: bool, tmp_path: Path) -> None:
+    run_on_ranks(1, resume_while_layers_are_frozen, trained, ascent, str(tmp_path), before)
+
+
+def load_in_mid_window(case: Case, begins: bool, folder: str) -> Result:
+    """``begins``: half a window of other data runs before the load."""
+    def run(update: int, micro_batches: slice) -> None:
+        for i, (x, y) in list(enumerate(batches_for(engine, case, update)))[micro_batches]:
+            engine.set_gradient_accumulation_boundary(i == 1)
+            engine.backward(engine(x, y))
+            engine.step()
+
+    with engine_for(case) as engine:
+        for update in range(2):
+            run(update, slice(None))
+        engine.save_checkpoint(folder)
+        run(2, slice(None))
+        if begins:
+            run(5, slice(1))
+        engine.load_checkpoint(folder)
+        for update in range(2, 5):
+            run(update, slice(None))
+        return Result(weights=master_weights(engine), updates=engine.looksam.updates)
+
+
+@pytest.mark.parametrize("case", [
+    Case(stage=stage, world=1, accumulation=2, k=2, base="SGD", precision=precision, **case)
+    for stage, precision, case in [
+        (0, "fp32", {}), (0, "bf16", {}), (1, "fp32", {}),
+        (1, "bf16", {"config": {"data_types": {"grad_accum_dtype": "fp32"}}}),
+        (2, "fp32", {}), (2, "fp32", {"ascent": "micro_batch"}), (2, "fp16", {"ascent": "rank"}),
+        (2, "fp32", {"zero": OFFLOAD}), (3, "fp32", {}), (3, "bf16", {"zero": OFFLOAD})]], ids=_id)
+def test_a_window_that_had_begun_before_a_load_is_forgotten(case: Case, tmp_path: Path) -> None:
+    expected, got = (run_on_ranks(1, load_in_mid_window, case, begins, str(tmp_path / str(begins)))[0]
+                     for begins in (False, True))
+    same_bits(got.weights, expected.weights)
+    assert got.updates == expected.updates == 5
 
 
 OLD = Path(__file__).parent / "data" / "checkpoint-0.1"

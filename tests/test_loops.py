@@ -147,6 +147,19 @@ def seeds_tracked(module: Any, i: int) -> None:
     tracker.add("noise", i + 1)
 
 
+class Quantized(Net):
+    """Frozen weights in dtypes of which torch has no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.eight, self.none = (nn.Parameter(value, requires_grad=False) for value in [
+            torch.arange(9, dtype=torch.uint8).view(3, 3), torch.randn(3, 3).to(torch.float8_e4m3fn),
+            torch.empty(0, dtype=torch.int8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x @ self.whole.to(x.dtype) / 9) @ self.eight.to(x.dtype)
+
+
 class InPlace(Net):
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x.mul_(2))
@@ -337,6 +350,13 @@ def steps_the_optimizer(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
     engine.backward(plain(engine, i, x, y))
     with pytest.raises(LookSAMReplayError, match=r"call engine.step\(\)"):
         engine.optimizer.step()
+
+
+def accumulates_less_before_step(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    """A schedule of the batch size that is advanced when the window's gradient is complete."""
+    engine.backward(plain(engine, i, x, y))
+    if engine.is_gradient_accumulation_boundary():
+        engine.set_train_batch_size(4)
 
 
 def two_backwards(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
@@ -536,6 +556,9 @@ SITUATIONS: dict[str, Situation] = {
     "frozen": Situation(before=lambda side, update: side.module.body[0].requires_grad_(update < 1)),
     "unfrozen": Situation(before=lambda side, update: side.module.body[0].requires_grad_(update >= 1)),
     "added": Situation(build=first_frozen, before=adds),
+    "quantized": Situation(build=Quantized),
+    "accumulates_less_before_step": Situation(loop=accumulates_less_before_step,
+                                              before=accumulates(lambda update: 2).before),
     "accumulates_more": accumulates(lambda update: 1 + update // 2), "accumulates_less": accumulates(lambda update: 1),
 }
 SET = ["attributes", "buffer_in_place", "buffer_rebound", "inference", "failures", "two_in_one_loss", "hook",
@@ -564,6 +587,8 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),
         (["returned", *REFILLED], [(2, 2)]),
         (["frozen", "unfrozen", "added"], [(0, 2, "global", 2), (0, 2, "rank"), (0, 1, "micro_batch")]),
+        (["quantized"], [(0, 1), (2, 1, "rank"), (3, 1)]),
+        (["accumulates_less_before_step"], [(0, 2), (2, 2, "rank"), (3, 2), (2, 2, "micro_batch")]),
         (["accumulates_more"], [(2, 2)]), (["accumulates_less"], [(2, 2, "micro_batch")]),
         (["autograd_backward"], [(2, 1)]),  # DeepSpeed has no direct backward on stage 0
         (["steps_the_optimizer"], [(0, 1), (1, 1), (2, 1), (3, 1)]),

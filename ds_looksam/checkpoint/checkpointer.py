@@ -30,7 +30,7 @@ from ..step.state import LookSAMState
 from .files import MANIFEST, Manifest, write_atomically, write_rank_file
 from .finding import MARK, check_belongs, find, resolve_tag
 from .groups import changed_settings, plain_group, restore_base_groups, restore_groups
-from .reading import NamedLayout, read_own_part
+from .reading import NamedLayout, names_of, read_own_part
 
 
 class Saved(NamedTuple):
@@ -60,22 +60,24 @@ class Checkpointer:
         self._module, self._settings, self._state, self._shards = module, settings, state, shards
         self._replay, self._param_groups, self._configured_groups = replay, param_groups, configured_groups
         self._device, self._writes_common_files, self._nvme = device, writes_common_files, nvme
-        self._to_be_named: Path | None = None  # the checkpoint that DeepSpeed's decoupled writer is still writing
+        # Folder and tag of the checkpoint that DeepSpeed's decoupled writer is still writing.
+        self._to_be_named: tuple[Path, str] | None = None
 
     # Saving -----------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, client_state: dict[str, Any], name_it_latest: bool, engine: CheckpointEngine,
-             save: Callable[[dict[str, Any]], Any]) -> Any:
-        """Write LookSAM's files into ``folder`` and then DeepSpeed's, by ``save(client_state)``. Collective.
+    def save(self, save_dir: Path, tag: str, client_state: dict[str, Any], name_it_latest: bool,
+             engine: CheckpointEngine, save: Callable[[dict[str, Any]], Any]) -> Any:
+        """Write LookSAM's files into ``save_dir/tag`` and then DeepSpeed's, by ``save(client_state)``. Collective.
 
         Raises:
             LookSAMReplayError: the weights are perturbed.
             LookSAMCheckpointError: on every rank, if one of them could not write, or the optimizer's state is on NVMe.
         """
+        folder = save_dir / tag
         mark = self._write(folder)
         with _deferred_write_errors(engine, self._device, f"checkpoint {folder} could not be written"):
             result = save({**client_state, **mark})
-        self._to_be_named = folder if name_it_latest else None
+        self._to_be_named = (save_dir, tag) if name_it_latest else None
         if not engine.is_decoupled():
             self.writer_is_done()
         return result
@@ -92,10 +94,10 @@ class Checkpointer:
 
     def writer_is_done(self) -> None:
         """Every rank's part of the last checkpoint is there: ``latest`` may name it. Collective."""
-        folder, self._to_be_named = self._to_be_named, None
-        if folder is not None:
-            latest, name = folder.parent / "latest", folder.name
-            together(lambda: write_atomically(latest, lambda temporary: temporary.write_text(name))
+        to_be_named, self._to_be_named = self._to_be_named, None
+        if to_be_named is not None:
+            latest, tag = to_be_named[0] / "latest", to_be_named[1]  # a tag may be several folders deep
+            together(lambda: write_atomically(latest, lambda temporary: temporary.write_text(tag))
                      if self._writes_common_files else None, self._device, f"{latest} could not be written")
 
     def _write(self, folder: Path) -> dict[str, Any]:
@@ -152,17 +154,29 @@ class Checkpointer:
         at, manifest = found
 
         def check() -> NamedLayout:
+            self._lay_out_as(manifest)
             here = NamedLayout.of(self._module, self._shards)
             check_belongs(at / MANIFEST, manifest, self._settings, here)
             return here
 
         where = f"LookSAM's part of checkpoint {at} cannot be loaded"
-        here = together(check, self._device, where)
-        return Saved(manifest, read_own_part(at, manifest, here, self._shards, self._device, where)
-                     if manifest.files > 0 else None)
+        held = set(self._shards.parameters())
+        try:
+            here = together(check, self._device, where)
+            return Saved(manifest, read_own_part(at, manifest, here, self._shards, self._device, where)
+                         if manifest.files > 0 else None)
+        finally:
+            self._shards.hold(held.__contains__)
+
+    def _lay_out_as(self, saved: Manifest) -> None:
+        """As when it was saved: another part of the model may have been frozen then. The next update follows that."""
+        names = names_of(self._module)
+        self._shards.hold(lambda p: names.get(id(p)) in (None, *saved.shapes))
 
     def _go_on_with(self, saved: Saved | None, path: str) -> None:
         manifest, v = saved or (None, None)
+        if manifest is not None:
+            self._lay_out_as(manifest)
         self._state.restore({} if manifest is None else manifest.status, v)
         changes = [] if manifest is None else changed_settings(manifest, self._settings)
         changes += restore_groups(self._param_groups(), self._configured_groups, manifest)

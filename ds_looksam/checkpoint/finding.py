@@ -18,6 +18,9 @@ MARK = "ds_looksam"
 
 WITHOUT = ("To do without LookSAM's saved state (the next update is then a SAM step): "
            "engine.load_checkpoint(..., load_looksam_states=False).")
+WEIGHTS_ALONE = ("The optimizer's state does not fit either. To load the weights that do: engine.load_checkpoint(..., "
+                 "load_module_only=True, load_module_strict=False), with custom_load_fn=f(src, dst) where one has "
+                 "another shape.")
 
 
 def resolve_tag(load_dir: str, tag: Any, universal: bool) -> str | None:
@@ -86,7 +89,7 @@ def check_belongs(path: Path, manifest: Manifest, settings: LookSAMConfig, here:
             reasons.append(f"{name!r} is {saved} in the checkpoint and {mine} in the model")
     if reasons:
         more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
-        raise LookSAMCheckpointError(f"{path}: parameter {'; parameter '.join(reasons[:4])}{more}. {WITHOUT}")
+        raise LookSAMCheckpointError(f"{path}: parameter {'; parameter '.join(reasons[:4])}{more}. {WEIGHTS_ALONE}")
 
 
 def _differ(optimizer: str, other: str) -> bool:

@@ -34,7 +34,7 @@ class NamedLayout:
 
     @classmethod
     def of(cls, module: torch.nn.Module, shards: GradientShards) -> NamedLayout:
-        names = {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+        names = names_of(module)
         unnamed = [p for p in shards.parameters() if id(p) not in names]
         if unnamed:
             raise LookSAMCheckpointError(
@@ -43,6 +43,11 @@ class NamedLayout:
         layout = [[(s.start, Range(names[id(s.parameter)], s.param_offset, s.param_offset + s.numel))
                    for s in segments] for segments in shards.layout()]
         return cls({names[id(p)]: list(full_shape(p)) for p in shards.parameters()}, layout)
+
+
+def names_of(module: torch.nn.Module) -> dict[int, str]:
+    """The name of each parameter by its id; the first of several."""
+    return {id(p): name for name, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
 
 
 def read_own_part(folder: Path, manifest: Manifest, here: NamedLayout, shards: GradientShards, device: torch.device,

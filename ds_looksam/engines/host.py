@@ -124,16 +124,18 @@ class HostEngine(DeepSpeedEngine):
         """Forward and backward inside do not count as micro-batches, samples or throughput of the user's loop."""
         kept = [(owner, name, getattr(owner, name)) for owner, names in (
             (self, ("_is_gradient_accumulation_boundary", "_unmanaged_backward_count", "warn_unscaled_loss")),
-            (self.tput_timer, ("started", "start_time"))) for name in names]
+            (self._config, ("gradient_accumulation_steps", )), (self.tput_timer, ("started", "start_time")))
+            for name in names]
         try:
             yield
         finally:
             for owner, name, value in kept:
                 setattr(owner, name, value)
 
-    def set_boundary_of_next_backward(self, is_boundary: bool) -> None:
-        """Override the engine's accumulation counter for one backward of a replay."""
+    def set_up_next_backward(self, is_boundary: bool, accumulation: int) -> None:
+        """Override the engine's accumulation counter, and what it divides by, for one backward of a replay."""
         self._is_gradient_accumulation_boundary = is_boundary
+        self._config.gradient_accumulation_steps = accumulation
 
     @contextmanager
     def as_a_window_of_its_own(self) -> Iterator[None]:

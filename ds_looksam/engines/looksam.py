@@ -255,11 +255,11 @@ class LookSAMEngine(HostEngine):
         self._checkpointer.refuse("save_checkpoint")
         if not save_dir:
             return super().save_checkpoint(save_dir)  # DeepSpeed's own refusal
-        folder = Path(save_dir) / (f"global_step{self.global_steps}" if tag is None else str(tag))
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         save = super().save_checkpoint
         return self._checkpointer.save(
-            folder, client_state or {}, save_latest, self.checkpoint_engine,
-            lambda with_ours: save(save_dir, folder.name, with_ours, False, exclude_frozen_parameters))
+            Path(save_dir), tag, client_state or {}, save_latest, self.checkpoint_engine,
+            lambda with_ours: save(save_dir, tag, with_ours, False, exclude_frozen_parameters))
 
     def writer_is_done(self) -> None:
         self._checkpointer.writer_is_done()
@@ -289,6 +289,7 @@ class LookSAMEngine(HostEngine):
                                   load_module_only, custom_load_fn))
         if path is not None:
             self._update.give_up_window()
+            self.gradient_shards.abort_evaluation()  # DeepSpeed keeps the gradient of a window that had begun
         return path, client_state
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:

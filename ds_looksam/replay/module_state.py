@@ -35,6 +35,7 @@ _NOT_ENTERED = {"torch", "deepspeed", "lightning", "lightning_fabric", "pytorch_
 _PLAIN = {type(None), bool, int, float, str, bytes}  # nothing is in them; looked up first, for there are many
 _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
 _DEPTH = 4
+_PIECE = 1 << 24
 
 
 def _attributes_of(module: nn.Module) -> dict[str, Any]:
@@ -312,7 +313,17 @@ class Isolation:
 
 
 def _norms(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return list(torch._foreach_norm([p.detach() for p in parameters], 2, torch.float64)) if parameters else []
+    """In fp64; the sum of the bytes where torch has no such norm: weights that were quantized (uint8, int8, fp8)."""
+    floats = [i for i, p in enumerate(parameters) if p.is_floating_point() and p.element_size() > 1]
+    norms = torch._foreach_norm([parameters[i].detach() for i in floats], 2, torch.float64) if floats else ()
+    of = dict(zip(floats, norms, strict=True))
+    return [of[i] if i in of else _sum_of_bytes(p) for i, p in enumerate(parameters)]
+
+
+def _sum_of_bytes(p: nn.Parameter) -> Tensor:
+    """In pieces: torch makes a copy in int64 of what it adds up."""
+    pieces = p.detach().reshape(-1).view(torch.uint8).split(_PIECE)
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
 
 
 def _look_of(value: Any) -> str:

@@ -107,8 +107,8 @@ class Replay:
         engine = self._engine
         if self.window.backwards and engine.gradients_are_gone():
             self.forget_backwards(told=False)
-        how = Backward(engine.is_gradient_accumulation_boundary(), scale_wrt_gas, direct, engine.inside_no_sync(),
-                       engine.inside_coalesce())
+        how = Backward(engine.is_gradient_accumulation_boundary(), engine.gradient_accumulation_steps(), scale_wrt_gas,
+                       direct, engine.inside_no_sync(), engine.inside_coalesce())
         self.window.add_backward(loss, how, problem)
         self.window.add_loss(loss, self._share(scale_wrt_gas, is_scaled))
 
@@ -300,7 +300,8 @@ class Replay:
         """Also to what runs before it: the hooks of a ``torch.autograd.grad`` in the loss reduce at the boundary."""
         recorded = self.window.backwards
         if self._backwards < len(recorded):
-            self._engine.set_boundary_of_next_backward(recorded[self._backwards].is_boundary)
+            how = recorded[self._backwards]
+            self._engine.set_up_next_backward(how.is_boundary, how.accumulation)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

@@ -91,6 +91,7 @@ class Backward:
     """How the user ran one backward."""
 
     is_boundary: bool  # whether DeepSpeed took it for the last one of its accumulation window
+    accumulation: int  # gradient_accumulation_steps, which DeepSpeed divides by; the loop may have changed it since
     scale_wrt_gas: bool = True  # engine.backward's argument
     direct: bool = False  # loss.backward() instead of engine.backward(loss)
     no_sync: bool = False  # inside engine.no_sync()

@@ -87,6 +87,10 @@ class GradientShards(ABC):
         nothing is dropped. Only stage 0 in fp32 can: DeepSpeed's wrappers keep their partitions."""
         return None
 
+    def hold(self, is_held: Callable[[torch.nn.Parameter], bool]) -> None:  # noqa: B027 - the others' are partitions
+        """Lay shards out for these of the optimizer's parameters until :meth:`follow_changes`, whichever are trained at
+        the moment: those that a checkpoint has a shard of. Only where that can."""
+
     @abstractmethod
     def layout(self) -> list[list[Segment]]:
         """For each flat tensor, what lies in it: segments in ascending order of ``start``, padding left out.

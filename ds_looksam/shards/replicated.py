@@ -147,7 +147,19 @@ class ReplicatedShards(WholeShards):
                 for group in self._optimizer.param_groups]
 
     def follow_changes(self, within_window: bool) -> Callable[[Shard], Shard] | None:
-        before, now = self.groups, self.trained(within_window)
+        return self._lay_out(self.trained(within_window))
+
+    def hold(self, is_held: Callable[[torch.nn.Parameter], bool]) -> None:
+        self._lay_out([[p for p in group["params"] if is_held(p) and p.numel() > 0]
+                       for group in self._optimizer.param_groups])
+
+    def abort_evaluation(self) -> None:
+        for group in self._optimizer.param_groups:  # also of those that are not in the shards at the moment
+            for p in group["params"]:
+                p.grad = None
+
+    def _lay_out(self, now: list[list[torch.nn.Parameter]]) -> Callable[[Shard], Shard] | None:
+        before = self.groups
         if list(map(len, before)) == list(map(len, now)) and all(
                 p is q for old, new in zip(before, now, strict=True) for p, q in zip(old, new, strict=True)):
             return None
