@@ -61,7 +61,7 @@ def forward(window: Window, model: nn.Module, x: Tensor = X) -> Any:
 def recorded(model: nn.Module, form: Callable[..., Tensor]) -> Window:
     """The window of one forward and ``engine.backward(form(its output, model))``."""
     window = Window()
-    window.add_backward(form(forward(window, model), model), Backward(is_boundary=True))
+    window.add_backward(form(forward(window, model), model), Backward(is_boundary=True, accumulation=1))
     with window.not_recording():  # as in engine.step()
         window.check(None)
     return window
@@ -256,7 +256,7 @@ def test_modes_entered_and_left_around_the_tape(model):
     with window.not_recording():
         output["logits"].sum().item()
     with torch.overrides.BaseTorchFunctionMode():
-        window.add_backward(loss, Backward(is_boundary=True))
+        window.add_backward(loss, Backward(is_boundary=True, accumulation=1))
         window.check(None)
     assert len(calls_of(window)) == 2
     window.forget()
@@ -279,7 +279,7 @@ def test_a_dropped_forward_is_freed(model):
 def test_a_loss_that_is_kept_keeps_nothing_of_its_window(model):
     window, batch, labels = Window(), X.clone(), Y.clone()
     loss = F.cross_entropy(forward(window, model, batch)["logits"], labels)
-    window.add_backward(loss, Backward(is_boundary=True))
+    window.add_backward(loss, Backward(is_boundary=True, accumulation=1))
     loss.backward()
     alive = weakref.ref(batch), weakref.ref(labels)
     window.forget()
