@@ -26,7 +26,7 @@ import psutil
 
 from benchmarks import evidence_report as report
 from benchmarks.evidence_methods import METHODS
-from benchmarks.evidence_plan import PLANS, Board, Part, jobs, read
+from benchmarks.evidence_plan import PLANS, UNTUNED_RHO, Board, Part, jobs, read
 from benchmarks.evidence_pool import join_alone, run_in_turn, run_side_by_side, serve
 from benchmarks.evidence_tasks import FASHION_MNIST, TASKS
 
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--methods", nargs="+", choices=list(METHODS), help="these instead of the plan's")
     run.add_argument("--seeds", type=int, nargs="+", help="these instead of the plan's; 0 is the tuning runs'")
     run.add_argument("--lr", type=float, help="instead of the tuned one")
-    run.add_argument("--rho", type=float, default=0.12, help="with --lr")
+    run.add_argument("--rho", type=float, default=UNTUNED_RHO, help="with --lr")
     run.add_argument("--updates", type=int, help="instead of the tasks' own: to try the program")
     run.add_argument("--processes", type=int, default=1, help="runs side by side, on one GPU or CPU")
     run.add_argument("--seconds", type=float, default=float("inf"),

@@ -16,6 +16,8 @@ from benchmarks.evidence_tasks import TASKS
 Record = dict[str, Any]
 TUNING_SEED = 0
 """Of the tuning runs alone."""
+UNTUNED_RHO = 0.12
+"""Where the lr is given by hand, and rho is not."""
 
 CORE = ["base", "MSAM", "SAM", "SAM-5", "LookSAM-5", "LookSAM-5-alpha0.7", "LookSAM-5-alpha0.2", "Look-LayerSAM-5"]
 SMALL_GROUPS = ["SAM/micro_batch", "SAM-5/micro_batch", "LookSAM-5/micro_batch", "LookSAM-5-alpha0.2/micro_batch",
@@ -52,7 +54,7 @@ PLANS = {
 
 
 def jobs(parts: Iterable[Part], world: int, updates: int | None = None, lr: float | None = None,
-         rho: float = 0.12) -> list[Job]:
+         rho: float = UNTUNED_RHO) -> list[Job]:
     """The runs of a plan, with a line on the standard output for all methods that cannot run for the same reason.
 
     ``updates``: instead of the tasks' own, for a trial of the program. ``lr``, ``rho``: instead of tuned ones.

@@ -63,7 +63,7 @@ def difference(rows: dict[Row, Runs], row: Row, other: str) -> str:
     twin = max(twins, key=len)
     ours = rows[row]
     values = [ours[seed]["score"] - twin[seed]["score"] for seed in sorted(ours.keys() & twin.keys())]
-    digits = 2 if TASKS[next(iter(ours.values()))["task"]].more_is_better else 4
+    digits = TASKS[next(iter(ours.values()))["task"]].digits
     if not values:
         return ""
     if len(values) == 1:
@@ -86,7 +86,7 @@ def tables(records: list[Record]) -> str:
 
 
 def task_table(task: Task, rows: dict[Row, Runs]) -> str:
-    digits = 2 if task.more_is_better else 4
+    digits = task.digits
     lines = [f"### {task.name}: {task.about}", "",
              f"{task.base}, batch {task.batch}; {task.metric}.", "",
              f"| | evaluations | seconds | m | lr, rho | n | mean (sd) | minus {task.base} | minus SAM at every k-th | "
@@ -125,13 +125,12 @@ def tuning_table(records: list[Record]) -> str:
     for (name, method, world), done in sorted(
             runs.items(), key=lambda item: (tasks.index(item[0][0]), methods.index(item[0][1]), item[0][2])):
         task, best = TASKS[name], tuned(records, name, method, world)
-        digits = 2 if task.more_is_better else 4
         grid = task.lrs, task.rhos if METHODS[method].has_rho else ()
         tried = [", ".join(f"{x:g}" for x in values) for values in grid]
         scores = sorted((r["score"] for r in done), reverse=not task.more_is_better)
         chosen = "not all of the grid was run | | |" if best is None else (
-            f"{best['lr']:g} | {best['rho'] or ''} | {best['score']:.{digits}f} | "
-            f"{scores[0]:.{digits}f} to {scores[-1]:.{digits}f} |")
+            f"{best['lr']:g} | {best['rho'] or ''} | {best['score']:.{task.digits}f} | "
+            f"{scores[0]:.{task.digits}f} to {scores[-1]:.{task.digits}f} |")
         lines.append(f"| {name} | {method} | {done[0]['updates']} | {' | '.join(tried)} | {chosen}")
     return "\n".join(lines)
 

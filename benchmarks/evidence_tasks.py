@@ -60,6 +60,11 @@ class Task:
     def more_is_better(self) -> bool:
         return self.kind == "images"
 
+    @property
+    def digits(self) -> int:
+        """Of a score, behind the point."""
+        return 2 if self.more_is_better else 4
+
 
 def _catalogue() -> dict[str, Task]:
     tasks = []
