@@ -56,6 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     table.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md")
     compare = commands.add_parser("compare", help="a method minus others, seed by seed, in every task")
     compare.add_argument("methods", nargs="+", choices=list(METHODS), metavar="METHOD")
+    compare.add_argument("--seeds", type=int, nargs="+", help="only these")
     draw = commands.add_parser("draw", help="a PNG")
     draw.add_argument("--to", type=Path, default=ROOT / "docs" / "evidence.png")
     draw.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="only these")
@@ -128,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     if not records:
         raise SystemExit(f"{args.results}: no records in it; `python -m benchmarks.evidence run` makes them")
     if args.command == "compare":
-        print(report.comparison(records, *args.methods))
+        wanted = [r for r in records if r["seed"] in (args.seeds or [r["seed"]])]
+        print(report.comparison(wanted, *args.methods))
     elif args.command == "draw":
         report.draw(records, args.to, args.tasks)
         print(args.to)

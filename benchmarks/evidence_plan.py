@@ -24,10 +24,11 @@ SMALL_GROUPS = ["SAM/micro_batch", "SAM-5/micro_batch", "LookSAM-5/micro_batch",
                 "LookSAM-5-alpha0.7/micro_batch", "Look-LayerSAM-5/micro_batch"]
 TUNED = CORE + SMALL_GROUPS
 ALL = [*TUNED, "base-x1.2", "base-x2", "SAM-10", "LookSAM-10", "SAM-10/micro_batch", "LookSAM-10/micro_batch"]
-LARGE_BATCH = ["base", "SAM-5", "LookSAM-5", "Look-LayerSAM-5", "LookSAM-5/micro_batch", "Look-LayerSAM-5/micro_batch"]
+LARGE_BATCH = ["base", "SAM-5", "LookSAM-5", "Look-LayerSAM-5"]
 REUSE = [f"LookSAM-5-{rule}{end}" for end in ("/micro_batch", "") for rule in REUSE_RULES]
-WHOLE = ["base", "LookSAM-5", "SAM-5", "SAM", "Look-LayerSAM-5", "LookSAM-5/micro_batch", "SAM-5/micro_batch"]
-TEXT = ["base", "MSAM", "SAM", "SAM-5", "LookSAM-5", "LookSAM-5/micro_batch", "SAM-5/micro_batch"]
+FEW = ["base", "MSAM", "SAM-5", "LookSAM-5"]
+WHOLE = [*FEW, "SAM", "Look-LayerSAM-5"]
+WHOLE_SMALL_GROUPS = ["LookSAM-5/micro_batch", "SAM-5/micro_batch"]
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,32 @@ class Part:
     tune: bool = False
 
 
-_BATCHES = [f"batch-{base}-{batch}" for batch in (8192, 4096, 1024, 256) for base in ("AdamW", "Lamb")]
+_WHOLE = ["5k-wrong-whole", "5k-clean-whole"]
+_BATCHES = [f"batch-{base}-{batch}" for batch in (8192, 4096, 1024) for base in ("AdamW", "Lamb")]
+_SMALL_BATCH = ["batch-AdamW-256", "batch-Lamb-256"]
+AGAIN = tuple(range(11, 21))
+"""Seeds that were not looked at before what they are to confirm had been written down."""
+
+
+def _tuned_and_run(tasks: list[str], methods: list[str]) -> list[Part]:
+    return [Part(tasks, methods, tune=True), Part(tasks, methods)]
+
+
 PLANS = {
     "tune": [Part(["5k-wrong"], TUNED, tune=True)],
-    "whole": [Part(["5k-wrong-whole"], WHOLE, tune=True), Part(["5k-wrong-whole"], WHOLE)],
+    "whole": _tuned_and_run(_WHOLE, WHOLE),
+    "whole-small-groups": _tuned_and_run(_WHOLE, WHOLE_SMALL_GROUPS),
+    "confirm": [Part(["5k-wrong-whole"], ["base", "LookSAM-5", *WHOLE_SMALL_GROUPS], seeds=AGAIN)],
     "5k": [Part(["5k-wrong"], ALL), Part(["5k-clean"], ALL)],
     "reuse": [Part(["5k-wrong", "5k-clean"], ["LookSAM-5/micro_batch", "LookSAM-5", *REUSE])],
-    "60k": [Part(["60k-wrong", "60k-clean"], ALL)],
-    "batch": [Part(["batch-AdamW-1024", "batch-Lamb-1024"], LARGE_BATCH, tune=True),
-              Part(_BATCHES, LARGE_BATCH, seeds=(1, 2, 3))],
-    "text": [Part(["gpt2", "lora"], TEXT, tune=True), Part(["gpt2", "lora"], TEXT)],
+    "60k": _tuned_and_run(["60k-wrong", "60k-clean"], FEW),
+    "60k-small-groups": _tuned_and_run(["60k-wrong", "60k-clean"], ["LookSAM-5/micro_batch"]),
+    "batch": [Part(_BATCHES, LARGE_BATCH, tune=True), Part(_BATCHES, LARGE_BATCH)],
+    "batch-small-groups": _tuned_and_run(["batch-AdamW-8192", "batch-Lamb-8192"],
+                                         ["LookSAM-5/micro_batch", "Look-LayerSAM-5/micro_batch"]),
+    "batch-256": [Part(_SMALL_BATCH, LARGE_BATCH, seeds=(1, 2, 3))],
+    "text": _tuned_and_run(["gpt2", "lora"], [*FEW, "SAM"]),
+    "text-small-groups": _tuned_and_run(["gpt2", "lora"], ["LookSAM-5/micro_batch"]),
 }
 
 
