@@ -6,14 +6,19 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
+from ds_looksam.replay.tape import LossTape
+
 from .collectives import Collective, Recorder
 from .models import Stack
 from .training import Case, batches_for, engine_for, train_window
+
+RECORDS = "__torch_function__"
 
 
 class Wide(Stack):
@@ -32,11 +37,13 @@ def nothing_stays_gathered(stage: int) -> dict[str, int]:
 
 @dataclass
 class Step:
-    """One window: what forward and backward sent, what step() sent, and the host's reads inside step()."""
+    """One window: what forward and backward sent, what step() sent, the host's reads inside step(), and how many torch
+    functions were looked at to record how the loss is formed."""
 
     evaluation: list[Collective]
     update: list[Collective]
     host_reads: int
+    looked_at: int
 
 
 def record_steps(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide) -> list[Step]:
@@ -45,12 +52,13 @@ def record_steps(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide
         steps = []
         for update in range(case.updates):
             evaluation, last = Recorder(), Recorder()
-            for x, y in batches_for(engine, case, update):
-                with evaluation:
-                    engine.backward(engine(x, y))
-                with last:
-                    engine.step()
-            steps.append(Step(evaluation.collectives, last.collectives, last.host_reads))
+            with patch.object(LossTape, RECORDS, autospec=True, side_effect=getattr(LossTape, RECORDS)) as looked_at:
+                for x, y in batches_for(engine, case, update):
+                    with evaluation:
+                        engine.backward(engine(x, y))
+                    with last:
+                        engine.step()
+            steps.append(Step(evaluation.collectives, last.collectives, last.host_reads, looked_at.call_count))
         return steps
 
 

@@ -189,6 +189,7 @@ def test_collectives(stage: int) -> None:
         found, others = _sent(replace(case, ascent=mode))
         assert (found["allreduce"], found[gather]) == (reduced, gathered if stage else 0), mode
         assert sum(found.values()) == reduced + (gathered if stage else 0), mode
+        assert others[3].looked_at == 0, "what LookSAM does between micro-batches forms no loss"
         for ours, usual in zip(others[4:], steps[4:], strict=True):  # reuse
             assert (ours.evaluation, ours.update, ours.host_reads) == (usual.evaluation, usual.update, usual.host_reads)
 

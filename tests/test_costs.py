@@ -44,6 +44,7 @@ def test_collectives_and_synchronisations(case: Case) -> None:
     base, sam, reuse = plain[4], steps[3], steps[4:6]
 
     assert Counter(sam.evaluation) == Counter(base.evaluation)
+    assert sam.looked_at == 0, "the model forms the loss: only torch functions outside of it are recorded"
     for step in reuse:
         assert Counter(step.evaluation) == Counter(base.evaluation)
         extra = _extra(step.update, base.update)

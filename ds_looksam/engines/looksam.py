@@ -148,7 +148,8 @@ class LookSAMEngine(HostEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; in a window that ends in a SAM step the inputs and the RNG state are remembered."""
         if not self._replay.is_perturbed and torch.is_grad_enabled():
-            self._update.window_runs()
+            with self._replay.window.not_recording():
+                self._update.window_runs()
         return self._replay.forward(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -166,7 +167,8 @@ class LookSAMEngine(HostEngine):
                                      "call engine.backward() outside of it")
         with self.as_a_window_of_its_own():
             loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        self._update.micro_batch_is_done(1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
+        with self._replay.window.not_recording():
+            self._update.micro_batch_is_done(1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
         self._replay.gradient_is_complete = self.is_gradient_accumulation_boundary()
         return loss
 

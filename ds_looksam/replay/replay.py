@@ -88,10 +88,10 @@ class Replay:
         if self._where is not Where.IDLE:
             self._refuse_unless_in_closure("backward")
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        if self._is_recorded():
-            self._record(loss, scale_wrt_gas)
-        self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
         with self.window.not_recording():
+            if self._is_recorded():
+                self._record(loss, scale_wrt_gas)
+            self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
             return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
     def _note_backward(self, loss: Tensor, by_engine: bool, problem: str | None) -> None:
