@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import tempfile
@@ -91,7 +92,8 @@ def run_side_by_side(board: Board, folder: Path, deadline: float, processes: int
         # All are idle when all is done, or when what is left waits for a tuning run that has failed.
         while not all(worker.idle for worker in workers.values()):
             busy = [pipe for pipe, worker in workers.items() if not worker.idle]
-            ready = wait(busy, timeout=max(0.0, deadline + GRACE - time.time()))
+            left = max(0.0, deadline + GRACE - time.time())
+            ready = wait(busy, timeout=left if math.isfinite(left) else None)
             if not ready:
                 break
             for pipe in ready:
