@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import make_dataclass
@@ -192,6 +193,11 @@ def with_numpy(out, model):
     return F.cross_entropy(out["logits"], Y, weight=weight.abs())
 
 
+def pickled(out, model):
+    """As torch.distributed.all_gather_object does."""
+    return F.cross_entropy(out["logits"], Y, weight=pickle.loads(pickle.dumps(out["logits"].detach().abs()))[0])
+
+
 def queued(out, model):
     queue = torch.zeros(8, CLASSES)
     queue[:6].copy_(out["logits"].detach())
@@ -216,7 +222,7 @@ def hooked(out, model):
 @pytest.mark.parametrize("form, reason", [
     (lambda out, model: cross_entropy(out) + (out["hidden"].mean() if out["hidden"].mean() < 1 else 0.0),
      r"read out to Python \(torch.Tensor.__bool__\)"),
-    (with_numpy, "read out to Python"),
+    (with_numpy, "read out to Python"), (pickled, "read out to Python .*untyped_storage"),
     (lambda out, model: out["logits"].mean(int(out["logits"].max() > 9)).sum(), r"came later.*what your code did"),
     (hidden_in_data, "read out to Python"),
     (lambda out, model: F.batch_norm(out["hidden"], torch.zeros(9), torch.ones(9), training=True).pow(3).mean(),

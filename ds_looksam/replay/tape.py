@@ -69,7 +69,7 @@ _ABOUT_NO_VALUES = {
     "__get__", "__format__", "__hash__", "__len__", "__repr__", "backward", "data_ptr", "dim", "element_size",
     "get_device", "has_names", "is_contiguous", "is_complex", "is_floating_point", "is_inference", "is_pinned",
     "is_same_size", "is_shared", "ndimension", "nelement", "numel", "requires_grad_", "retain_grad",
-    "size", "storage_offset", "stride", "type", "untyped_storage"
+    "size", "storage_offset", "stride", "type"
 }
 
 
