@@ -359,6 +359,18 @@ def accumulates_less_before_step(engine: Any, i: int, x: Tensor, y: Tensor) -> N
         engine.set_train_batch_size(4)
 
 
+def fails_in_backward(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    """Before it reaches a parameter, and the micro-batch is tried again: out of memory, say."""
+    for backward in engine.backward, Tensor.backward:
+        out = engine(x)
+        out.register_hook(lambda _: 1 / 0)
+        # DeepSpeed has no direct backward on stage 0, and "micro_batch", here on stage 2, refuses it.
+        if backward is engine.backward or engine.zero_optimization_stage() in (1, 3):
+            with pytest.raises(ZeroDivisionError):
+                backward(2 * F.mse_loss(out, y))
+    engine.backward(plain(engine, i, x, y))
+
+
 def two_backwards(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
     out = engine(x)
     engine.backward(F.mse_loss(out, y), retain_graph=True)
@@ -518,6 +530,7 @@ SITUATIONS: dict[str, Situation] = {
     "measures_by_functorch": Situation(loop=measures_by_functorch),
     "steps_the_optimizer": Situation(loop=steps_the_optimizer),
     "autograd_backward": Situation(loop=lambda engine, i, x, y: torch.autograd.backward([plain(engine, i, x, y)])),
+    "fails_in_backward": Situation(loop=fails_in_backward),
     "twice": Situation(lambda m, i, x, y: F.mse_loss(m(m(x)), y)),
     "two_views": Situation(lambda m, i, x, y: F.mse_loss(m(x), m(y).detach()) + F.l1_loss(m(2 * x), y)),
     "two_backwards": Situation(
@@ -574,6 +587,7 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
          [(0, 2), (2, 1)]),
         (["skips_nan", "validates"], [(3, 1)]),
         # On ZeRO stages 2 and 3 DeepSpeed itself fails where a parameter's gradient comes twice.
+        (["fails_in_backward"], [(0, 2), (1, 2), (2, 1, "rank"), (3, 2), (2, 1, "micro_batch")]),
         (["penalty", "two_views"], [(0, 1), (1, 2)]), (["twice"], [(0, 2), (1, 1)]), (["two_backwards"], [(0, 1)]),
         (SET, [(0, 2), (2, 2, "rank")]),
         # A perturbation for each micro-batch is the window's where that is one micro-batch.

@@ -6,6 +6,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import make_dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ def nothing_is_left_on_torchs_stack() -> Iterator[None]:
 
 
 def forward(window: Window, model: nn.Module, x: Tensor = X) -> Any:
-    return window.add_forward(model, model, (x, ), {}, lambda *_: None)
+    return window.add_forward(model, model, (x, ), {}, lambda *_: nullcontext())
 
 
 def recorded(model: nn.Module, form: Callable[..., Tensor]) -> Window:

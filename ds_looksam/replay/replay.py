@@ -78,7 +78,7 @@ class Replay:
             self._refuse_unless_in_closure("forward")
             return self._forward_again(*inputs, **kwargs)
         if self._is_recorded() and torch.is_grad_enabled():
-            return self.window.add_forward(self._module, self._forward, inputs, kwargs, self._note_backward,
+            return self.window.add_forward(self._module, self._forward, inputs, kwargs, self._backward_of_another,
                                            self._isolation.before)
         with self.window.not_recording():
             return self._forward(*inputs, **kwargs)
@@ -88,29 +88,33 @@ class Replay:
         if self._where is not Where.IDLE:
             self._refuse_unless_in_closure("backward")
             return self._backward_again(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        with self.window.not_recording():
-            if self._is_recorded():
-                self._record(loss, scale_wrt_gas)
+        with self.window.not_recording(), self._recorded(loss, scale_wrt_gas) if self._is_recorded() else nullcontext():
             self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
             return self._backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
-    def _note_backward(self, loss: Tensor, by_engine: bool, problem: str | None) -> None:
-        """A backward that this engine did not begin is about to run over its output: ``loss.backward()``, or another
+    @contextmanager
+    def _backward_of_another(self, loss: Tensor, by_engine: bool, problem: str | None) -> Iterator[None]:
+        """While a backward that this engine did not begin runs over its output: ``loss.backward()``, or another
         engine's ``backward``, which has divided the loss by its own accumulation steps."""
         if by_engine and self._engine.gradient_loss_scale() != 1:
             problem = "the loss went through the backward of another engine, which has a loss scale of its own"
-        self._record(loss, not by_engine, direct=not by_engine, is_scaled=True, problem=problem)
-        self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
+        with self._recorded(loss, not by_engine, direct=not by_engine, is_scaled=True, problem=problem):
+            self.gradient_is_complete = self._engine.is_gradient_accumulation_boundary()
+            yield
 
-    def _record(self, loss: Tensor, scale_wrt_gas: bool, direct: bool = False, is_scaled: bool = False,
-                problem: str | None = None) -> None:
+    @contextmanager
+    def _recorded(self, loss: Tensor, scale_wrt_gas: bool, direct: bool = False, is_scaled: bool = False,
+                  problem: str | None = None) -> Iterator[None]:
+        """While a backward runs that belongs to the window, unless it raises."""
         engine = self._engine
         if self.window.backwards and engine.gradients_are_gone():
             self.forget_backwards(told=False)
         how = Backward(engine.is_gradient_accumulation_boundary(), engine.gradient_accumulation_steps(), scale_wrt_gas,
                        direct, engine.inside_no_sync(), engine.inside_coalesce())
-        self.window.add_backward(loss, how, problem)
-        self.window.add_loss(loss, self._share(scale_wrt_gas, is_scaled))
+        with self.window.unless_it_raises():
+            self.window.add_backward(loss, how, problem)
+            self.window.add_loss(loss, self._share(scale_wrt_gas, is_scaled))
+            yield
 
     def forget_backwards(self, told: bool) -> None:
         """The user has thrown away what backwards had left since the last update. ``told``: by a call that we saw; else

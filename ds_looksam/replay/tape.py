@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class _ReadOut:
     forwards: weakref.WeakSet[Step]
 
 
+OnBackward = Callable[[Tensor, bool, str | None], AbstractContextManager[None]]
 _GRADIENT_OF: Any = vars(torch._C.TensorBase)["grad"].__get__
 
 # Functions that change running statistics without telling autograd's version counters.
@@ -80,11 +81,11 @@ def in_functorch() -> bool:
 
 class LossTape(TorchFunctionMode):
     """Records while it is on. It lies at the bottom of torch's stack of function modes, so that the user's own modes
-    may be entered and left around it in any order. ``on_backward`` is called before each backward of this model that
-    ``engine.backward`` did not begin, with the loss, whether another engine's ``backward`` began it, and what cannot be
-    repeated of it."""
+    may be entered and left around it in any order. Each backward of this model that ``engine.backward`` did not begin
+    runs inside ``on_backward``, which gets the loss, whether another engine's ``backward`` began it, and what cannot
+    be repeated of it."""
 
-    def __init__(self, module: nn.Module, on_backward: Callable[[Tensor, bool, str | None], None]) -> None:
+    def __init__(self, module: nn.Module, on_backward: OnBackward) -> None:
         super().__init__()
         self._on_backward = on_backward
         self._own_parameters = {id(p) for p in module.parameters()}
@@ -239,8 +240,7 @@ class LossTape(TorchFunctionMode):
                                                        for step in before(known.made.by)):
             problem = problem or ("loss.backward() went through the output of another DeepSpeed engine, which divides "
                                   "the gradient there by its accumulation steps: call engine.backward(loss)")
-        self._on_backward(ours[0], by_engine, problem)
-        with self._noting("in_backward"):
+        with self._on_backward(ours[0], by_engine, problem), self._noting("in_backward"):
             return function(*args, **kwargs)
 
     @contextmanager

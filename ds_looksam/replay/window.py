@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from .recording import (
     output_tensors,
 )
 from .snapshot import ComputeMode, Flags, RandomState, Structure, requiring_grad
-from .tape import LossTape, in_functorch
+from .tape import LossTape, OnBackward, in_functorch
 
 LossFn = Callable[..., Tensor]
 
@@ -150,6 +150,18 @@ class Window:
         self._problem: str | None = None
         self.loss: Tensor | None = None  # of the micro-batches so far, see add_loss
 
+    @contextmanager
+    def unless_it_raises(self) -> Iterator[None]:
+        """The backward that is recorded inside belongs to the window: not if it raised, since the loop may try again.
+        """
+        count, kept = len(self._backwards), (self._problem, self.loss, self._trained)
+        try:
+            yield
+        except Exception:
+            del self._backwards[count:]
+            self._problem, self.loss, self._trained = kept
+            raise
+
     @property
     def backwards(self) -> list[Backward]:
         """How they were run, in the user's order."""
@@ -169,7 +181,7 @@ class Window:
     # The first evaluation -------------------------------------------------------------------------------------------
 
     def add_forward(self, module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-                    on_backward: Callable[[Tensor, bool, str | None], None],
+                    on_backward: OnBackward,
                     before: Callable[[nn.Module], Before] | None = None) -> Any:
         """Run a forward and remember it, as long as a tensor depends on it. What is made of its output is recorded from
         here on. ``on_backward``: :class:`LossTape`'s. ``before`` remembers the module's state."""
