@@ -365,7 +365,7 @@ def fails_in_backward(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
         out = engine(x)
         out.register_hook(lambda _: 1 / 0)
         # DeepSpeed has no direct backward on stage 0, and "micro_batch", here on stage 2, refuses it.
-        if backward is engine.backward or engine.zero_optimization_stage() in (1, 3):
+        if backward == engine.backward or engine.zero_optimization_stage() in (1, 3):
             with pytest.raises(ZeroDivisionError):
                 backward(2 * F.mse_loss(out, y))
     engine.backward(plain(engine, i, x, y))
