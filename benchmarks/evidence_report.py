@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from pathlib import Path
 from statistics import mean, stdev
@@ -85,8 +85,23 @@ def tables(records: list[Record]) -> str:
                         tuning_table(records)])
 
 
+def _machine(record: Record) -> str:
+    return f"{record['device']}, {record['side_by_side']} runs side by side, torch {record['torch']}"
+
+
+def timed(rows: dict[Row, Runs]) -> dict[Row, list[Record]]:
+    """Of each line the runs whose seconds can be compared: those on the machine on which most of all were made."""
+    most, _ = machines(rows)[0]
+    return {row: [r for r in by_seed.values() if _machine(r) == most] for row, by_seed in rows.items()}
+
+
+def machines(rows: dict[Row, Runs]) -> list[tuple[str, int]]:
+    """With the number of runs made there, most first."""
+    return Counter(_machine(r) for by_seed in rows.values() for r in by_seed.values()).most_common()
+
+
 def task_table(task: Task, rows: dict[Row, Runs]) -> str:
-    digits = task.digits
+    digits, clocked = task.digits, timed(rows)
     lines = [f"### {task.name}: {task.about}", "",
              f"{task.base}, batch {task.batch}; {task.metric}.", "",
              f"| | evaluations | seconds | m | lr, rho | n | mean (sd) | minus {task.base} | minus SAM at every k-th | "
@@ -100,16 +115,18 @@ def task_table(task: Task, rows: dict[Row, Runs]) -> str:
         name = task.base + row.method[4:] if method.type == "base" else row.method
         lines.append(" | ".join([
             f"| {name}{f', {row.world} ranks' if row.world > 1 else ''}",
-            f"{mean(r['evaluations'] for r in runs):,.0f}", f"{mean(r['seconds'] for r in runs):.0f}",
+            f"{mean(r['evaluations'] for r in runs):,.0f}",
+            f"{mean(r['seconds'] for r in clocked[row]):.0f}" if clocked[row] else "",
             str(runs[0]["m"] or ""),
             f"{row.lr:.2g}" + (f", {row.rho:g}" if row.rho is not None else ""), str(len(runs)),
             f"{mean(scores):.{digits}f}{spread}", difference(rows, row, "base"),
             difference(rows, row, method.every_kth),
             f"{mean(cosines):.2f}" if cosines else "", f"{mean(r['loss_rise'] for r in runs):.3f}",
             f"{mean(r['eigenvalue'] for r in runs):.1f}"]) + " |")
-    devices = sorted({f"{r['device']}, {r['side_by_side']} runs side by side, torch {r['torch']}"
-                      for by_seed in rows.values() for r in by_seed.values()})
-    return "\n".join([*lines, "", f"{'; '.join(devices)}."])
+    made_on = machines(rows)
+    several = f" ({made_on[0][1]} runs, whose seconds these are)" if len(made_on) > 1 else ""
+    rest = "".join(f"; {machine} ({n} runs)" for machine, n in made_on[1:])
+    return "\n".join([*lines, "", f"{made_on[0][0]}{several}{rest}."])
 
 
 def tuning_table(records: list[Record]) -> str:
@@ -174,18 +191,20 @@ def draw(records: list[Record], png: Path, tasks: Collection[str] = TASKS) -> No
     FigureCanvasAgg(figure)  # needs no display
     panels = figure.subplots(height, 2, squeeze=False)
     for task, (left, right) in zip(curves, panels, strict=False):
-        for axes, column, label in (left, 1, "gradient evaluations"), (right, 2, "seconds of training"):
-            for row, runs in found[task].items():
-                if row.method in DRAWN and row.world == 1:
-                    points = _mean_points(list(runs.values()))
+        all_runs = {row: list(by_seed.values()) for row, by_seed in found[task].items()}
+        for axes, column, label, drawn in ((left, 1, "gradient evaluations", all_runs),
+                                           (right, 2, "seconds of training", timed(found[task]))):
+            for row, runs in drawn.items():
+                if row.method in DRAWN and row.world == 1 and runs:
+                    points = _mean_points(runs)
                     axes.plot([p[column] for p in points], [p[3] for p in points], marker=".", **_style(row.method))
             _finish(axes, f"{task}: {TASKS[task].about}", label, TASKS[task].metric)
             _look_at_the_end(axes, TASKS[task].more_is_better)
     for base, axes in zip(sweeps, panels[-1], strict=False):
         lines: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
         for task in (task for task in found if task.startswith(f"batch-{base}-")):
-            for row, runs in found[task].items():
-                scores = [r["score"] for r in runs.values()]
+            for row, by_seed in found[task].items():
+                scores = [r["score"] for r in by_seed.values()]
                 if row.method in DRAWN and row.world == 1:
                     spread = stdev(scores) if len(scores) > 1 else 0.0
                     lines[row.method].append((TASKS[task].batch, mean(scores), spread))

@@ -69,7 +69,7 @@ class Task:
 def _catalogue() -> dict[str, Task]:
     kinds = []
     for labels, wrong in (("wrong", 0.2), ("clean", 0.0)):
-        what = "20 % of the training labels wrong" if wrong else "clean labels"
+        what = "20 % wrong labels" if wrong else "clean labels"
         half = Task(f"5k-{labels}", f"5,000 images, {what}, tuned by half runs", "images", 250, 50, 600, (1e-3, 3e-3),
                     "5k-wrong", rhos=(0.05, 0.12, 0.3), tuning=0.5, images=5_000, wrong=wrong)
         # AdamW overfits wrong labels: half a run shows nothing of that.
