@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from ds_looksam import LookSAMReplayError
@@ -131,6 +131,20 @@ class Noisy(Net):
         if more is not None:
             noise += torch.from_numpy(more["numpy"].random(3))
         return self.norm(self.body(x * noise.to(x.dtype)))
+
+
+class Checkpointed(Net):
+    """Its activations are computed again in backward, with another dropout mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: self.body(x * torch.rand(3, dtype=torch.float64).to(x.dtype)), x,
+                          use_reentrant=False, preserve_rng_state=False)
+
+
+def draws(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    loss = plain(m, i, x, y)
+    torch.rand(7)
+    return loss
 
 
 class Tracked(Net):
@@ -359,6 +373,25 @@ def accumulates_less_before_step(engine: Any, i: int, x: Tensor, y: Tensor) -> N
         engine.set_train_batch_size(4)
 
 
+def reads_gradients(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    """As a loop that logs them does."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine.backward(plain(engine, i, x, y))
+    if engine.is_gradient_accumulation_boundary():
+        for p in engine.module.parameters():
+            gradient = safe_get_full_grad(p) if engine.zero_optimization() else p.grad
+            assert gradient.norm() > 0
+
+
+def changes_default_device(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    torch.set_default_device("cpu")
+    loss = plain(engine, i, x, y)
+    torch.set_default_device("cpu")
+    engine.backward(loss)
+    torch.set_default_device(None)
+
+
 def fails_in_backward(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
     """Before it reaches a parameter, and the micro-batch is tried again: out of memory, say."""
     for backward in engine.backward, Tensor.backward:
@@ -487,18 +520,35 @@ def clip(side: Any) -> None:
     nn.utils.clip_grad_norm_(side.module.parameters(), 0.01)
 
 
-def edited(edit: Callable[[Any], None]) -> Situation:
-    """By hand after the window's backward, which is refused; then by a hook too, which finds it done once."""
+def clip_data(side: Any) -> None:
+    for p in side.module.parameters():
+        p.grad.data.clamp_(-0.01, 0.01)
+
+
+def coalesces(engine: Any, loss: Tensor) -> None:
+    with engine.coalesce_grad_reduction():
+        engine.backward(loss)
+
+
+def edited(edit: Callable[[Any], None], backward: Callable[[Any, Tensor], Any] = lambda engine, loss: (
+        engine.backward(loss)), after_first: bool = False, again: bool = False) -> Situation:
+    """By hand after the window's backward, which is refused; then by a hook too, which finds it done once.
+    ``after_first``: by hand after the first micro-batch. ``again``: the way out runs the window again."""
     def loop(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
-        engine.backward(plain(engine, i, x, y))
-        if engine.is_gradient_accumulation_boundary() and engine.edit_gradients is None:
+        backward(engine, plain(engine, i, x, y))
+        if (i == 0 if after_first else engine.is_gradient_accumulation_boundary()) and engine.edit_gradients is None:
             edit(engine)
 
     def way_out(engine: Any, now: dict[str, Tensor]) -> None:
         engine.edit_gradients = lambda: edit(engine)
+        if again:
+            with pytest.raises(LookSAMReplayError):
+                engine.step()
+            engine.zero_grad()
+            loop(engine, 0, now["x"], now["y"])
         engine.step()
 
-    return Situation(loop=loop, edit=edit, way_out=way_out)
+    return Situation(loop=loop, edit=edit, way_out=None if after_first else way_out)
 
 
 def first_frozen() -> Net:
@@ -565,7 +615,14 @@ SITUATIONS: dict[str, Situation] = {
                            way_out=loss_fn(lambda module, out, y: F.mse_loss(out, y) + module.auxiliary)),
     "read_out": Situation(Losses.read_out, way_out=loss_fn(lambda module, out, y: torch.tanh(F.mse_loss(out, y)))),
     "elsewhere": Situation(Losses.elsewhere, way_out=closure(Losses.elsewhere)),
-    "masked": edited(mask), "clipped": edited(clip),
+    "masked": edited(mask), "clipped": edited(clip), "clipped .data": edited(clip_data),
+    "masked, direct": edited(mask, lambda engine, loss: loss.backward()), "masked, coalesced": edited(mask, coalesces),
+    "masked, again": edited(mask, again=True),
+    "masked in between": edited(mask, after_first=True), "clipped in between": edited(clip, after_first=True),
+    "draws_in_backward": Situation(draws, Checkpointed, sets=lambda module, i: torch.manual_seed(i)),
+    "reads_gradients": Situation(loop=reads_gradients),
+    "default_device": Situation(loop=changes_default_device),
+    "normalized": Situation(lambda m, i, x, y: (loss := plain(m, i, x, y)) / loss.item()),
     "frozen": Situation(before=lambda side, update: side.module.body[0].requires_grad_(update < 1)),
     "unfrozen": Situation(before=lambda side, update: side.module.body[0].requires_grad_(update >= 1)),
     "added": Situation(build=first_frozen, before=adds),
@@ -597,7 +654,10 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["attributes", "buffer_in_place", "hook"], [(3, 2)]), (["tracked"], [(2, 2)]),
         (["frozen_layer", "thawed_layer"], [(0, 2, "rank")]), (["thawed_layer"], [(0, 2, "micro_batch")]),
         (["freezes_before_step"], [*((stage, 2) for stage in range(4)), (0, 2, "rank"), (0, 2, "micro_batch")]),
-        (["dropout", "mode"], [(stage, 2) for stage in range(4)]),
+        (["dropout", "mode"], [(stage, 2) for stage in range(4)]), (["draws_in_backward"], [(0, 1), (3, 1)]),
+        (["default_device"], [(0, 2), (2, 1, "micro_batch")]),
+        (["reads_gradients"], [(0, 2), (0, 1, "micro_batch"), (1, 1, "micro_batch"), (2, 1, "micro_batch"),
+                               (3, 1, "global_micro_batch")]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),
         (["returned", *REFILLED], [(2, 2)]),
         (["frozen", "unfrozen", "added"], [(0, 2, "global", 2), (0, 2, "rank"), (0, 1, "micro_batch")]),
@@ -628,29 +688,47 @@ def test_trained(name: str, stage: int, accumulation: int, ascent: str, world: i
     *(("masked", "was changed between", {"stage": stage, "accumulation": 2, "world": world, "zero": OFFLOAD,
                                          "config": {"zero_force_ds_cpu_optimizer": False}})
       for stage, world in [(2, 2), (3, 1)]),
-    ("clipped", "was changed between", {"stage": 0}), ("in_place", "by the model's own forward", {}),
+    ("clipped", "was changed between", {"stage": 0}), ("clipped .data", "was changed between", {"stage": 0}),
+    *((name, "was changed between", {"stage": stage}) for name in ("masked, direct", "masked, coalesced")
+      for stage in (1, 2, 3)),
+    *((f"{name} in between", "was changed between", {"stage": stage, "accumulation": 2})
+      for name, stage in [("masked", 0), ("clipped", 0), ("masked", 1), ("clipped", 1), ("masked", 3)]),
+    *(("masked, again", "call engine.zero_grad() and run this window again",
+       {"stage": stage, "ascent": "global_micro_batch"}) for stage in range(4)),
+    ("normalized", "read out to Python", {}), ("in_place", "by the model's own forward", {}),
 ])
 def test_refused(name: str, words: str, case: dict[str, Any]) -> None:
     way_out = {"was changed in place after its forward": "", "was changed between": "engine.edit_gradients",
+               "call engine.zero_grad() and run this window again": "engine.edit_gradients",
                "by the model's own forward": "x = x.clone()"}
     for told in run_on_ranks(case.get("world", 1), partial(train, name, **case)):
         assert told and all(words in message and way_out.get(words, "engine.loss_fn") in message for message in told)
 
 
-def steps_in_inference_mode(stage: int) -> None:
-    twin = Twin(Net)
-    with engine_of(Net, stage) as engine:
+def weight_normed() -> Net:
+    net = Net()
+    parametrizations.weight_norm(net.body[0])
+    return net
+
+
+def steps_within(stage: int, cached: bool) -> None:
+    """A region of torch's: parametrized weights that are computed once in it, or inference mode."""
+    build = weight_normed if cached else Net
+    twin = Twin(build)
+    with engine_of(build, stage) as engine:
         for (x, y), in batches(1):
-            engine.backward(plain(engine, 0, x.float(), y.float()))
-            with torch.inference_mode():
-                engine.step()
+            with parametrize.cached() if cached else contextlib.nullcontext():
+                engine.backward(plain(engine, 0, x.float(), y.float()))
+                with torch.inference_mode(not cached):
+                    engine.step()
             twin.update(lambda m, x=x, y=y: [plain(m, 0, x, y)])
         twin.check(engine)
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_step_in_inference_mode(stage: int) -> None:
-    run_on_ranks(1, steps_in_inference_mode, stage)
+def test_a_step_within_a_region(stage: int, cached: bool) -> None:
+    run_on_ranks(1, steps_within, stage, cached)
 
 
 # Where DeepSpeed has its say, and before the first step ---------------------------------------------------------------

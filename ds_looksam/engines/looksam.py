@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ class LookSAMEngine(HostEngine):
             clipped by hand): called whenever a window's gradient has been averaged, so twice on a SAM step, the second
             time at w + eps. It finds them where DeepSpeed has them: ``safe_get_full_grad`` and ``safe_set_full_grad``
             on stages 1 to 3, ``p.grad`` on stage 0. With ``ascent`` "rank" and "micro_batch" the perturbation itself
-            follows the rank's gradient as it was before.
+            follows the rank's gradient as it was before. With ``ascent`` "micro_batch" and "global_micro_batch" a SAM
+            step calls it for the gradient of each micro-batch, inside ``engine.backward``.
     """
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
@@ -67,6 +68,7 @@ class LookSAMEngine(HostEngine):
         self._update = Update(settings, self._state, shards, self._replay, self._rho_factors, self._param_groups,
                               loss_scale=self.gradient_loss_scale)
         self._replay.when_forgotten = self._update.forget_gradient
+        self._replay.around_backward = self._update.backward_runs
         self.refuse_steps_of_optimizer(LookSAMReplayError(
             "optimizer.step() was called, which takes the base optimizer's step without LookSAM: call engine.step()"))
         self.watch_zero_grad_of_optimizer()
@@ -157,19 +159,16 @@ class LookSAMEngine(HostEngine):
         if self._replay.is_perturbed:
             return self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         if not self._evaluates_micro_batches_again:
-            loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-            if self.is_gradient_accumulation_boundary():
-                with torch._C.DisableTorchFunction():  # the window is still recorded
-                    self._update.gradient_is_there(is_seen=not self.inside_coalesce())
-            return loss
+            return self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         self._refuse_per_micro_batch(self.inside_no_sync(), "engine.no_sync()", "call engine.backward() outside of it")
         self._refuse_per_micro_batch(self.inside_coalesce(), "engine.coalesce_grad_reduction()",
                                      "call engine.backward() outside of it")
         with self.as_a_window_of_its_own():
             loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         with self._replay.window.not_recording():
-            self._update.micro_batch_is_done(1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0)
-        self._replay.gradient_is_complete = self.is_gradient_accumulation_boundary()
+            is_last = self.is_gradient_accumulation_boundary()
+            self._update.micro_batch_is_done(1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0, is_last)
+        self._replay.gradient_is_complete = is_last
         return loss
 
     def direct_backward_begins(self) -> None:
@@ -177,7 +176,16 @@ class LookSAMEngine(HostEngine):
             return
         self._refuse_per_micro_batch(self._evaluates_micro_batches_again and not self._replay.is_perturbed,
                                      "loss.backward()", "call engine.backward(loss)")
-        self._update.gradient_is_there(is_seen=False)  # when it ends is not known
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """As DeepSpeed's."""
+        with super().coalesce_grad_reduction():
+            yield
+            if not self._replay.is_perturbed:
+                self._update.gradient_changes_hands()
+        if not self._replay.is_perturbed:
+            self._update.gradient_is_left()
 
     def gradients_zeroed(self, by_optimizer: bool) -> None:
         replay = self._replay
@@ -214,6 +222,8 @@ class LookSAMEngine(HostEngine):
         # The second evaluation takes gradients, and v is written to in later steps: neither is for inference tensors.
         leave_inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
         with leave_inference, self._replay.stepping(closure):
+            if not self.managed_gradient_accumulation():  # reduces in step()
+                self._update.gradient_changes_hands()
             try:
                 with self.nothing_left_to_reduce() if self._evaluates_micro_batches_again else nullcontext():
                     super().step(lr_kwargs)

@@ -9,6 +9,7 @@ tensor, and a backward keeps what its loss was made of.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,11 +111,13 @@ class RecordedCall(Step):
     @property
     def is_scaling(self) -> bool:
         """Multiplies or divides one dependent one-element tensor by a constant, or is the sum or mean of all elements
-        of one: preference losses log their metrics before they take the mean."""
+        of one: preference losses log their metrics before they take the mean. A number is taken for a constant if it
+        is whole or the reciprocal of a whole one: others may come from what was read out."""
         leaves, name = tree_leaves((self.args, self.kwargs)), getattr(self.function, "__name__", "")
         dependent = [leaf for leaf in leaves if isinstance(leaf, Made)]
         return ((name in _SCALINGS or (name in _TOTALS and len(leaves) == 1)) and len(dependent) == 1
-                and all(shape.numel() == 1 for shape in self.shapes))
+                and all(shape.numel() == 1 for shape in self.shapes)
+                and all(_is_whole_or_reciprocal(leaf) for leaf in leaves if isinstance(leaf, int | float)))
 
     def check(self) -> None:
         for apart in self.apart:
@@ -225,3 +228,7 @@ def graph_of(loss: Tensor, outputs: Iterable[GraphId], apart: Iterable[GraphId])
 
 def _norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
+
+
+def _is_whole_or_reciprocal(number: float) -> bool:
+    return number != 0 and any(abs(x - round(x)) <= 1e-9 * abs(x) for x in (number, 1 / number) if math.isfinite(x))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import LookSAMReplayError
 from ..ranks.agree import raised_everywhere
@@ -59,6 +60,7 @@ class Replay:
         self.loss_fn: LossFn | None = None
         self.gradient_edit: Callable[[], None] | None = None
         self.when_forgotten: Callable[[bool], None] = lambda told: None
+        self.around_backward: Callable[[], AbstractContextManager[None]] = nullcontext
         self.window = Window()
         self.gradient_is_complete = False
         self._isolation = Isolation()
@@ -111,7 +113,7 @@ class Replay:
             self.forget_backwards(told=False)
         how = Backward(engine.is_gradient_accumulation_boundary(), engine.gradient_accumulation_steps(), scale_wrt_gas,
                        direct, engine.inside_no_sync(), engine.inside_coalesce())
-        with self.window.unless_it_raises():
+        with self.window.unless_it_raises(), self.around_backward():
             self.window.add_backward(loss, how, problem)
             self.window.add_loss(loss, self._share(scale_wrt_gas, is_scaled))
             yield
@@ -187,9 +189,7 @@ class Replay:
             LookSAMReplayError: this rank's error is only what came of another rank's.
         """
         snapshot = ModelSnapshot(self._module, optimized=shards.parameters())
-        # What autocast keeps of weights until its region ends would be used at other weights: a user may call step()
-        # inside of one, and the recorded calls run in none, so that nothing ends.
-        torch.clear_autocast_cache()
+        _drop_cached_weights()
         try:
             self._where = Where.PERTURBED
             # The door through which perturbed weights could leave: torch.save(model.state_dict()) from a forward hook,
@@ -205,7 +205,7 @@ class Replay:
             raise
         finally:
             snapshot.restore()
-            torch.clear_autocast_cache()
+            _drop_cached_weights()
 
     def _leave(self, error: Exception, shards: GradientShards, put_back: Callable[[], None]) -> None:
         apart = raised_everywhere(error, shards.process_group,
@@ -326,3 +326,10 @@ class Replay:
         ``is_scaled``: it carries the loss scale, as one whose backward was called directly."""
         share = 1 / self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1.0
         return share / self._engine.gradient_loss_scale() if is_scaled else share
+
+
+def _drop_cached_weights() -> None:
+    """What torch keeps of weights until a region ends would be used at other weights: casts of autocast, and what
+    ``parametrize.cached()`` has computed. A user may call step() inside of one, so that nothing ends."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()

@@ -80,10 +80,10 @@ def in_functorch() -> bool:
 
 
 class LossTape(TorchFunctionMode):
-    """Records while it is on. It lies at the bottom of torch's stack of function modes, so that the user's own modes
-    may be entered and left around it in any order. Each backward of this model that ``engine.backward`` did not begin
-    runs inside ``on_backward``, which gets the loss, whether another engine's ``backward`` began it, and what cannot
-    be repeated of it."""
+    """Records while it is on. It lies at the bottom of torch's stack of function modes, with only the default device
+    below it, so that the user's own modes may be entered and left around it in any order. Each backward of this model
+    that ``engine.backward`` did not begin runs inside ``on_backward``, which gets the loss, whether another engine's
+    ``backward`` began it, and what cannot be repeated of it."""
 
     def __init__(self, module: nn.Module, on_backward: OnBackward) -> None:
         super().__init__()
@@ -365,7 +365,9 @@ class LossTape(TorchFunctionMode):
 
 def _push_at_bottom(mode: TorchFunctionMode) -> None:
     above = _pop_all()
-    for m in [mode, *above]:
+    default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    lowest = [m for m in above[:1] if m is default]  # where torch.set_default_device looks for it
+    for m in [*lowest, mode, *above[len(lowest):]]:
         torch._C._push_on_torch_function_stack(m)
 
 

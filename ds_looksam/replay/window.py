@@ -101,13 +101,15 @@ class Backward:
 @dataclass(eq=False)
 class RecordedBackward(Step):
     """One backward, the forwards that its graph reaches, and what made its loss: None where ``problem`` tells why
-    that is not known. ``flags``: which parameters required grad, for others autograd accumulates nothing."""
+    that is not known. ``flags``: which parameters required grad, for others autograd accumulates nothing. ``random``: a
+    backward may draw, where activations are computed again by ``checkpoint(..., preserve_rng_state=False)``, say."""
 
     how: Backward
     forwards: list[Forward]
     loss: Made | None
     graph: list[Any]
     flags: Flags
+    random: RandomState
 
     def form_loss(self, values: Values, loss_fn: LossFn | None) -> Tensor:
         """The loss of the second evaluation, formed as the user formed the first one."""
@@ -245,8 +247,8 @@ class Window:
             if not forwards and self._newest is not None:
                 forwards = [self._newest]
             flags = forwards[0].structure.flags_now() if forwards else []
-            backward = RecordedBackward(how, forwards, made, graph, flags, number=self._tape.number(), needs=steps,
-                                        problem=problem or reason)
+            backward = RecordedBackward(how, forwards, made, graph, flags, RandomState.capture(),
+                                        number=self._tape.number(), needs=steps, problem=problem or reason)
             self._trained = max(forwards, key=lambda forward: forward.number).left if forwards else None
         self._backwards.append(backward)
 
@@ -318,6 +320,7 @@ class Window:
             elif isinstance(step, RecordedBackward):
                 loss = step.form_loss(values, loss_fn)
                 kept = any(uses[need] > 1 for need in needs(step))
+                step.random.restore()
                 with requiring_grad(step.flags):
                     backward(loss, step.how, kept)
                 del loss

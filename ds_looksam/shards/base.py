@@ -24,6 +24,7 @@ from torch.distributed import Work
 from ..arithmetic.eager import EAGER, Passes, Shard, squared_norm
 from ..arithmetic.layout import LayerMap, Segment
 from ..arithmetic.rounding import seed_for
+from ..errors import LookSAMConfigError
 
 if TYPE_CHECKING:
     from .own import OwnModel
@@ -74,6 +75,8 @@ class GradientShards(ABC):
     whole_groups: list[list[torch.nn.Parameter]]
     groups: list[list[Any]]
     _changed: bool = False
+    _marks: tuple[list[tuple[int, int]], Tensor] | None = None
+    _values_changed: Tensor | None = None
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
@@ -120,15 +123,52 @@ class GradientShards(ABC):
     def give_gradient(self, gradient: Shard) -> None:
         """Make ``gradient`` (sizes as taken) the one that the wrapper clips and hands to the base optimizer."""
 
-    def watch_gradient(self) -> None:
-        """The averaged gradient is there. See :attr:`gradient_was_changed`."""
-        self._changed = False
+    def show_gradient(self, gradient: Shard) -> None:
+        """Let the user find ``gradient`` where the window's is in a run without LookSAM, until it is hidden."""
+        self.give_gradient(gradient)
 
-    @property
+    def hide_gradient(self, gradient: Shard) -> Shard:
+        """The shown ``gradient``, which the wrapper has no longer."""
+        return self.take_gradient(survives_evaluation=True)
+
+    # Gradients that the user changes: DeepSpeed writes to them between ``watch`` and the next ``look`` nowhere.
+
+    def watch_gradient(self, anew: bool) -> None:
+        """From here on only the user writes to gradients. ``anew``: what was seen so far is of another window.
+
+        Raises:
+            LookSAMConfigError: a gradient is sparse.
+        """
+        if anew:
+            self._changed, self._values_changed = False, None
+        self._marks = self._gradient_marks()
+
+    def look_at_gradient(self) -> None:
+        """Until here only the user wrote to gradients."""
+        if self._marks is None:
+            return
+        (places, norms), (places_now, norms_now) = self._marks, self._gradient_marks()
+        self._marks = None
+        if places != places_now:
+            self._changed = True
+        elif norms.numel():
+            other = ((norms != norms_now) & ~(norms.isnan() & norms_now.isnan())).any()
+            self._values_changed = other if self._values_changed is None else self._values_changed | other
+
     def gradient_was_changed(self) -> bool:
-        """Whether somebody has changed the averaged gradient since :meth:`watch_gradient`: through DeepSpeed's
-        ``safe_set_full_grad`` and its like, on every rank that called it, or ``p.grad`` on stage 0."""
-        return self._changed
+        """Whether somebody has changed the window's gradient: through DeepSpeed's ``safe_set_full_grad`` and its like,
+        on every rank that called it, or ``p.grad`` where DeepSpeed keeps it there. Reads from the device what was
+        changed through ``p.grad.data`` alone, of which nothing else tells."""
+        return self._changed or (self._values_changed is not None and bool(self._values_changed.item()))
+
+    def _gradient_marks(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """Of each ``p.grad`` where its memory is and how often it was written to; and its norm, on the device."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if any(g.layout != torch.strided for g in gradients):
+            raise LookSAMConfigError("the gradient of a parameter is sparse: LookSAM needs dense ones. Take "
+                                     "sparse=False in torch.nn.functional.embedding")
+        norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)) if gradients else torch.zeros(0)
+        return [(g.data_ptr(), g._version) for g in gradients], norms
 
     def _noting_changes(self, write: Callable[..., Any]) -> Callable[..., Any]:
         """``write``, a function of DeepSpeed that changes the averaged gradient."""

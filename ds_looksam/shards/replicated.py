@@ -21,7 +21,6 @@ from .own import OwnModel
 class WholeShards(GradientShards):
     """Every rank holds everything: one flat tensor per param group, its parameters one after another."""
 
-    _marks: list[tuple[int, int]] | None = None
     _clean: Shard | None = None
     """The model's weights as they were, while it computes with w + eps."""
 
@@ -50,17 +49,6 @@ class WholeShards(GradientShards):
 
     def own_model(self) -> OwnModel:
         return OwnWholeModel(self)
-
-    def watch_gradient(self) -> None:
-        self._marks = self._gradient_marks()
-
-    @property
-    def gradient_was_changed(self) -> bool:
-        return self._marks is not None and self._marks != self._gradient_marks()
-
-    def _gradient_marks(self) -> list[tuple[int, int]]:
-        """Of each gradient where its memory is, and how often it was written to."""
-        return [(p.grad.data_ptr(), p.grad._version) for p in self.parameters() if p.grad is not None]
 
     def unperturb_local(self) -> None:
         self.restore_weights()

@@ -41,8 +41,8 @@ class PartitionedShards(GradientShards):
         self.device = masters[0].device
         self.group_of = list(range(len(masters)))
 
-    def watch_gradient(self) -> None:
-        super().watch_gradient()
+    def watch_gradient(self, anew: bool) -> None:
+        super().watch_gradient(anew)
         for p in self.parameters():  # a method of each, which DeepSpeed sets anew when it loads a checkpoint
             write = getattr(p, "set_full_hp_grad", None)
             if write is not None and not hasattr(write, "notes_changes"):

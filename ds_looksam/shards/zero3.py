@@ -78,6 +78,17 @@ class Zero3Shards(GradientShards):
             sizes = [p.partition_numel() for p in self.groups[i]]
             self._zero.averaged_gradients[i] = list(flat.split(sizes)) if self._zero.use_muon else [flat]
 
+    def show_gradient(self, gradient: Shard) -> None:
+        # DeepSpeed's safe_get_full_grad reads the buffer, not averaged_gradients.
+        partitions = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for params, flat in zip(self.groups, gradient, strict=True):
+            for p, part in zip(params, flat.split([p.partition_numel() for p in params]), strict=True):
+                partitions[p.ds_id].copy_(part)
+
+    def hide_gradient(self, gradient: Shard) -> Shard:
+        self.end_window()
+        return gradient
+
     def end_window(self) -> None:
         self._zero.grad_partitions_flat_buffer.zero_()
 

@@ -44,6 +44,12 @@ class Zero3OffloadShards(Zero3Shards):
         self._segments = self.layout()
         self._v_on_nvme: dict[int, Tensor] = {}
 
+    def show_gradient(self, gradient: Shard) -> None:
+        """Not here: handing it over means copies to the host, or to NVMe, and back."""
+
+    def hide_gradient(self, gradient: Shard) -> Shard:
+        return gradient
+
     def give_gradient(self, gradient: Shard) -> None:
         self._zero.norm_for_param_grads = {}
         for i, (flat, segments) in enumerate(zip(gradient, self._segments, strict=True)):

@@ -6,7 +6,8 @@ Source: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +84,7 @@ class Update:
         self.is_per_micro_batch = settings.ascent in PER_MICRO_BATCH
         self._ascent = (OwnAscent if settings.ascent in OWN else Ascent)(shards, settings.layer_scale)
         self._so_far: Gradients | None = None
+        self._is_shown = False  # its g lies with the wrapper, for the user to read
         self._is_watched = False
 
     def __call__(self, apply_update: Callable[[], bool]) -> None:
@@ -136,20 +138,42 @@ class Update:
 
     # Gradients that the user changes ----------------------------------------------------------------------------------
 
-    def gradient_is_there(self, is_seen: bool) -> None:
-        """The backward of the window's last micro-batch has ended. ``is_seen``: no later code of DeepSpeed writes to
-        the gradient before the update."""
-        self._is_watched = is_seen and self._state.status.next_is_sam
+    @contextmanager
+    def backward_runs(self) -> Iterator[None]:
+        """While a backward of a window that may be evaluated again writes to its gradient."""
+        self.gradient_changes_hands()
+        yield
+        if not self.is_per_micro_batch:  # which takes it at once
+            self.gradient_is_left()
+
+    def gradient_is_left(self) -> None:
+        """DeepSpeed leaves the window's gradient to the user."""
+        if self._state.status.next_is_sam:
+            self._shards.watch_gradient(anew=not self._is_watched)
+            self._is_watched = True
+
+    def gradient_changes_hands(self) -> None:
+        """The user leaves it to DeepSpeed."""
         if self._is_watched:
-            self._shards.watch_gradient()
+            self._shards.look_at_gradient()
+        if self._is_shown:
+            assert self._so_far is not None
+            self._so_far = replace(self._so_far, g=self._shards.hide_gradient(self._so_far.g))
+            self._is_shown = False
 
     def _refuse_edited_gradient(self) -> None:
-        is_watched, self._is_watched = self._is_watched, False
-        if is_watched and self._shards.gradient_was_changed:
+        self.gradient_changes_hands()
+        was_changed = self._is_watched and self._shards.gradient_was_changed()
+        self._is_watched = was_changed and self.is_per_micro_batch
+        if was_changed:
+            again = (f" With optimizer.params.ascent \"{self._settings.ascent}\" it is called inside "
+                     "engine.backward(), for each micro-batch: call engine.zero_grad() and run this window again"
+                     if self.is_per_micro_batch else "")
             raise LookSAMReplayError(
                 "the gradient was changed between engine.backward() and engine.step(). A SAM step has two gradients, "
                 "and what was done to the first would be lost. Set engine.edit_gradients to a function without "
-                "arguments that does it: it is called whenever a window's gradient has been averaged, at w and w + eps")
+                "arguments that does it: it is called whenever a window's gradient has been averaged, at w and w + eps."
+                + again)
 
     # Reuse ----------------------------------------------------------------------------------------------------------
 
@@ -259,9 +283,10 @@ class Update:
         if self._state.status.next_is_sam:
             self._ascent.listen()
 
-    def micro_batch_is_done(self, share: float) -> None:
+    def micro_batch_is_done(self, share: float, is_last: bool) -> None:
         """The wrapper has the gradient of one micro-batch, whose loss has the weight ``share`` in the window's:
-        evaluate that again, and add both gradients up. Collective.
+        evaluate that again, and add both gradients up. After the window's last one the wrapper has the sum of the first
+        gradients, for the user to read. Collective.
 
         Raises:
             LookSAMReplayError: it cannot be evaluated again. All is as before its backward, unless another rank alone
@@ -286,19 +311,23 @@ class Update:
             raise
         self._so_far = found if so_far is None else so_far.plus(found)
         self._replay.forget()
+        if is_last:
+            self._shards.show_gradient(self._so_far.g)
+            self._is_shown = True
+            self.gradient_is_left()
 
     def forget_gradient(self, told: bool) -> None:
         """The user has thrown away the gradient of the window so far. ``told``: by a call that was seen; that
         ``p.grad`` is None says nothing of earlier micro-batches whose gradients were taken out."""
         if told or not self.is_per_micro_batch:
-            self._so_far = None
+            self._so_far, self._is_shown = None, False
         self._is_watched = False
         self._ascent.stop_listening()
         self.window_runs()  # forwards may have been made already
 
     def give_up_window(self) -> None:
         """Forget what has been evaluated since the last update."""
-        self._so_far, self._is_watched = None, False
+        self._so_far, self._is_watched, self._is_shown = None, False, False
         self._ascent.stop_listening()
         self._replay.forget()
 
