@@ -43,7 +43,6 @@ class Part:
 
 _WHOLE = ["5k-wrong-whole", "5k-clean-whole"]
 _BATCHES = [f"batch-{base}-{batch}" for batch in (8192, 4096, 1024) for base in ("AdamW", "Lamb")]
-_SMALL_BATCH = ["batch-AdamW-256", "batch-Lamb-256"]
 AGAIN = tuple(range(11, 21))
 """Seeds that were not looked at before what they are to confirm had been written down."""
 
@@ -61,10 +60,10 @@ PLANS = {
     "reuse": [Part(["5k-wrong", "5k-clean"], ["LookSAM-5/micro_batch", "LookSAM-5", *REUSE])],
     "60k": _tuned_and_run(["60k-wrong", "60k-clean"], FEW),
     "60k-small-groups": _tuned_and_run(["60k-wrong", "60k-clean"], ["LookSAM-5/micro_batch"]),
-    "batch": [Part(_BATCHES, LARGE_BATCH, tune=True), Part(_BATCHES, LARGE_BATCH)],
+    "batch": _tuned_and_run(_BATCHES, LARGE_BATCH),
     "batch-small-groups": _tuned_and_run(["batch-AdamW-8192", "batch-Lamb-8192"],
                                          ["LookSAM-5/micro_batch", "Look-LayerSAM-5/micro_batch"]),
-    "batch-256": [Part(_SMALL_BATCH, LARGE_BATCH, seeds=(1, 2, 3))],
+    "batch-256": [Part(["batch-AdamW-256", "batch-Lamb-256"], LARGE_BATCH, seeds=(1, 2, 3))],
     "text": _tuned_and_run(["gpt2", "lora"], [*FEW, "SAM"]),
     "text-small-groups": _tuned_and_run(["gpt2", "lora"], ["LookSAM-5/micro_batch"]),
 }

@@ -18,8 +18,6 @@ from .collectives import Collective, Recorder
 from .models import Stack
 from .training import Case, batches_for, engine_for, train_window
 
-RECORDS = "__torch_function__"
-
 
 class Wide(Stack):
     """Large enough for scalars and shards not to be confused; no parameter stays gathered on stage 3 (see
@@ -52,7 +50,8 @@ def record_steps(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide
         steps = []
         for update in range(case.updates):
             evaluation, last = Recorder(), Recorder()
-            with patch.object(LossTape, RECORDS, autospec=True, side_effect=getattr(LossTape, RECORDS)) as looked_at:
+            with patch.object(LossTape, "__torch_function__", autospec=True,
+                              side_effect=LossTape.__torch_function__) as looked_at:
                 for x, y in batches_for(engine, case, update):
                     with evaluation:
                         engine.backward(engine(x, y))

@@ -643,8 +643,8 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["skips_nan", "validates", "measures_by_functorch", "measures_by_autograd", "another_models_backward"],
          [(0, 2), (2, 1)]),
         (["skips_nan", "validates"], [(3, 1)]),
-        # On ZeRO stages 2 and 3 DeepSpeed itself fails where a parameter's gradient comes twice.
         (["fails_in_backward"], [(0, 2), (1, 2), (2, 1, "rank"), (3, 2), (2, 1, "micro_batch")]),
+        # On ZeRO stages 2 and 3 DeepSpeed itself fails where a parameter's gradient comes twice.
         (["penalty", "two_views"], [(0, 1), (1, 2)]), (["twice"], [(0, 2), (1, 1)]), (["two_backwards"], [(0, 1)]),
         (SET, [(0, 2), (2, 2, "rank")]),
         # A perturbation for each micro-batch is the window's where that is one micro-batch.

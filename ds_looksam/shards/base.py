@@ -152,7 +152,7 @@ class GradientShards(ABC):
         if places != places_now:
             self._changed = True
         elif norms.numel():
-            other = ((norms != norms_now) & ~(norms.isnan() & norms_now.isnan())).any()
+            other = ~torch.isclose(norms, norms_now, rtol=0, atol=0, equal_nan=True).all()
             self._values_changed = other if self._values_changed is None else self._values_changed | other
 
     def gradient_was_changed(self) -> bool:
