@@ -35,11 +35,12 @@ def nothing_stays_gathered(stage: int) -> dict[str, int]:
 
 @dataclass
 class Step:
-    """One window: what forward and backward sent, what step() sent, the host's reads inside step(), and how many torch
-    functions were looked at to record how the loss is formed."""
+    """One window: what forward and backward sent, what step() sent, the host's reads inside of either, and how many
+    torch functions were looked at to record how the loss is formed."""
 
     evaluation: list[Collective]
     update: list[Collective]
+    evaluation_reads: int
     host_reads: int
     looked_at: int
 
@@ -57,7 +58,8 @@ def record_steps(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide
                         engine.backward(engine(x, y))
                     with last:
                         engine.step()
-            steps.append(Step(evaluation.collectives, last.collectives, last.host_reads, looked_at.call_count))
+            steps.append(Step(evaluation.collectives, last.collectives, evaluation.host_reads, last.host_reads,
+                              looked_at.call_count))
         return steps
 
 

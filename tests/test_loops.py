@@ -525,6 +525,12 @@ def clip_data(side: Any) -> None:
         p.grad.data.clamp_(-0.01, 0.01)
 
 
+def scale_data(side: Any) -> None:
+    """To length 1: what "rank" perturbs by, the gradient as it was before, points the same way."""
+    gradients = [p.grad.data for p in side.module.parameters()]
+    torch._foreach_div_(gradients, nn.utils.get_total_norm(gradients))
+
+
 def coalesces(engine: Any, loss: Tensor) -> None:
     with engine.coalesce_grad_reduction():
         engine.backward(loss)
@@ -616,6 +622,7 @@ SITUATIONS: dict[str, Situation] = {
     "read_out": Situation(Losses.read_out, way_out=loss_fn(lambda module, out, y: torch.tanh(F.mse_loss(out, y)))),
     "elsewhere": Situation(Losses.elsewhere, way_out=closure(Losses.elsewhere)),
     "masked": edited(mask), "clipped": edited(clip), "clipped .data": edited(clip_data),
+    "scaled .data": edited(scale_data),
     "masked, direct": edited(mask, lambda engine, loss: loss.backward()), "masked, coalesced": edited(mask, coalesces),
     "masked, again": edited(mask, again=True),
     "masked in between": edited(mask, after_first=True), "clipped in between": edited(clip, after_first=True),
@@ -689,6 +696,7 @@ def test_trained(name: str, stage: int, accumulation: int, ascent: str, world: i
                                          "config": {"zero_force_ds_cpu_optimizer": False}})
       for stage, world in [(2, 2), (3, 1)]),
     ("clipped", "was changed between", {"stage": 0}), ("clipped .data", "was changed between", {"stage": 0}),
+    ("scaled .data", "was changed between", {"stage": 0, "ascent": "rank"}),
     *((name, "was changed between", {"stage": stage}) for name in ("masked, direct", "masked, coalesced")
       for stage in (1, 2, 3)),
     *((f"{name} in between", "was changed between", {"stage": stage, "accumulation": 2})

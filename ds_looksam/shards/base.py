@@ -157,9 +157,14 @@ class GradientShards(ABC):
 
     def gradient_was_changed(self) -> bool:
         """Whether somebody has changed the window's gradient: through DeepSpeed's ``safe_set_full_grad`` and its like,
-        on every rank that called it, or ``p.grad`` where DeepSpeed keeps it there. Reads from the device what was
-        changed through ``p.grad.data`` alone, of which nothing else tells."""
-        return self._changed or (self._values_changed is not None and bool(self._values_changed.item()))
+        on every rank that called it, or ``p.grad`` where DeepSpeed keeps it there. Not all of what was done through
+        ``p.grad.data``, see :meth:`values_were_changed`."""
+        return self._changed
+
+    def values_were_changed(self) -> Tensor | None:
+        """Bool, on the device: whether the norm of a ``p.grad`` is another one, of which nothing else tells. None: no
+        gradient lies there."""
+        return self._values_changed
 
     def _gradient_marks(self) -> tuple[list[tuple[int, int]], Tensor]:
         """Of each ``p.grad`` where its memory is and how often it was written to; and its norm, on the device."""

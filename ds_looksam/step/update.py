@@ -86,6 +86,7 @@ class Update:
         self._so_far: Gradients | None = None
         self._is_shown = False  # its g lies with the wrapper, for the user to read
         self._is_watched = False
+        self._values_changed: Tensor | None = None  # what this update still has to read
 
     def __call__(self, apply_update: Callable[[], bool]) -> None:
         """One update. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step.
@@ -162,18 +163,25 @@ class Update:
             self._is_shown = False
 
     def _refuse_edited_gradient(self) -> None:
+        """Where the host knows of it. What only the device knows a SAM step reads with its first other value."""
         self.gradient_changes_hands()
-        was_changed = self._is_watched and self._shards.gradient_was_changed()
-        self._is_watched = was_changed and self.is_per_micro_batch
-        if was_changed:
-            again = (f" With optimizer.params.ascent \"{self._settings.ascent}\" it is called inside "
-                     "engine.backward(), for each micro-batch: call engine.zero_grad() and run this window again"
-                     if self.is_per_micro_batch else "")
-            raise LookSAMReplayError(
-                "the gradient was changed between engine.backward() and engine.step(). A SAM step has two gradients, "
-                "and what was done to the first would be lost. Set engine.edit_gradients to a function without "
-                "arguments that does it: it is called whenever a window's gradient has been averaged, at w and w + eps."
-                + again)
+        was_watched, self._is_watched = self._is_watched, False
+        values_changed = self._shards.values_were_changed() if was_watched else None
+        self._values_changed = None if self.is_per_micro_batch else values_changed
+        if was_watched and (self._shards.gradient_was_changed()
+                            or (self.is_per_micro_batch and _is_true(values_changed))):
+            self._is_watched = self.is_per_micro_batch
+            raise self._edited()
+
+    def _edited(self) -> LookSAMReplayError:
+        again = (f" With optimizer.params.ascent \"{self._settings.ascent}\" it is called inside "
+                 "engine.backward(), for each micro-batch: call engine.zero_grad() and run this window again"
+                 if self.is_per_micro_batch else "")
+        return LookSAMReplayError(
+            "the gradient was changed between engine.backward() and engine.step(). A SAM step has two gradients, "
+            "and what was done to the first would be lost. Set engine.edit_gradients to a function without "
+            "arguments that does it: it is called whenever a window's gradient has been averaged, at w and w + eps."
+            + again)
 
     # Reuse ----------------------------------------------------------------------------------------------------------
 
@@ -244,15 +252,22 @@ class Update:
         shards, ascent = self._shards, self._ascent
         g = shards.take_gradient(survives_evaluation=True)
         g_squared, v_squared, scale_of = ascent.norms(g, self._state.v_squared, groups, loss_scale)
-        # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
-        if not torch.isfinite(g_squared).item():
-            ascent.stop_listening()
-            nothing = torch.zeros(4, dtype=torch.float64, device=shards.device)
-            return Gradients(g, None, g_squared, v_squared, moved=nothing[:3], loss_rise=nothing[3:])
 
         def put_back() -> None:
             self._give(g, g_squared)
             ascent.put_back()
+
+        # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
+        is_over = ~torch.isfinite(g_squared)
+        if self._values_changed is not None:
+            is_over |= self._values_changed
+        if is_over.item():
+            if _is_true(self._values_changed):
+                put_back()
+                raise self._edited()
+            ascent.stop_listening()
+            nothing = torch.zeros(4, dtype=torch.float64, device=shards.device)
+            return Gradients(g, None, g_squared, v_squared, moved=nothing[:3], loss_rise=nothing[3:])
 
         with self._replay.perturbed(shards, put_back):
             moved = ascent.perturb(g, scale_of, self._rounding(), keep_clean)
@@ -336,3 +351,8 @@ class Update:
         if not self._replay.is_perturbed:  # or the ranks are apart, and only a checkpoint helps
             self._shards.abort_evaluation()
             self._replay.forget()
+
+
+def _is_true(flag: Tensor | None) -> bool:
+    """Reads from the device, if there is one."""
+    return flag is not None and bool(flag.item())
