@@ -6,7 +6,8 @@
     python -m benchmarks.evidence list                                    # plans, tasks and methods
     python -m benchmarks.evidence table [--write]                         # from the records, into docs/evidence.md
     python -m benchmarks.evidence compare LookSAM-5 LookSAM-5-mean        # the first minus the others, task by task
-    python -m benchmarks.evidence draw                                    # from the records, docs/evidence.png
+    python -m benchmarks.evidence draw                                    # from the records, docs/evidence.png and the
+                                                                          # README's picture, docs/evidence-in-short.png
 
 Records lie in --results, by default where the committed ones are (benchmarks/results/evidence/*.jsonl): one line a run.
 ZeRO stage 0 and fp32 throughout: the tests show that the other stages compute the same.
@@ -57,9 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     compare = commands.add_parser("compare", help="a method minus others, seed by seed, in every task")
     compare.add_argument("methods", nargs="+", choices=list(METHODS), metavar="METHOD")
     compare.add_argument("--seeds", type=int, nargs="+", help="only these")
-    draw = commands.add_parser("draw", help="a PNG")
-    draw.add_argument("--to", type=Path, default=ROOT / "docs" / "evidence.png")
-    draw.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="only these")
+    draw = commands.add_parser("draw", help="two PNGs: all tasks, and those of the README")
+    draw.add_argument("--to", type=Path, default=ROOT / "docs", help="a folder")
     for command in run, table, compare, draw:
         command.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -132,8 +132,9 @@ def main(argv: list[str] | None = None) -> int:
         wanted = [r for r in records if r["seed"] in (args.seeds or [r["seed"]])]
         print(report.comparison(wanted, *args.methods))
     elif args.command == "draw":
-        report.draw(records, args.to, args.tasks)
-        print(args.to)
+        for name, tasks in ("evidence", list(TASKS)), ("evidence-in-short", report.IN_SHORT):
+            report.draw(records, args.to / f"{name}.png", tasks)
+            print(args.to / f"{name}.png")
     elif args.write:
         report.write(args.page, report.tables(records))
         print(args.page)

@@ -175,10 +175,15 @@ _COLOURS = {"base": "black", "base-x1.2": "grey", "MSAM": "C5", "SAM": "C0", "SA
 
 def _style(method: str) -> dict[str, Any]:
     plain, _, ascent = method.partition("/")
-    return {"color": _COLOURS[plain], "linestyle": "--" if ascent else "-", "label": method, "linewidth": 1.5}
+    return {"color": _COLOURS[plain], "linestyle": "--" if ascent else "-", "linewidth": 1.5,
+            "label": method.replace("base", "base optimizer")}
 
 
-def draw(records: list[Record], png: Path, tasks: Collection[str] = TASKS) -> None:
+IN_SHORT = ["5k-wrong-whole", *(task for task in TASKS if task.startswith("batch-"))]
+"""What the README's picture shows."""
+
+
+def draw(records: list[Record], png: Path, tasks: Collection[str]) -> None:
     """A line of panels a task: score over evaluations, and over seconds of training; then accuracy over batch size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -216,9 +221,10 @@ def draw(records: list[Record], png: Path, tasks: Collection[str] = TASKS) -> No
         _finish(axes, f"60,000 images, 10 epochs, {base}", "batch size", "test accuracy, %")
     if len(sweeps) == 1:
         panels[-1][1].axis("off")
-    for axes in panels[:, -1]:
-        handles = axes.get_legend_handles_labels() if axes.axison else panels[-1][0].get_legend_handles_labels()
-        axes.legend(*handles, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for left, right in panels:
+        handles = {label: handle for axes in (left, right)
+                   for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        right.legend(handles.values(), handles.keys(), fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=100)
 

@@ -175,7 +175,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_page_is_what_its_records_say(folder: Path) -> None:
     """All of it, so that no arithmetic changes unnoticed, and no record is committed without its line."""
-    page, png = folder / "page.md", folder / "picture.png"
+    page = folder / "page.md"
     committed = (DOCS / "evidence.md").read_text()
     before, begin, rest = committed.partition(evidence_report.BEGIN)
     _, end, after = rest.partition(evidence_report.END)
@@ -187,30 +187,31 @@ def test_the_page_is_what_its_records_say(folder: Path) -> None:
     assert evidence_report.interval([1, 0.5]) == pytest.approx((0.75, 12.706 / 4))
     sweep = [read(folder)[0] | asdict(Job(f"batch-AdamW-{batch}", "base", 1, 30, 8e-3)) for batch in (256, 1024)]
     (folder / "sweep.jsonl").write_text("\n".join(map(json.dumps, sweep)))
-    evidence.main(["draw", "--to", str(png), "--results", str(folder)])
-    assert png.read_bytes()[:4] == b"\x89PNG"
+    evidence.main(["draw", "--to", str(folder), "--results", str(folder)])
+    for picture in "evidence.png", "evidence-in-short.png":
+        assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="must have the lines"):
         evidence_report.write(page, "")
 
 
 def test_what_is_there_is_not_run_again_and_final_runs_take_the_best_lr_and_rho(folder: Path) -> None:
-    """Of the tuning runs, lr times the square root of how much larger the batch is."""
+    """Of the tuning runs, lr times the square root of how much larger the batch is. On three ranks nothing was run."""
     records = read(folder)
     planned = [Job(r["task"], r["method"], r["seed"], r["updates"]) for r in records if not r["tuning"]]
     assert {job.task for job in planned} >= {"5k-wrong-whole", "5k-clean"}
     board = Board(folder, "runs.jsonl", planned)
     assert board.next() is None and board.skipped == len(planned) > 200 and not board.waiting
     # Tuned as LookSAM-5; the other waits for its tuning runs.
-    board = Board(folder, "runs.jsonl", [Job("gpt2", "SAM", 1, 30), Job("5k-clean", "LookSAM-10", 9, 30)])
+    board = Board(folder, "runs.jsonl", [Job("gpt2", "SAM", 1, 30, world=3), Job("5k-clean", "LookSAM-10", 9, 30)])
     job = board.next()
     assert job == Job("5k-clean", "LookSAM-10", 9, 30, 3e-3, 0.05)
     assert board.next() is None and [job.method for job in board.waiting] == ["SAM"]
     board.finish(records[0] | asdict(job))
     tuned_at = "batch-AdamW-1024"
     for lr in TASKS[tuned_at].lrs:
-        board.finish(records[0] | asdict(Job(tuned_at, "base", 0, 30, lr, tuning=True)) | {"score": -abs(lr - 8e-3)})
-    half = Board(folder, "runs.jsonl", [Job("batch-AdamW-256", "base", 1, 30)]).next()
+        board.finish(records[0] | asdict(Job(tuned_at, "base", 0, 30, lr, None, True, 3)) | {"score": -abs(lr - 8e-3)})
+    half = Board(folder, "runs.jsonl", [Job("batch-AdamW-256", "base", 1, 30, world=3)]).next()
     assert half is not None and half.lr == pytest.approx(8e-3 / 2)
     assert len(read(folder)) == len(records) + 1 + len(TASKS[tuned_at].lrs)
     assert Board(folder, "runs.jsonl", [job]).next() is None
