@@ -84,7 +84,6 @@ class Measured:
     map_seconds: float = 0.0
     map_lines: int = 0
     segments: int = 0
-    cpu_seconds: float = 0.0
 
 
 def measure(model: str, stage: int, world: int, looksam: bool, count_lines: bool = False,
@@ -132,7 +131,6 @@ def measure(model: str, stage: int, world: int, looksam: bool, count_lines: bool
     for _ in range(2 if count_lines else 0):
         counted = _train(engine, batch, ranks, probe, count_lines=True)
         measured.steps[counted.kind].lines = counted.lines
-    measured.cpu_seconds = time.process_time()
     return measured
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ds_looksam.config.support import DEMANDED, REFUSED
 
-CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/tmp"}
+CPU = {"device": "cpu"}
 
 
 class Configuration(NamedTuple):

@@ -14,4 +14,4 @@ shards: Callable[[Any], GradientShards] = attrgetter("gradient_shards")
 stored_v: Callable[[Any], list[Tensor] | None] = attrgetter("_state.v")
 """The stored g_v of this rank, as it is kept; None before the first SAM step."""
 is_evaluating_again: Callable[[Any], bool] = attrgetter("_replay.is_evaluating")
-ascent, replay, state, checkpointer = map(attrgetter, ("_update._ascent", "_replay", "_state", "_checkpointer"))
+ascent, replay, state = map(attrgetter, ("_update._ascent", "_replay", "_state"))

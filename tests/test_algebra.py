@@ -173,7 +173,7 @@ def layer_map(sizes: list[int], before: int, after: int, device: torch.device) -
     """Of one flat tensor: padding, parameters of these sizes, padding."""
     parameters = [nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
     starts = accumulate(sizes[:-1], initial=before)
-    segments = [Segment(p, start, 0, p.numel(), p.numel()) for p, start in zip(parameters, starts, strict=True)]
+    segments = [Segment(p, start, 0, p.numel()) for p, start in zip(parameters, starts, strict=True)]
     return LayerMap([segments], [before + sum(sizes) + after], [parameters], device)
 
 

@@ -74,7 +74,7 @@ def partition_zero12(sizes: list[int], world: int, rank: int, alignment: int) ->
     for number, size in enumerate(sizes):
         lo, hi = max(offset, rank * piece), min(offset + size, (rank + 1) * piece)
         if lo < hi:
-            segments.append(Segment(PARAMETERS[number], lo - rank * piece, lo - offset, hi - lo, size))
+            segments.append(Segment(PARAMETERS[number], lo - rank * piece, lo - offset, hi - lo))
         offset += size
     return segments, piece
 
@@ -86,7 +86,7 @@ def partition_zero3(sizes: list[int], world: int, rank: int) -> tuple[list[Segme
         piece = -(-size // world)
         numel = min(size - rank * piece, piece)
         if numel > 0:
-            segments.append(Segment(PARAMETERS[number], start, rank * piece, numel, size))
+            segments.append(Segment(PARAMETERS[number], start, rank * piece, numel))
         start += piece
     return segments, start
 

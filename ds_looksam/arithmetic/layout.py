@@ -34,14 +34,12 @@ class Segment:
     """A run of elements of one parameter inside one of this rank's flat tensors.
 
     ``parameter[param_offset : param_offset + numel]`` (flattened, row-major) lies at ``flat[start : start + numel]``.
-    ``param_numel`` is the parameter's full size, which zero.Init hides from ``parameter.shape``.
     """
 
     parameter: torch.nn.Parameter
     start: int
     param_offset: int
     numel: int
-    param_numel: int
 
 
 @dataclass(frozen=True)

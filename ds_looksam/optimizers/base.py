@@ -125,7 +125,7 @@ class LayerwiseOptimizer(torch.optim.Optimizer):
         parameters = [cast(nn.Parameter, p) for _, p in here]
         if self._layers is None or self._layers_of != [id(p) for p in parameters]:
             self._layers_of = [id(p) for p in parameters]
-            self._layers = LayerMap([[Segment(p, 0, 0, p.numel(), p.numel())] for p in parameters],
+            self._layers = LayerMap([[Segment(p, 0, 0, p.numel())] for p in parameters],
                                     [p.numel() for p in parameters], [parameters], parameters[0].device)
         norms = self._layers.zeros(2)
         self.begin_update()

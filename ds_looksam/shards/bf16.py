@@ -44,7 +44,7 @@ class BF16Shards(PartitionedShards):
             for p in params:
                 start, end = max(position, lo), min(position + p.numel(), hi)
                 if start < end:
-                    segments.append(Segment(p, start - lo, start - position, end - start, p.numel()))
+                    segments.append(Segment(p, start - lo, start - position, end - start))
                 position += p.numel()
             flats.append(segments)
         return flats

@@ -77,7 +77,7 @@ class OwnModel:
         layout = []
         for flat, params in zip(self._flats, self._shards.groups, strict=True):
             starts = {(p.data_ptr() - flat.data_ptr()) // flat.element_size(): p for p in params if p.numel() > 0}
-            layout.append([Segment(p, start, 0, p.numel(), p.numel()) for start, p in sorted(starts.items())])
+            layout.append([Segment(p, start, 0, p.numel()) for start, p in sorted(starts.items())])
         return layout
 
     @cached_property

@@ -30,7 +30,7 @@ class WholeShards(GradientShards):
         return self.groups
 
     def layout(self) -> list[list[Segment]]:
-        return [[Segment(p, lo, 0, hi - lo, hi - lo) for p, (lo, hi) in zip(params, _ends(params), strict=True)]
+        return [[Segment(p, lo, 0, hi - lo) for p, (lo, hi) in zip(params, _ends(params), strict=True)]
                 for params in self.groups]
 
     def flat_sizes(self) -> list[int]:

@@ -101,7 +101,7 @@ class Zero12Shards(PartitionedShards):
                 start = zero.grad_partition_insertion_offset[i][rank][key]
                 offset = zero.grad_start_offset[i][rank][key]
                 numel = min(p.numel() - offset, zero.partition_size[i] - start)
-                segments.append(Segment(p, start, offset, numel, p.numel()))
+                segments.append(Segment(p, start, offset, numel))
             flats.append(segments)
         return flats
 

@@ -57,7 +57,7 @@ class Zero3Shards(GradientShards):
                 offset = p.partition_numel() * self._zero._get_param_partition_rank(p)
                 numel = min(p.ds_numel - offset, p.partition_numel())
                 if numel > 0:
-                    segments.append(Segment(p, start, offset, numel, p.ds_numel))
+                    segments.append(Segment(p, start, offset, numel))
                 start += p.partition_numel()
             flats.append(segments)
         return flats
