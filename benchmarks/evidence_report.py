@@ -53,11 +53,12 @@ def final(records: list[Record]) -> dict[str, dict[Row, Runs]]:
 
 
 def difference(rows: dict[Row, Runs], row: Row, other: str) -> str:
-    """Over the seeds that both have, on the same number of ranks: the seed fixes initialisation and order of the data.
+    """Over the seeds that both have: the seed fixes initialisation and order of the data, on any number of ranks.
 
-    "±": the 95 % interval. Of several lines of the other method, the one with most seeds.
+    "±": the 95 % interval. Of several lines of the other method, one on as many ranks, and the one with most seeds.
     """
     twins = [runs for r, runs in rows.items() if r.method == other and r.world == row.world]
+    twins = twins or [runs for r, runs in rows.items() if r.method == other]
     if not other or other == row.method or not twins:
         return ""
     twin = max(twins, key=len)
