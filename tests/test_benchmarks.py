@@ -198,7 +198,8 @@ def test_the_page_is_what_its_records_say(folder: Path) -> None:
 def test_what_is_there_is_not_run_again_and_final_runs_take_the_best_lr_and_rho(folder: Path) -> None:
     """Of the tuning runs, lr times the square root of how much larger the batch is. On three ranks nothing was run."""
     records = read(folder)
-    planned = [Job(r["task"], r["method"], r["seed"], r["updates"]) for r in records if not r["tuning"]]
+    planned = [Job(r["task"], r["method"], r["seed"], r["updates"], world=r["world"])
+               for r in records if not r["tuning"]]
     assert {job.task for job in planned} >= {"5k-wrong-whole", "5k-clean"}
     board = Board(folder, "runs.jsonl", planned)
     assert board.next() is None and board.skipped == len(planned) > 200 and not board.waiting
