@@ -20,6 +20,7 @@ import deepspeed
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
@@ -29,7 +30,7 @@ from ds_looksam import LookSAMReplayError
 from ds_looksam.engines.compile_lock import stale_locks
 
 from .ranks import run_on_ranks
-from .twin import UPDATES, Net, Twin, batches, engine_of
+from .twin import UPDATES, Net, Twin, batches, engine_of, whole
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 TEACHERS: dict[Any, Tensor] = {}
@@ -117,6 +118,79 @@ class Knobs(Net):
         out = self.body(x) / self.temperature + self.settings["shift"] + 0.2 * self.calls + self.queue
         self.auxiliary = out.square().mean()
         return out + 0.3 * self.training
+
+
+class Caching(Net):
+    def forward(self, x: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+        z = self.body[:2](x)
+        if cache is not None:
+            cache.append(z)
+        return self.body[2](sum(cache or [z]))
+
+
+class Taught(Net):
+    """Adds what a teacher says, which starts as a part of it."""
+
+    def __init__(self, follows: bool = False) -> None:
+        super().__init__()
+        self.teacher, self.follows = copy.deepcopy(self.body[0]).requires_grad_(False), follows
+        self.first = [p.detach().clone() for p in self.teacher.parameters()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.follows:  # at first for nothing
+            with torch.no_grad(), whole([*self.teacher.parameters(), *self.body[0].parameters()]):
+                for p, student in zip(self.teacher.parameters(), self.body[0].parameters(), strict=True):
+                    p.data.mul_(0.5).add_(student.data, alpha=0.5)
+        return self.body(x) + self.teacher(x)[:, :3]
+
+
+def teaches(how: str) -> Situation:
+    """The loop changes the teacher between micro-batches."""
+    def sets(module: Any, i: int) -> None:
+        with torch.no_grad(), whole(module.teacher.parameters()):
+            for p, first in zip(module.teacher.parameters(), module.first, strict=True):
+                value = first.to(p.dtype) * (1 - 0.3 * i)
+                if how == "in place":
+                    p.copy_(value)
+                elif how == "assigned":
+                    p.data = value
+                else:
+                    p.data.copy_(value)
+
+    return Situation(build=Taught, sets=sets)
+
+
+class Deep(Net):
+    """Its forward depends on what lies deep in its attributes, and in tensors and arrays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings, self.parts = SimpleNamespace(inner={"shift": {"by": 0.0}}), (SimpleNamespace(shift=0.0), )
+        self.scale, self.array = torch.ones(()), np.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.settings.inner["shift"]["by"] + self.parts[0].shift + torch.from_numpy(self.array).to(x.dtype)
+        return self.body(x) * self.scale.to(x.dtype) + shift
+
+
+def set_deeply(module: Any, i: int) -> None:
+    module.settings.inner["shift"]["by"] = module.parts[0].shift = 0.3 * i
+    module.scale.fill_(1.0 + i)
+    module.array[:] = [i, 0.0, -i]
+
+
+class Tiled(Net):
+    """The backward of its loss runs inside its forward, and DeepSpeed does not divide the last layer's gradient."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return TiledFusedLogitsLoss.apply(lambda module, a, b: F.mse_loss(module.body[2](a), b), self,
+                                          self.body[:2](x).unsqueeze(0), y.unsqueeze(0), None, 2,
+                                          list(self.body[2].parameters()), "mean")
+
+
+def undivided(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    weight, bias = (2 * p - p.detach() for p in m.body[2].parameters())
+    return F.mse_loss(F.linear(m.body[:2](x), weight, bias), y)
 
 
 class Noisy(Net):
@@ -423,6 +497,15 @@ def loss_fn(form: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., None
     return way_out
 
 
+def cached(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    cache: list[Tensor] = []
+    return F.mse_loss(m(x, cache), y) + F.mse_loss(m(y, cache), x)
+
+
+def through_itself(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(m(inside(m).body(x)), y)
+
+
 def closure(loss: Callable[..., Tensor]) -> Callable[..., None]:
     return lambda engine, now: engine.step(closure=lambda: engine.backward(loss(engine, 0, now["x"], now["y"])))
 
@@ -621,6 +704,12 @@ SITUATIONS: dict[str, Situation] = {
                            way_out=loss_fn(lambda module, out, y: F.mse_loss(out, y) + module.auxiliary)),
     "read_out": Situation(Losses.read_out, way_out=loss_fn(lambda module, out, y: torch.tanh(F.mse_loss(out, y)))),
     "elsewhere": Situation(Losses.elsewhere, way_out=closure(Losses.elsewhere)),
+    "taught inside": Situation(build=lambda: Taught(follows=True)),
+    **{f"taught {how}": teaches(how) for how in ("in place", "assigned", "silently")},
+    "deep": Situation(build=Deep, sets=set_deeply),
+    "tiled": Situation(loop=lambda engine, i, x, y: engine.backward(engine(x, y)), build=Tiled, expected=undivided),
+    "through_itself": Situation(through_itself, way_out=closure(through_itself)),
+    "cached": Situation(cached, Caching, way_out=closure(cached)),
     "masked": edited(mask), "clipped": edited(clip), "clipped .data": edited(clip_data),
     "scaled .data": edited(scale_data),
     "masked, direct": edited(mask, lambda engine, loss: loss.backward()), "masked, coalesced": edited(mask, coalesces),
@@ -665,6 +754,11 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["default_device"], [(0, 2), (2, 1, "micro_batch")]),
         (["reads_gradients"], [(0, 2), (0, 1, "micro_batch"), (1, 1, "micro_batch"), (2, 1, "micro_batch"),
                                (3, 1, "global_micro_batch")]),
+        # Stage 3 with accumulation: DeepSpeed itself fails in the GatheredParameters of a second forward.
+        (["taught inside"], [(0, 2), (2, 1, "rank"), (3, 1)]),
+        (["taught in place"], [(0, 2), (2, 2, "rank"), (3, 2), (3, 2, "global", 2), (2, 2, "micro_batch")]),
+        (["taught assigned"], [(0, 2), (2, 2)]), (["taught silently"], [(2, 1), (2, 2, "micro_batch")]),
+        (["deep"], [(0, 2), (2, 2, "rank"), (3, 2)]), (["tiled"], [(0, 2), (2, 2), (3, 2)]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),
         (["returned", *REFILLED], [(2, 2)]),
         (["frozen", "unfrozen", "added"], [(0, 2, "global", 2), (0, 2, "rank"), (0, 1, "micro_batch")]),
@@ -703,12 +797,18 @@ def test_trained(name: str, stage: int, accumulation: int, ascent: str, world: i
       for name, stage in [("masked", 0), ("clipped", 0), ("masked", 1), ("clipped", 1), ("masked", 3)]),
     *(("masked, again", "call engine.zero_grad() and run this window again",
        {"stage": stage, "ascent": "global_micro_batch"}) for stage in range(4)),
+    *(("through_itself", "reaches the model's own parameters", {"stage": stage}) for stage in range(4)),
+    ("cached", "reaches the model's own parameters", {}),
+    *(("taught silently", "changed through .data between two", {"stage": stage, "accumulation": 2})
+      for stage in (0, 2)),
     ("normalized", "read out to Python", {}), ("in_place", "by the model's own forward", {}),
 ])
 def test_refused(name: str, words: str, case: dict[str, Any]) -> None:
     way_out = {"was changed in place after its forward": "", "was changed between": "engine.edit_gradients",
                "call engine.zero_grad() and run this window again": "engine.edit_gradients",
-               "by the model's own forward": "x = x.clone()"}
+               "by the model's own forward": "x = x.clone()",
+               "changed through .data between two": "in place under torch.no_grad()",
+               "reaches the model's own parameters": "forward make it, or call engine.step(closure=...)"}
     for told in run_on_ranks(case.get("world", 1), partial(train, name, **case)):
         assert told and all(words in message and way_out.get(words, "engine.loss_fn") in message for message in told)
 

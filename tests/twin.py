@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,15 @@ class Net(nn.Module):
 
 def traces(module: nn.Module) -> Any:
     """What a forward leaves behind, where it is more than gradients."""
-    return ({name: buffer.data for name, buffer in module.named_buffers()},
-            [p.data for p in module.parameters() if not p.requires_grad],
-            {name: getattr(module, name) for name in getattr(module, "kept", ())})
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    with whole(frozen):
+        return ({name: buffer.data for name, buffer in module.named_buffers()}, [p.data.clone() for p in frozen],
+                {name: getattr(module, name) for name in getattr(module, "kept", ())})
+
+
+def whole(parameters: Iterable[nn.Parameter]) -> Any:
+    """Inside, those that ZeRO-3 has partitioned can be read and written to."""
+    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=0)
 
 
 def retrace(module: nn.Module, left: Any) -> None:

@@ -149,10 +149,14 @@ class LookSAMEngine(HostEngine):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; in a window that ends in a SAM step the inputs and the RNG state are remembered."""
-        if not self._replay.is_perturbed and torch.is_grad_enabled():
-            with self._replay.window.not_recording():
-                self._update.window_runs()
-        return self._replay.forward(*inputs, **kwargs)
+        if self._replay.is_perturbed or not torch.is_grad_enabled():
+            return self._replay.forward(*inputs, **kwargs)
+        with self._replay.window.not_recording():
+            self._update.forward_begins()
+        output = self._replay.forward(*inputs, **kwargs)
+        with self._replay.window.not_recording():
+            self._update.forward_is_over()
+        return output
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """As DeepSpeed's; in a window that ends in a SAM step it is remembered how ``loss`` was formed."""

@@ -96,7 +96,7 @@ class Watched:
         is_foreign = isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided and (
             not leaf.untyped_storage().resizable())
         if is_foreign or isinstance(leaf, np.ndarray):
-            self._marks.append((leaf, _crc, _crc(leaf)))
+            self._marks.append((leaf, crc, crc(leaf)))
         return leaf
 
     def forward_is_over(self) -> None:
@@ -123,7 +123,7 @@ class Watched:
                 "up. Give it a list.")
 
 
-def _crc(value: Any) -> int:
+def crc(value: Any) -> int:
     """Of the bytes of a tensor in host memory, or of an array."""
     if isinstance(value, Tensor):
         value = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy() if value.numel() else np.zeros(0)

@@ -23,6 +23,9 @@ import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
+from ..errors import LookSAMReplayError
+from ..shards.untrained import are_in_memory, drop_gathered, is_partitioned, values_of, whole_nbytes
+from .inputs import crc
 from .recording import version_of
 from .snapshot import submodules
 
@@ -35,6 +38,8 @@ _NOT_ENTERED = {"torch", "deepspeed", "lightning", "lightning_fabric", "pytorch_
 _PLAIN = {type(None), bool, int, float, str, bytes}  # nothing is in them; looked up first, for there are many
 _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
 _DEPTH = 4
+_MANY = 10_000  # entries of a container that are not looked at one by one
+_SMALL = 1 << 20  # bytes of an array that are summed up at every forward
 _PIECE = 1 << 24
 
 
@@ -51,7 +56,7 @@ class ModuleState:
         modules = submodules(module)
         self._buffers = [(m, name, buffer, buffer.detach().clone()) for m in modules
                          for name, buffer in m._buffers.items() if buffer is not None]
-        self.frozen = [(p, p.detach().clone()) for p in frozen]
+        self.frozen = [(p, values_of(p).detach().clone()) for p in frozen]
         self._attributes = [(m, _attributes_of(m)) for m in modules]
         self._opaque: list[tuple[str, Any, str]] = []
         self._bytes_left, self._known = _LIMIT, set[int]()
@@ -68,7 +73,8 @@ class ModuleState:
                 buffer.copy_(saved)
                 owner._buffers[name] = buffer
             for p, saved in self.frozen:
-                p.data.copy_(saved)
+                values_of(p).data.copy_(saved)
+        drop_gathered(p for p, _ in self.frozen)
         for m, saved_attributes in self._attributes:
             for name in _attributes_of(m).keys() - saved_attributes.keys():
                 del vars(m)[name]
@@ -141,39 +147,60 @@ def _refill(container: Any, items: Any) -> None:
 
 
 class Attributes:
-    """A module's attributes and buffers at one moment, and what is in attributes that are containers or objects: for
-    what a loop, or a forward that is not evaluated again, sets between two forwards that are.
+    """A module's attributes, buffers and ``frozen`` parameters at one moment, and what is in attributes that are
+    containers or objects: for what a loop, or a forward that is not evaluated again, sets between two forwards that
+    are.
 
     Tensors are held weakly (some models keep attention maps there), but for attributes set ``since`` another moment;
-    buffers written since are copied.
+    what was written to tensors and small arrays since is copied. Nothing tells of writes to a tensor's ``.data``.
     """
 
-    def __init__(self, module: nn.Module, since: Attributes | None = None) -> None:
+    def __init__(self, module: nn.Module, since: Attributes | None = None, frozen: Iterable[nn.Parameter] = ()) -> None:
         modules = submodules(module)
         known: dict[int, _Held] = {}  # many modules hold one configuration
         self._of = {m: {name: known.get(id(value)) or known.setdefault(id(value), _Held(value))
                         for name, value in _attributes_of(m).items()} for m in modules}
         self._buffers = {(m, name): (_Weak(buffer), version_of(buffer)) for m in modules
                          for name, buffer in m._buffers.items() if buffer is not None}
+        self._frozen = {p: (values_of(p).data_ptr(), version_of(values_of(p))) for p in frozen}
+        self._norms = dict(zip(self._frozen, _norms(self._frozen), strict=True))
         self._kept: list[Any] = []
         self._copies: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._copies_of_frozen: dict[nn.Parameter, Tensor] = {}
         if since is not None:
-            self._kept = [held.get() for _, _, held in self._changes(since)]
+            self._kept = [held.keep(other) for _, _, held, other in self._changes(since)]
             for m, name in self._written(since):
                 buffer = m._buffers[name]
                 assert buffer is not None
                 self._copies[m, name] = buffer, buffer.detach().clone()
+            self._copies_of_frozen = {p: values_of(p).detach().clone() for p, mark in self._frozen.items()
+                                      if mark != since._frozen.get(p)}
 
     def set_changes_since(self, before: Attributes) -> None:
         """Give the module the attributes and buffers that it has here and had not ``before``."""
-        for m, name, held in self._changes(before):
-            held.put(m, name)
+        for m, name, held, _ in self._changes(before):
+            if not held.is_gone():
+                vars(m)[name] = held.put_back()
         for m, name in self._written(before):
             if (m, name) in self._copies:
                 buffer, value = self._copies[m, name]
                 with torch.no_grad():
                     buffer.copy_(value)
                 m._buffers[name] = buffer
+        for p, value in self._copies_of_frozen.items():
+            values_of(p).data.copy_(value)
+        drop_gathered(self._frozen)
+
+    def check_frozen(self, before: Attributes) -> None:
+        """Raise LookSAMReplayError if a frozen parameter has other values than ``before`` and nothing told of it. Reads
+        from the device where there are any."""
+        unmarked = [p for p, mark in self._frozen.items() if mark == before._frozen.get(p)]
+        if unmarked and not torch.stack([self._norms[p] == before._norms[p] for p in unmarked]).all().item():
+            raise LookSAMReplayError(
+                "a parameter that is not trained (a momentum teacher's, say) was changed through .data between two "
+                "micro-batches of a window, of which nothing tells: the second evaluation would run with one state of "
+                "it. Change it once for each update, where engine.is_gradient_accumulation_boundary() before "
+                "engine.step(), or in place under torch.no_grad() without .data")
 
     def _written(self, before: Attributes) -> list[tuple[nn.Module, str]]:
         nothing = None, None
@@ -181,7 +208,8 @@ class Attributes:
                 if version != before._buffers.get(key, nothing)[1]
                 or not _is_same(buffer, before._buffers.get(key, nothing)[0])]
 
-    def _changes(self, before: Attributes) -> Iterator[tuple[nn.Module, str, _Held]]:
+    def _changes(self, before: Attributes) -> Iterator[tuple[nn.Module, str, _Held, _Held]]:
+        """The attributes that are not the same, and what they were before."""
         nothing = _Held(_Held)  # like no attribute
         same: set[tuple[int, int]] = set()
         for m, attributes in self._of.items():
@@ -190,7 +218,7 @@ class Attributes:
                 if (id(held), id(other)) in same or held.is_same(other):
                     same.add((id(held), id(other)))
                 else:
-                    yield m, name, held
+                    yield m, name, held, other
 
 
 class _Weak(weakref.ref[Tensor]):
@@ -198,35 +226,68 @@ class _Weak(weakref.ref[Tensor]):
 
 
 class _Held:
-    """A value, and what is in it (by key or place) if it is a container, with weak references to tensors."""
+    """A value, and what is in it (by key or place) if it is a container or an object, with weak references to tensors
+    and the numbers of their versions."""
 
-    def __init__(self, value: Any) -> None:
-        inner = _inside(value)
+    def __init__(self, value: Any, depth: int = _DEPTH) -> None:
         self._value = _weak(value)
-        self._contents = {key: _weak(item) for key, item in (
-            inner.items() if isinstance(inner, dict) else enumerate(inner or ()))}
+        self._mark = _mark_of(value)
+        self._copy: Any = None
+        self._contents = {key: item if type(item) in _PLAIN else _Held(item, depth - 1)
+                          for key, item in (_items_in(value) if depth else ())}
 
-    def get(self) -> Any:
-        """None also where it is gone."""
-        return _strong(self._value)
+    def keep(self, before: _Held) -> Any:
+        """The value, None also where it is gone. Tensors and arrays written since ``before`` are copied."""
+        value, contents = _strong(self._value), before._contents
+        if _is_same(self._value, before._value) and self._mark != before._mark:
+            self._copy = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+        for key, item in self._contents.items():
+            if isinstance(item, _Held) and isinstance(other := contents.get(key), _Held):
+                item.keep(other)
+        return value
 
-    def is_same(self, other: _Held) -> bool:
-        return _is_same(self._value, other._value) and list(self._contents) == list(other._contents) and all(
-            map(_is_same, self._contents.values(), other._contents.values()))
+    def is_same(self, other: Any) -> bool:
+        return (isinstance(other, _Held) and _is_same(self._value, other._value) and self._mark == other._mark
+                and list(self._contents) == list(other._contents)
+                and all(a.is_same(b) if isinstance(a, _Held) else a is b
+                        for a, b in zip(self._contents.values(), other._contents.values(), strict=True)))
 
-    def put(self, module: nn.Module, name: str) -> None:
-        """What is gone is left as it is."""
-        if any(isinstance(item, _Weak) and item() is None for item in (self._value, *self._contents.values())):
-            return
-        inner, items = _inside(self.get()), {key: _strong(item) for key, item in self._contents.items()}
-        if inner is not None:
+    def is_gone(self) -> bool:
+        return (isinstance(self._value, _Weak) and self._value() is None) or any(
+            isinstance(item, _Held) and item.is_gone() for item in self._contents.values())
+
+    def put_back(self) -> Any:
+        """The value, with what was in it."""
+        value = _strong(self._value)
+        if self._copy is not None and isinstance(value, Tensor):
+            value.data.copy_(self._copy)
+        elif self._copy is not None:
+            np.copyto(value, self._copy)
+        items = {key: item.put_back() if isinstance(item, _Held) else item for key, item in self._contents.items()}
+        inner = _inside(value) if items else None
+        if inner is not None and not isinstance(inner, tuple):
             _refill(inner, items if isinstance(inner, dict) else items.values())
-        vars(module)[name] = self.get()
+        return value
+
+
+def _mark_of(value: Any) -> int | None:
+    """Another number once a tensor or an array has been written to. Of weights none: LookSAM and ZeRO write to them."""
+    if isinstance(value, Tensor):
+        return None if value.requires_grad or isinstance(value, nn.Parameter) else version_of(value)
+    return crc(value) if isinstance(value, np.ndarray) and value.nbytes <= _SMALL else None
+
+
+def _items_in(value: Any) -> Iterable[tuple[Any, Any]]:
+    """By key or place. Of large containers none: a vocabulary, say, or a data set."""
+    inner = _inside(value)
+    if inner is None or len(inner) > _MANY:
+        return ()
+    return list(inner.items() if isinstance(inner, dict) else enumerate(inner))
 
 
 def _inside(value: Any) -> Any:
     """The container that ``value`` is, or that holds its attributes; None if there is none."""
-    if isinstance(value, (dict, set, list, deque)):
+    if isinstance(value, (dict, set, list, deque, tuple)):
         return value
     is_plain = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and not callable(value)
     return vars(value) if is_plain and _is_entered(type(value).__module__) else None
@@ -257,23 +318,25 @@ class Isolation:
     """Keeps the second evaluation's traces out of a module, and learns which frozen parameters its forward changes.
 
     A forward may change them without a trace in their version counters (``p.data.mul_``), and copies of a large frozen
-    model would not fit. So they are copied at first if they are no more than twice what is trained; once a second
-    evaluation has come, only those are that were seen to change, by comparison or by their norms in fp64."""
+    model would not fit. So they are copied at first if they are no more than twice what is trained; after two second
+    evaluations (in the first one a teacher may still equal its student) only those are that were seen to change, by
+    comparison or by their norms in fp64. Under ZeRO stage 3 they are copied always or never: the ranks, each of which
+    sees its part of them, have to agree."""
 
     def __init__(self) -> None:
-        self._changing: set[nn.Parameter] | None = None  # None: not known yet
+        self._changing: set[nn.Parameter] = set()
+        self._evaluations = 0
         self._said: set[str] = set()
 
     def before(self, module: nn.Module) -> Before:
         """To be called before the first forward that is trained, see :meth:`second_evaluation`."""
         parameters = list(module.parameters())
-        # ZeRO-3 gathers and releases its own again, and has the values elsewhere.
-        frozen = [p for p in parameters if not p.requires_grad and not hasattr(p, "ds_id")]
-        copied = self._changing
-        if copied is None:
-            limit = max(_LIMIT, 2 * sum(p.nbytes for p in parameters if p.requires_grad))
-            copied = set(frozen) if sum(p.nbytes for p in frozen) <= limit else set()
-        watched = [p for p in frozen if p not in copied]
+        frozen = [p for p in parameters if not p.requires_grad and are_in_memory(p)]
+        limit = max(_LIMIT, 2 * sum(whole_nbytes(p) for p in parameters if p.requires_grad))
+        is_small = sum(map(whole_nbytes, frozen)) <= limit
+        copied = {p for p in frozen
+                  if p in self._changing or (is_small and (self._evaluations < 2 or is_partitioned(p)))}
+        watched = [p for p in frozen if p not in copied and not is_partitioned(p)]
         return Before(ModuleState(module, [p for p in frozen if p in copied]), watched, _norms(watched))
 
     @contextmanager
@@ -285,7 +348,8 @@ class Isolation:
         """
         if before is not None:
             self._learn(before)
-        after = ModuleState(module, self._changing or ())
+        copied = [p for p, _ in before.state.frozen] if before is not None else []
+        after = ModuleState(module, [*copied, *(self._changing - set(copied))])
         if before is not None:
             before.state.restore()
         for m in _instances(submodules(module), "LightningModule", "lightning.pytorch", "pytorch_lightning"):
@@ -297,13 +361,15 @@ class Isolation:
                 self._say(f"{name} was advanced by the second evaluation of a SAM step too, and cannot be put back")
 
     def _learn(self, before: Before) -> None:
-        changed = {p for p, saved in before.state.frozen if not torch.equal(p.detach(), saved)}
+        self._evaluations += 1
+        changed = {p for p, saved in before.state.frozen
+                   if not is_partitioned(p) and not torch.equal(p.detach(), saved)}
         late = {p for p, a, b in zip(before.watched, before.norms, _norms(before.watched), strict=True)
                 if not torch.equal(a, b)}
         if late:
             self._say("the model's forward has changed parameters that are not trained. In this SAM step the second "
                       "evaluation goes on from the changed ones, from the next step on from those before")
-        self._changing = (self._changing or set()) | changed | late
+        self._changing |= changed | late
 
     def _say(self, message: str) -> None:
         """Once."""
@@ -312,15 +378,16 @@ class Isolation:
             logger.warning(f"LookSAM: {message}")
 
 
-def _norms(parameters: list[nn.Parameter]) -> list[Tensor]:
+def _norms(frozen: Iterable[nn.Parameter]) -> list[Tensor]:
     """In fp64; the sum of the bytes where torch has no such norm: weights that were quantized (uint8, int8, fp8)."""
+    parameters = [values_of(p) for p in frozen]
     floats = [i for i, p in enumerate(parameters) if p.is_floating_point() and p.element_size() > 1]
     norms = torch._foreach_norm([parameters[i].detach() for i in floats], 2, torch.float64) if floats else ()
     of = dict(zip(floats, norms, strict=True))
     return [of[i] if i in of else _sum_of_bytes(p) for i, p in enumerate(parameters)]
 
 
-def _sum_of_bytes(p: nn.Parameter) -> Tensor:
+def _sum_of_bytes(p: Tensor) -> Tensor:
     """In pieces: torch makes a copy in int64 of what it adds up."""
     pieces = p.detach().reshape(-1).view(torch.uint8).split(_PIECE)
     return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()

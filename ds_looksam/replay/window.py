@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,14 +34,26 @@ from .tape import LossTape, OnBackward, in_functorch
 LossFn = Callable[..., Tensor]
 
 
+def closure_way(with_closure: bool) -> str:
+    """What always helps, where ``ascent`` allows it."""
+    return (", or call engine.step(closure=...) with a function that runs forward and engine.backward() for every "
+            "micro-batch of the window again") if with_closure else ""
+
+
 def ways_out(with_closure: bool = True) -> str:
     """What a user can do about a loss that cannot be formed again."""
-    closure = (", or call engine.step(closure=...) with a function that runs forward and engine.backward() for every "
-               "micro-batch of the window again") if with_closure else ""
     return ("The second evaluation can form the loss again if the model returns it, or if torch functions make it of "
             "the model's output between engine(...) and engine.backward(). Otherwise set engine.loss_fn = "
-            f"f(outputs, *inputs, **kwargs) -> loss{closure}. (In a Hugging Face Trainer: "
+            f"f(outputs, *inputs, **kwargs) -> loss{closure_way(with_closure)}. (In a Hugging Face Trainer: "
             "trainer.model_wrapped.loss_fn, from a TrainerCallback's on_train_begin.)")
+
+
+def _comes_from_the_model(leaf: Tensor) -> str:
+    by = "a parameter of the model" if leaf.grad_fn is None else leaf.grad_fn.name()
+    return (f"an input of the model (shape {tuple(leaf.shape)}) has an autograd graph that reaches the model's own "
+            f"parameters, but was not made by torch functions called on its output ({by}): made by a part of the model "
+            "that the loop called itself, or kept by an earlier forward, say. The second evaluation would lose the "
+            "gradient that flows through it")
 
 
 _IN_FORWARD = ("engine.backward() was called inside the model's own forward, which LookSAM runs again: call it, and "
@@ -62,6 +75,7 @@ class Forward(Step):
     entered: Attributes
     before: Before | None = None  # where no backward has come before it
     left: Attributes | None = None
+    lost: str | None = None  # the way of a gradient through an input, which a replay does not have
     n_outputs: int = 0
     nodes: list[GraphId] = field(default_factory=list)
 
@@ -143,6 +157,7 @@ class Window:
         self._tape: LossTape | None = None
         self._left: Attributes | None = None  # by the last forward
         self._trained: Attributes | None = None  # left by the last one that a backward reached
+        self._frozen: list[nn.Parameter] = []  # those whose changes between forwards are followed
         self._newest: Forward | None = None  # the others are kept by what was made of them
         self.forget_backwards()
 
@@ -193,25 +208,30 @@ class Window:
         with torch._C.DisableTorchFunction():
             if self._tape is None:
                 self._tape = LossTape(module, on_backward)
-            tape, inputs, apart, needs = self._tape, [], [], []
+            tape, inputs, apart, needs, lost = self._tape, [], [], [], []
 
             def keep(leaf: Any) -> Any:
                 if not isinstance(leaf, Tensor) or not leaf.requires_grad:
                     return leaf
                 made = tape.known(leaf)
                 if made is None:
+                    if any(tape.reached(leaf)):
+                        lost.append(_comes_from_the_model(leaf))
                     apart.append(Apart(leaf.detach(), graph_id(leaf), None))
                     inputs.append(leaf)
                     return apart[-1]
                 needs.extend(tape.needs_of(leaf))
                 return made
 
+            state = before(module) if before is not None and not self._backwards else None
+            if state is not None:
+                self._frozen = [p for p, _ in state.state.frozen]
             watched = Watched((args, kwargs))
             kept_args, kept_kwargs = rebuilt((args, kwargs), keep)
             forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
-                              Structure(module), Attributes(module, since=self._trained or self._left),
+                              Structure(module), Attributes(module, self._trained or self._left, self._frozen),
                               apart=apart, number=tape.number(), needs=needs,
-                              before=before(module) if before is not None and not self._backwards else None)
+                              before=state, lost=lost[0] if lost else None)
         self._in_forward = True
         try:
             with self.not_recording():
@@ -220,7 +240,7 @@ class Window:
             self._in_forward = False
         with torch._C.DisableTorchFunction():
             watched.forward_is_over()
-            forward.left = self._left = Attributes(module)
+            forward.left = self._left = Attributes(module, frozen=self._frozen)
             outputs = output_tensors(output)
             forward.n_outputs, forward.nodes = len(outputs), tape.add_forward(forward, inputs, outputs)
         self._newest = forward
@@ -293,6 +313,12 @@ class Window:
             raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {reason}.{ways}")
         for step in self._steps(loss_fn):
             step.check()
+            if isinstance(step, Forward) and step.lost is not None:
+                raise LookSAMReplayError(f"LookSAM cannot run the second evaluation: {step.lost}. Let the model's own "
+                                         f"forward make it{closure_way(with_closure)}.")
+        for earlier, later in itertools.pairwise(self.forwards):
+            assert earlier.left is not None
+            later.entered.check_frozen(earlier.left)
 
     def _steps(self, loss_fn: LossFn | None) -> list[Step]:
         """What the second evaluation runs, in the user's order."""

@@ -147,6 +147,16 @@ class Update:
         if not self.is_per_micro_batch:  # which takes it at once
             self.gradient_is_left()
 
+    def forward_begins(self) -> None:
+        """The user's. There are layers (tiled losses) whose backward runs inside of it and writes to gradients."""
+        self.window_runs()
+        if self._is_watched and not self.is_per_micro_batch:
+            self._shards.look_at_gradient()
+
+    def forward_is_over(self) -> None:
+        if self._is_watched and not self.is_per_micro_batch:
+            self._shards.watch_gradient(anew=False)
+
     def gradient_is_left(self) -> None:
         """DeepSpeed leaves the window's gradient to the user."""
         if self._state.status.next_is_sam:
