@@ -38,7 +38,7 @@ _NOT_ENTERED = {"torch", "deepspeed", "lightning", "lightning_fabric", "pytorch_
 _PLAIN = {type(None), bool, int, float, str, bytes}  # nothing is in them; looked up first, for there are many
 _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
 _DEPTH = 4
-_MANY = 10_000  # entries of a container that are not looked at one by one
+_MANY = 64  # entries: what is in them is looked at in no larger container (a vocabulary, a data set)
 _SMALL = 1 << 20  # bytes of an array that are summed up at every forward
 _PIECE = 1 << 24
 
@@ -177,7 +177,7 @@ class Attributes:
                                       if mark != since._frozen.get(p)}
 
     def set_changes_since(self, before: Attributes) -> None:
-        """Give the module the attributes and buffers that it has here and had not ``before``."""
+        """Give the module the attributes, buffers and frozen parameters that it has here and had not ``before``."""
         for m, name, held, _ in self._changes(before):
             if not held.is_gone():
                 vars(m)[name] = held.put_back()
@@ -194,8 +194,9 @@ class Attributes:
     def check_frozen(self, before: Attributes) -> None:
         """Raise LookSAMReplayError if a frozen parameter has other values than ``before`` and nothing told of it. Reads
         from the device where there are any."""
-        unmarked = [p for p, mark in self._frozen.items() if mark == before._frozen.get(p)]
-        if unmarked and not torch.stack([self._norms[p] == before._norms[p] for p in unmarked]).all().item():
+        same = [torch.isclose(self._norms[p], before._norms[p], rtol=0, atol=0, equal_nan=True)
+                for p, mark in self._frozen.items() if mark == before._frozen.get(p)]
+        if same and not torch.stack([flag.to(same[0].device) for flag in same]).all().item():
             raise LookSAMReplayError(
                 "a parameter that is not trained (a momentum teacher's, say) was changed through .data between two "
                 "micro-batches of a window, of which nothing tells: the second evaluation would run with one state of "
@@ -233,8 +234,9 @@ class _Held:
         self._value = _weak(value)
         self._mark = _mark_of(value)
         self._copy: Any = None
-        self._contents = {key: item if type(item) in _PLAIN else _Held(item, depth - 1)
-                          for key, item in (_items_in(value) if depth else ())}
+        items = _items_in(value) if depth else []
+        deeper = depth - 1 if len(items) <= _MANY else 0
+        self._contents = {key: item if type(item) in _PLAIN else _Held(item, deeper) for key, item in items}
 
     def keep(self, before: _Held) -> Any:
         """The value, None also where it is gone. Tensors and arrays written since ``before`` are copied."""
@@ -277,12 +279,10 @@ def _mark_of(value: Any) -> int | None:
     return crc(value) if isinstance(value, np.ndarray) and value.nbytes <= _SMALL else None
 
 
-def _items_in(value: Any) -> Iterable[tuple[Any, Any]]:
-    """By key or place. Of large containers none: a vocabulary, say, or a data set."""
+def _items_in(value: Any) -> list[tuple[Any, Any]]:
+    """By key or place."""
     inner = _inside(value)
-    if inner is None or len(inner) > _MANY:
-        return ()
-    return list(inner.items() if isinstance(inner, dict) else enumerate(inner))
+    return list(inner.items() if isinstance(inner, dict) else enumerate(inner or ()))
 
 
 def _inside(value: Any) -> Any:
