@@ -620,12 +620,17 @@ def coalesces(engine: Any, loss: Tensor) -> None:
 
 
 def edited(edit: Callable[[Any], None], backward: Callable[[Any, Tensor], Any] = lambda engine, loss: (
-        engine.backward(loss)), after_first: bool = False, again: bool = False) -> Situation:
-    """By hand after the window's backward, which is refused; then by a hook too, which finds it done once.
-    ``after_first``: by hand after the first micro-batch. ``again``: the way out runs the window again."""
+        engine.backward(loss)), when: str = "at last", again: bool = False) -> Situation:
+    """By hand after the window's backward, which is refused; then by a hook too, which finds it done once. ``when``:
+    or between two micro-batches, before or after the second one's forward. ``again``: the way out runs the window
+    again."""
     def loop(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
-        backward(engine, plain(engine, i, x, y))
-        if (i == 0 if after_first else engine.is_gradient_accumulation_boundary()) and engine.edit_gradients is None:
+        loss = plain(engine, i, x, y)
+        if i == 1 and when == "late in between":
+            edit(engine)
+        backward(engine, loss)
+        is_due = {"at last": engine.is_gradient_accumulation_boundary(), "in between": i == 0}
+        if is_due.get(when) and engine.edit_gradients is None:
             edit(engine)
 
     def way_out(engine: Any, now: dict[str, Tensor]) -> None:
@@ -637,7 +642,7 @@ def edited(edit: Callable[[Any], None], backward: Callable[[Any, Tensor], Any] =
             loop(engine, 0, now["x"], now["y"])
         engine.step()
 
-    return Situation(loop=loop, edit=edit, way_out=None if after_first else way_out)
+    return Situation(loop=loop, edit=edit, way_out=way_out if when == "at last" else None)
 
 
 def first_frozen() -> Net:
@@ -714,7 +719,8 @@ SITUATIONS: dict[str, Situation] = {
     "scaled .data": edited(scale_data),
     "masked, direct": edited(mask, lambda engine, loss: loss.backward()), "masked, coalesced": edited(mask, coalesces),
     "masked, again": edited(mask, again=True),
-    "masked in between": edited(mask, after_first=True), "clipped in between": edited(clip, after_first=True),
+    **{f"{name} {when}": edited(edit, when=when) for name, edit in (("masked", mask), ("clipped", clip))
+       for when in ("in between", "late in between")},
     "draws_in_backward": Situation(draws, Checkpointed, sets=lambda module, i: torch.manual_seed(i)),
     "reads_gradients": Situation(loop=reads_gradients),
     "default_device": Situation(loop=changes_default_device),
@@ -794,7 +800,8 @@ def test_trained(name: str, stage: int, accumulation: int, ascent: str, world: i
     *((name, "was changed between", {"stage": stage}) for name in ("masked, direct", "masked, coalesced")
       for stage in (1, 2, 3)),
     *((f"{name} in between", "was changed between", {"stage": stage, "accumulation": 2})
-      for name, stage in [("masked", 0), ("clipped", 0), ("masked", 1), ("clipped", 1), ("masked", 3)]),
+      for name, stage in [("masked", 0), ("clipped", 0), ("masked", 1), ("clipped", 1), ("masked", 3),
+                          ("masked late", 0), ("clipped late", 0)]),
     *(("masked, again", "call engine.zero_grad() and run this window again",
        {"stage": stage, "ascent": "global_micro_batch"}) for stage in range(4)),
     *(("through_itself", "reaches the model's own parameters", {"stage": stage}) for stage in range(4)),
