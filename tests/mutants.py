@@ -189,7 +189,7 @@ MUTANTS = [
            "a backward that draws draws other numbers", "test_loops.py -k draws"),
     Mutant("replay/window.py", "if any(«tape.reached(leaf)→()»):",
            "the gradient through an input made by the model is lost", "test_loops.py -k reaches"),
-    Mutant("replay/module_state.py", "(self._evaluations < «2→1» or",
+    Mutant("replay/module_state.py", "(self._updates < «2→1» or",
            "a teacher that starts as its student goes on at w + eps", "test_loops.py -k taught"),
     Mutant("replay/module_state.py", "            «values_of(p).data.copy_(value)→pass»\n",
            "all micro-batches see the last teacher", "test_loops.py -k taught"),

@@ -30,7 +30,8 @@ from ds_looksam import LookSAMReplayError
 from ds_looksam.engines.compile_lock import stale_locks
 
 from .ranks import run_on_ranks
-from .twin import UPDATES, Net, Twin, batches, engine_of, whole
+from .training import Case, engine_for
+from .twin import SGD, UPDATES, K, Net, Twin, batches, engine_of, whole
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 TEACHERS: dict[Any, Tensor] = {}
@@ -844,6 +845,23 @@ def steps_within(stage: int, cached: bool) -> None:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_step_within_a_region(stage: int, cached: bool) -> None:
     run_on_ranks(1, steps_within, stage, cached)
+
+
+def taught(stage: int, ascent: str, looksam: bool) -> list[Tensor]:
+    """The teacher, after updates whose second evaluations change nothing else."""
+    with engine_for(Case(world=1, stage=stage, accumulation=2, base="SGD", options=SGD, k=K, rho=0.0, alpha=0.0,
+                         ascent=ascent), looksam, module=Taught(follows=True)) as engine:
+        for window in batches(2):
+            for x, y in window:
+                engine.backward(plain(engine, 0, x.float(), y.float()))
+                engine.step()
+        return [p.detach().clone() for p in engine.module.teacher.parameters()]
+
+
+@pytest.mark.parametrize("stage, ascent", [(0, "global"), (2, "micro_batch"), (2, "global_micro_batch")])
+def test_a_teacher_follows_once(stage: int, ascent: str) -> None:
+    ours, plain = (run_on_ranks(1, taught, stage, ascent, looksam)[0] for looksam in (True, False))
+    assert all(map(torch.equal, ours, plain))
 
 
 # Where DeepSpeed has its say, and before the first step ---------------------------------------------------------------

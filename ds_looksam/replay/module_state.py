@@ -318,14 +318,14 @@ class Isolation:
     """Keeps the second evaluation's traces out of a module, and learns which frozen parameters its forward changes.
 
     A forward may change them without a trace in their version counters (``p.data.mul_``), and copies of a large frozen
-    model would not fit. So they are copied at first if they are no more than twice what is trained; after two second
-    evaluations (in the first one a teacher may still equal its student) only those are that were seen to change, by
-    comparison or by their norms in fp64. Under ZeRO stage 3 they are copied always or never: the ranks, each of which
-    sees its part of them, have to agree."""
+    model would not fit. So they are copied at first if they are no more than twice what is trained; after two updates
+    with a second evaluation (in the first one a teacher may still equal its student) only those are that were seen to
+    change, by comparison or by their norms in fp64. Under ZeRO stage 3 they are copied always or never: the ranks, each
+    of which sees its part of them, have to agree."""
 
     def __init__(self) -> None:
         self._changing: set[nn.Parameter] = set()
-        self._evaluations = 0
+        self._updates, self._has_learned = 0, False
         self._said: set[str] = set()
 
     def before(self, module: nn.Module) -> Before:
@@ -335,7 +335,7 @@ class Isolation:
         limit = max(_LIMIT, 2 * sum(whole_nbytes(p) for p in parameters if p.requires_grad))
         is_small = sum(map(whole_nbytes, frozen)) <= limit
         copied = {p for p in frozen
-                  if p in self._changing or (is_small and (self._evaluations < 2 or is_partitioned(p)))}
+                  if p in self._changing or (is_small and (self._updates < 2 or is_partitioned(p)))}
         watched = [p for p in frozen if p not in copied and not is_partitioned(p)]
         return Before(ModuleState(module, [p for p in frozen if p in copied]), watched, _norms(watched))
 
@@ -360,8 +360,12 @@ class Isolation:
             for name in after.restore():
                 self._say(f"{name} was advanced by the second evaluation of a SAM step too, and cannot be put back")
 
+    def update_is_over(self) -> None:
+        self._updates += self._has_learned
+        self._has_learned = False
+
     def _learn(self, before: Before) -> None:
-        self._evaluations += 1
+        self._has_learned = True
         changed = {p for p, saved in before.state.frozen
                    if not is_partitioned(p) and not torch.equal(p.detach(), saved)}
         late = {p for p, a, b in zip(before.watched, before.norms, _norms(before.watched), strict=True)

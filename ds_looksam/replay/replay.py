@@ -148,6 +148,10 @@ class Replay:
         self.window.forget()
         self.gradient_is_complete = False
 
+    def update_is_over(self) -> None:
+        self.forget()
+        self._isolation.update_is_over()
+
     def _unmark(self) -> None:
         for guard in self._guards:
             guard.remove()

@@ -124,7 +124,7 @@ class Update:
             if fresh is not None and not self.is_per_micro_batch:
                 self._shards.restore_weights()
         self._shards.end_window()
-        self._replay.forget()
+        self._replay.update_is_over()
 
     def _groups_in_force(self) -> list[GroupSettings]:
         """Each param group's settings for this update, with the schedule's factor in rho."""
