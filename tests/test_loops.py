@@ -860,8 +860,8 @@ def taught(stage: int, ascent: str, looksam: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("stage, ascent", [(0, "global"), (2, "micro_batch"), (2, "global_micro_batch")])
 def test_a_teacher_follows_once(stage: int, ascent: str) -> None:
-    ours, plain = (run_on_ranks(1, taught, stage, ascent, looksam)[0] for looksam in (True, False))
-    assert all(map(torch.equal, ours, plain))
+    ours, of_base = (run_on_ranks(1, taught, stage, ascent, looksam)[0] for looksam in (True, False))
+    assert all(map(torch.equal, ours, of_base))
 
 
 # Where DeepSpeed has its say, and before the first step ---------------------------------------------------------------

@@ -313,6 +313,11 @@ class Before:
     watched: list[nn.Parameter]
     norms: list[Tensor]
 
+    @property
+    def copied(self) -> list[nn.Parameter]:
+        """The frozen parameters that were."""
+        return [p for p, _ in self.state.frozen]
+
 
 class Isolation:
     """Keeps the second evaluation's traces out of a module, and learns which frozen parameters its forward changes.
@@ -337,7 +342,7 @@ class Isolation:
         copied = {p for p in frozen
                   if p in self._changing or (is_small and (self._updates < 2 or is_partitioned(p)))}
         watched = [p for p in frozen if p not in copied and not is_partitioned(p)]
-        return Before(ModuleState(module, [p for p in frozen if p in copied]), watched, _norms(watched))
+        return Before(ModuleState(module, copied), watched, _norms(watched))
 
     @contextmanager
     def second_evaluation(self, module: nn.Module, before: Before | None) -> Iterator[None]:
@@ -348,8 +353,7 @@ class Isolation:
         """
         if before is not None:
             self._learn(before)
-        copied = [p for p, _ in before.state.frozen] if before is not None else []
-        after = ModuleState(module, [*copied, *(self._changing - set(copied))])
+        after = ModuleState(module, {*self._changing, *(before.copied if before is not None else ())})
         if before is not None:
             before.state.restore()
         for m in _instances(submodules(module), "LightningModule", "lightning.pytorch", "pytorch_lightning"):
@@ -384,16 +388,16 @@ class Isolation:
 
 def _norms(frozen: Iterable[nn.Parameter]) -> list[Tensor]:
     """In fp64; the sum of the bytes where torch has no such norm: weights that were quantized (uint8, int8, fp8)."""
-    parameters = [values_of(p) for p in frozen]
-    floats = [i for i, p in enumerate(parameters) if p.is_floating_point() and p.element_size() > 1]
-    norms = torch._foreach_norm([parameters[i].detach() for i in floats], 2, torch.float64) if floats else ()
+    values = [values_of(p) for p in frozen]
+    floats = [i for i, x in enumerate(values) if x.is_floating_point() and x.element_size() > 1]
+    norms = torch._foreach_norm([values[i].detach() for i in floats], 2, torch.float64) if floats else ()
     of = dict(zip(floats, norms, strict=True))
-    return [of[i] if i in of else _sum_of_bytes(p) for i, p in enumerate(parameters)]
+    return [of[i] if i in of else _sum_of_bytes(x) for i, x in enumerate(values)]
 
 
-def _sum_of_bytes(p: Tensor) -> Tensor:
+def _sum_of_bytes(values: Tensor) -> Tensor:
     """In pieces: torch makes a copy in int64 of what it adds up."""
-    pieces = p.detach().reshape(-1).view(torch.uint8).split(_PIECE)
+    pieces = values.detach().reshape(-1).view(torch.uint8).split(_PIECE)
     return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
 
 

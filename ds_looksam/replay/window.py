@@ -223,15 +223,16 @@ class Window:
                 needs.extend(tape.needs_of(leaf))
                 return made
 
-            state = before(module) if before is not None and not self._backwards else None
-            if state is not None:
-                self._frozen = [p for p, _ in state.state.frozen]
+            at_first = before(module) if before is not None and not self._backwards else None
+            if at_first is not None:
+                self._frozen = at_first.copied
+            since = self._trained or self._left
             watched = Watched((args, kwargs))
             kept_args, kept_kwargs = rebuilt((args, kwargs), keep)
             forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
-                              Structure(module), Attributes(module, self._trained or self._left, self._frozen),
+                              Structure(module), Attributes(module, since, self._frozen if since is not None else ()),
                               apart=apart, number=tape.number(), needs=needs,
-                              before=state, lost=lost[0] if lost else None)
+                              before=at_first, lost=lost[0] if lost else None)
         self._in_forward = True
         try:
             with self.not_recording():

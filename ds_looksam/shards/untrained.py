@@ -5,12 +5,15 @@ Under ZeRO stage 3 that is a partition, from which every forward gathers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from torch import Tensor
+
+from .base import full_shape
 
 
 def is_partitioned(p: Any) -> bool:
@@ -30,7 +33,7 @@ def are_in_memory(p: Any) -> bool:
 
 def whole_nbytes(p: Any) -> int:
     """The same on every rank."""
-    return int(getattr(p, "ds_numel", p.numel()) * p.element_size())
+    return math.prod(full_shape(p)) * int(p.element_size())
 
 
 def drop_gathered(parameters: Iterable[Any]) -> None:
