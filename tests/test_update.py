@@ -83,7 +83,7 @@ class Run:
     """
 
     is_perturbed = False
-    edit_gradients = forget = check = staticmethod(lambda in_step=True: None)
+    edit_gradients = forget = check = update_is_over = staticmethod(lambda in_step=True: None)
     """Of the engine's and the replay's parts, what a run in one process has no use for."""
 
     def __init__(self, case: Case, cut: bool = False, spoilt: dict[tuple[int, int], float] | None = None,
