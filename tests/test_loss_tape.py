@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import make_dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def metrics_before_the_mean(out, model):
     """As preference losses do."""
     losses = F.cross_entropy(out["logits"], Y, reduction="none")
     losses.detach().max().item()
-    return torch.sum(losses.mean()) / 4
+    return torch.sum(losses.mean()) / 4 / torch.tensor(3.0)
 
 
 def distillation(out, model):
@@ -223,6 +224,9 @@ def hooked(out, model):
 @pytest.mark.parametrize("form, reason", [
     (lambda out, model: cross_entropy(out) + (out["hidden"].mean() if out["hidden"].mean() < 1 else 0.0),
      r"read out to Python \(torch.Tensor.__bool__\)"),
+    *((lambda out, model, make=make: (loss := cross_entropy(out)) / make(loss), "read out to Python") for make in (
+        lambda loss: np.float32(loss.item()), lambda loss: torch.tensor(loss.item()),
+        lambda loss: torch.from_dlpack(loss.detach()), lambda loss: torch.ones(()).fill_(loss.item()))),
     (with_numpy, "read out to Python"), (pickled, "read out to Python .*untyped_storage"),
     (lambda out, model: out["logits"].mean(int(out["logits"].max() > 9)).sum(), r"came later.*what your code did"),
     (hidden_in_data, "read out to Python"),

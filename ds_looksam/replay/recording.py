@@ -111,13 +111,13 @@ class RecordedCall(Step):
     @property
     def is_scaling(self) -> bool:
         """Multiplies or divides one dependent one-element tensor by a constant, or is the sum or mean of all elements
-        of one: preference losses log their metrics before they take the mean. A number is taken for a constant if it
-        is whole or the reciprocal of a whole one: others may come from what was read out."""
+        of one: preference losses log their metrics before they take the mean. A number or a tensor is taken for a
+        constant if it is whole or the reciprocal of a whole one: others may come from what was read out. (Whoever asks
+        has seen such a read, after which reading a constant from the device waits for nothing.)"""
         leaves, name = tree_leaves((self.args, self.kwargs)), getattr(self.function, "__name__", "")
-        dependent = [leaf for leaf in leaves if isinstance(leaf, Made)]
-        return ((name in _SCALINGS or (name in _TOTALS and len(leaves) == 1)) and len(dependent) == 1
-                and all(shape.numel() == 1 for shape in self.shapes)
-                and all(_is_whole_or_reciprocal(leaf) for leaf in leaves if isinstance(leaf, int | float)))
+        constants = [leaf.tensor if isinstance(leaf, Apart) else leaf for leaf in leaves if not isinstance(leaf, Made)]
+        return ((name in _SCALINGS or (name in _TOTALS and not constants)) and len(leaves) - len(constants) == 1
+                and all(shape.numel() == 1 for shape in self.shapes) and all(map(_is_whole_or_reciprocal, constants)))
 
     def check(self) -> None:
         for apart in self.apart:
@@ -230,5 +230,10 @@ def _norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
 
 
-def _is_whole_or_reciprocal(number: float) -> bool:
-    return number != 0 and any(abs(x - round(x)) <= 1e-9 * abs(x) for x in (number, 1 / number) if math.isfinite(x))
+def _is_whole_or_reciprocal(constant: Any) -> bool:
+    """Of what a tensor was multiplied with or divided by; within what its precision leaves of a reciprocal."""
+    try:
+        number, off = float(constant), 1e-9 if isinstance(constant, float) else 1e-6
+    except (TypeError, ValueError):  # a rounding mode, say
+        return False
+    return number != 0 and any(abs(x - round(x)) <= off * abs(x) for x in (number, 1 / number) if math.isfinite(x))
