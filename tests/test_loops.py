@@ -3,6 +3,7 @@ a public report, or its sibling. Weights against LookSAM in float64, or a refusa
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import copy
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput
 
 from ds_looksam import LookSAMReplayError
 from ds_looksam.engines.compile_lock import stale_locks
@@ -311,6 +313,138 @@ class Stateful(Net):
             F.mse_loss(out, self.teacher(x)))
 
 
+class Counter:
+    """What a model may call: an augmentation, a schedule."""
+
+    calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return 0.1 * self.calls
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Counter) and self.calls == other.calls
+
+
+class Hoarding(Net):
+    """State in places where one may not look for it, and things that cannot be written to as they are."""
+
+    kept = ("counter", "args", "deep", "apart")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter, self.args, self.deep = Counter(), argparse.Namespace(t=0), {"a": [{"b": {"c": {"t": 0}}}]}
+        self.apart = [nn.BatchNorm1d(3, affine=False), copy.deepcopy(self.body).requires_grad_(False)]  # no parts
+        self.center = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.register_buffer("mean", None)
+        self.register_buffer("expanded", torch.ones(1, 3).expand(4, 3))
+        self.register_buffer("grows", torch.ones(1))
+        with torch.inference_mode():
+            self.register_buffer("inferred", torch.ones(3))
+        self.scripted = torch.jit.script(nn.Hardtanh())
+        self.read_only, self.words = np.ones(3), {str(i): [i] for i in range(2000)}
+        self.read_only.flags.writeable = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, teacher = (part.to(x.dtype) for part in self.apart)
+        out = self.body(self.scripted(x) * self.expanded.to(x.dtype) + torch.tensor(self.read_only).to(x.dtype))
+        with torch.no_grad():
+            for p, student in zip(teacher.parameters(), self.body.parameters(), strict=True):
+                p.mul_(0.5).add_(student, alpha=0.5)
+            self.grows.resize_(3).fill_(1.0)
+            self.mean = out.mean(0) if self.mean is None else 0.5 * self.mean + 0.5 * out.mean(0)
+            self.center = nn.Parameter(0.5 * self.center + 0.5 * out.mean(0), requires_grad=False)
+            norm(out)
+        self.args.t += 1
+        self.deep["a"][0]["b"]["c"]["t"] += 1
+        self.last = BaseModelOutput(last_hidden_state=out.detach())
+        shift = self.counter() + 0.1 * self.args.t + 0.1 * self.deep["a"][0]["b"]["c"]["t"]
+        return out * (1 + self.mean + self.center + norm.running_mean) + shift * teacher(x) + self.inferred
+
+
+class Resettable(Net):
+    """A hidden state that a loop resets, and a generator that it seeds."""
+
+    kept = ("noise", )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("hidden", None)
+        self.noise = torch.Generator().manual_seed(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x * torch.rand(3, generator=self.noise, dtype=torch.float64).to(x.dtype))
+        self.hidden = out.detach().mean(0) if self.hidden is None else 0.5 * self.hidden + out.detach().mean(0)
+        return out * self.hidden
+
+
+def resets(module: Any, i: int) -> None:
+    module.hidden = None
+    module.noise.manual_seed(i)
+
+
+class Large(Net):
+    """A state that is larger than what is copied of attributes, beside one that is not."""
+
+    kept = ("small", )
+
+    def __init__(self, as_buffer: bool) -> None:
+        super().__init__()
+        large, self.small = torch.zeros(65 << 18), torch.zeros(3)
+        if as_buffer:
+            self.register_buffer("large", large, persistent=False)
+        else:
+            self.large = large
+        self.writes = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x) * (1 + self.small.to(x.dtype) + self.large[:3].to(x.dtype))
+        self.small.mul_(0.5).add_(out.detach().mean(0))
+        if self.writes:
+            self.large[:3].add_(1.0)
+        return out
+
+
+class ReadOnlyLarge(Large):
+    def __init__(self) -> None:
+        super().__init__(as_buffer=False)
+        self.writes = False
+
+
+class Conditioned(Net):
+    """It takes what it has said, and keeps its last input."""
+
+    def forward(self, x: Tensor, said: Tensor | None = None) -> Tensor:
+        self.last = x
+        return self.body(x) + (0 if said is None else torch.tanh(said))
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.body(x), y)
+
+
+def carried(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    """Truncated backpropagation through time: a window is a sequence."""
+    TEACHERS["said"] = m(x, TEACHERS["said"].detach() if i else None)
+    return F.mse_loss(TEACHERS["said"], y)
+
+
+def double_buffered(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    """The next batch is read, into the memory of the last one, while this one is trained."""
+    count = TEACHERS.setdefault("count", torch.zeros(()))
+    this, other = (TEACHERS.setdefault(int(n % 2), torch.zeros(4, 3)) for n in (count, count + 1))
+    assert (this == count).all(), "the loop's own data was written over"
+    this.copy_(x)
+    engine.backward(F.mse_loss(engine(this), y))
+    count += 1
+    other.fill_(count)
+
+
+def labels_in_one_array(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    labels = TEACHERS.setdefault("labels", torch.from_numpy(np.zeros((4, 3), np.float32)))
+    labels.numpy()[:] = y
+    engine.backward(F.mse_loss(engine(x), labels))
+
+
 # Losses and loops -----------------------------------------------------------------------------------------------------
 
 
@@ -532,12 +666,22 @@ class Record:
     y: Any
 
 
+class Callable_(Record):
+    def __call__(self) -> None:
+        pass
+
+
 CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
     "dict": lambda x, y: {"x": x, "y": y}, "user dict": lambda x, y: collections.UserDict(x=x, y=y),
-    "list": lambda x, y: [x, y], "record": Record, "attributes": Attributes}
+    "list": lambda x, y: [x, y], "record": Record, "attributes": Attributes,
+    "deque": lambda x, y: collections.deque([x, y], maxlen=2),
+    "callable": lambda x, y: SimpleNamespace(of=Callable_(x, y)),
+    "objects": lambda x, y: SimpleNamespace(inner=SimpleNamespace(of=Record(x, y)))}
 
 
 def held_by(batch: Any) -> Any:
+    if isinstance(batch, SimpleNamespace):
+        batch = getattr(batch, "inner", batch).of
     return getattr(batch, "tensors", vars(batch) if isinstance(batch, Record) else batch)
 
 
@@ -546,7 +690,7 @@ class OfBatch(Net):
 
     def forward(self, batch: Any) -> Tensor:
         held = held_by(batch)
-        x, y = held if isinstance(held, list) else (held["x"], held["y"])
+        x, y = held if isinstance(held, (list, collections.deque)) else (held["x"], held["y"])
         if isinstance(batch, dict):
             batch.pop("y")
         return F.mse_loss(self.body(torch.as_tensor(x)), torch.as_tensor(y))
@@ -562,8 +706,9 @@ def refilled(kind: str) -> Situation:
     one = CONTAINERS[kind](None, None)
 
     def refill(x: Tensor, y: Tensor) -> Any:
-        if kind == "list":
-            one[:] = [x, y]
+        if kind in ("list", "deque"):
+            one.clear()
+            one.extend([x, y])
         else:
             held_by(one).update(x=x, y=y)
         return one
@@ -713,6 +858,15 @@ SITUATIONS: dict[str, Situation] = {
     "taught inside": Situation(build=lambda: Taught(follows=True)),
     **{f"taught {how}": teaches(how) for how in ("in place", "assigned", "silently")},
     "deep": Situation(build=Deep, sets=set_deeply),
+    "hoarding": Situation(build=Hoarding), "reset": Situation(build=Resettable, sets=resets),
+    "large": Situation(build=lambda: Large(as_buffer=False)), "large, read": Situation(build=ReadOnlyLarge),
+    "large buffer": Situation(build=lambda: Large(as_buffer=True)),
+    "conditioned": Situation(lambda m, i, x, y: F.mse_loss(m(x, m(y).detach()), y), Conditioned),
+    "carried": Situation(carried, Conditioned),
+    "double_buffered": Situation(loop=double_buffered, build=Conditioned),
+    "labels_in_one_array": Situation(loop=labels_in_one_array),
+    "module_method": Situation(lambda m, i, x, y: inside(m).loss(x, y), Conditioned, way_out=closure(
+        lambda m, i, x, y: inside(m).loss(x, y))),
     "tiled": Situation(loop=lambda engine, i, x, y: engine.backward(engine(x, y)), build=Tiled, expected=undivided),
     "through_itself": Situation(through_itself, way_out=closure(through_itself)),
     "cached": Situation(cached, Caching, way_out=closure(cached)),
@@ -765,7 +919,11 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["taught inside"], [(0, 2), (2, 1, "rank"), (3, 1)]),
         (["taught in place"], [(0, 2), (2, 2, "rank"), (3, 2), (3, 2, "global", 2), (2, 2, "micro_batch")]),
         (["taught assigned"], [(0, 2), (2, 2)]), (["taught silently"], [(2, 1), (2, 2, "micro_batch")]),
-        (["deep"], [(0, 2), (2, 2, "rank"), (3, 2)]), (["tiled"], [(0, 2), (2, 2), (3, 2)]),
+        (["deep"], [(0, 2), (2, 2, "rank"), (3, 2)]), (["hoarding"], [(0, 1), (0, 2), (2, 2, "rank")]),
+        (["reset"], [(0, 2), (2, 2), (2, 2, "micro_batch")]), (["large, read", "large buffer"], [(2, 1)]),
+        (["conditioned"], [(0, 2), (1, 1)]), (["carried"], [(0, 2), (2, 2), (3, 2)]),
+        (["double_buffered"], [(0, 1), (2, 1)]),
+        (["tiled"], [(0, 2), (2, 2), (3, 2)]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),
         (["returned", *REFILLED], [(2, 2)]),
         (["frozen", "unfrozen", "added"], [(0, 2, "global", 2), (0, 2, "rank"), (0, 1, "micro_batch")]),
@@ -809,12 +967,15 @@ def test_trained(name: str, stage: int, accumulation: int, ascent: str, world: i
     ("cached", "reaches the model's own parameters", {}),
     *(("taught silently", "changed through .data between two", {"stage": stage, "accumulation": 2})
       for stage in (0, 2)),
+    ("large", "too large to be copied", {}), ("labels_in_one_array", "after the loss was formed", {"accumulation": 2}),
+    *(("module_method", "no forward of the engine was seen", {"stage": stage}) for stage in (0, 2)),
     ("normalized", "read out to Python", {}), ("in_place", "by the model's own forward", {}),
 ])
 def test_refused(name: str, words: str, case: dict[str, Any]) -> None:
     way_out = {"was changed in place after its forward": "", "was changed between": "engine.edit_gradients",
                "call engine.zero_grad() and run this window again": "engine.edit_gradients",
-               "by the model's own forward": "x = x.clone()",
+               "by the model's own forward": "x = x.clone()", "too large to be copied": "Make it a buffer",
+               "after the loss was formed": "Give each micro-batch its own tensors",
                "changed through .data between two": "in place under torch.no_grad()",
                "reaches the model's own parameters": "forward make it, or call engine.step(closure=...)"}
     for told in run_on_ranks(case.get("world", 1), partial(train, name, **case)):

@@ -36,8 +36,14 @@ def traces(module: nn.Module) -> Any:
     """What a forward leaves behind, where it is more than gradients."""
     frozen = [p for p in module.parameters() if not p.requires_grad]
     with whole(frozen):
-        return ({name: buffer.data for name, buffer in module.named_buffers()}, [p.data.clone() for p in frozen],
+        return ({place: None if buffer is None else buffer.data for _, place, buffer in buffers_of(module)},
+                [p.data.clone() for p in frozen],
                 {name: getattr(module, name) for name in getattr(module, "kept", ())})
+
+
+def buffers_of(module: nn.Module) -> list[tuple[nn.Module, tuple[str, str], Tensor | None]]:
+    """Those that are None too: of which module, and where."""
+    return [(m, (path, name), buffer) for path, m in module.named_modules() for name, buffer in m._buffers.items()]
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> Any:
@@ -48,8 +54,8 @@ def whole(parameters: Iterable[nn.Parameter]) -> Any:
 def retrace(module: nn.Module, left: Any) -> None:
     buffers, frozen, kept = left
     vars(module).update(kept)
-    for name, buffer in module.named_buffers():
-        buffer.data.copy_(buffers[name])
+    for m, (path, name), _ in buffers_of(module):
+        m._buffers[name] = None if buffers[path, name] is None else buffers[path, name].clone()
     for p, value in zip((p for p in module.parameters() if not p.requires_grad), frozen, strict=True):
         p.data = value
 
@@ -125,9 +131,11 @@ class Twin:
 
 
 def _state(leaf: Any) -> Any:
-    """Of a generator, of which a twin has another one."""
+    """Of a generator or a module, of which a twin has another one."""
     if isinstance(leaf, torch.Generator):
         return leaf.get_state().double()
+    if isinstance(leaf, nn.Module):
+        return torch.cat([values.reshape(-1).double() for values in leaf.state_dict().values()])
     return leaf.bit_generator.state if isinstance(leaf, np.random.Generator) else leaf
 
 

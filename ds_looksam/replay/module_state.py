@@ -6,13 +6,13 @@ counter, queue or teacher; afterwards the module is left as the first one left i
 
 from __future__ import annotations
 
-import copy
 import io
-import random
+import pickle
 import sys
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ..errors import LookSAMReplayError
 from ..shards.untrained import are_in_memory, drop_gathered, is_partitioned, values_of, whole_nbytes
-from .inputs import crc
-from .recording import version_of
+from .inputs import GENERATORS, set_state_of, state_of
+from .marks import crc, version_of
 from .snapshot import submodules
 
 Restore = Callable[[], Any]
@@ -34,11 +34,13 @@ Restore = Callable[[], Any]
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward", "trainer", "_trainer", "_fabric"}
 _OF_DEEPSPEED = ("ds_", "_ds", "_external_params", "_original_parameters", "applied_pre_backward", "pre_bwd_fn",
                  "post_bwd_fn")
-_NOT_ENTERED = {"torch", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"}
+_NOT_ENTERED = {"torch", "triton", "deepspeed", "ds_looksam", "lightning", "lightning_fabric", "pytorch_lightning"}
+_PLAIN_OBJECTS = {"types", "collections", "argparse"}  # of the standard library
 _PLAIN = {type(None), bool, int, float, str, bytes}  # nothing is in them; looked up first, for there are many
 _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
-_DEPTH = 4
-_MANY = 64  # entries: what is in them is looked at in no larger container (a vocabulary, a data set)
+_DEPTH = 6
+_MANY, _TOO_MANY = 64, 1024  # entries of a container (a vocabulary, a data set) inside of which nothing is looked at:
+# at every forward, and where the second evaluation begins and ends
 _SMALL = 1 << 20  # bytes of an array that are summed up at every forward
 _PIECE = 1 << 24
 
@@ -53,82 +55,159 @@ class ModuleState:
     """One module's state at one moment. ``frozen``: parameters that nobody optimizes and that are to be copied."""
 
     def __init__(self, module: nn.Module, frozen: Iterable[nn.Parameter] = ()) -> None:
-        modules = submodules(module)
-        self._buffers = [(m, name, buffer, buffer.detach().clone()) for m in modules
-                         for name, buffer in m._buffers.items() if buffer is not None]
         self.frozen = [(p, values_of(p).detach().clone()) for p in frozen]
-        self._attributes = [(m, _attributes_of(m)) for m in modules]
+        self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._objects: list[Any] = []  # whose contents are copied
+        self._values: list[tuple[str, Tensor | np.ndarray]] = []  # in attributes
         self._opaque: list[tuple[str, Any, str]] = []
-        self._bytes_left, self._known = _LIMIT, set[int]()
+        self._known = set[int]()
+        modules = submodules(module)
         self._metric_states = {id(vars(m).get(name)) for m in _instances(modules, "Metric", "torchmetrics")
                                for name in m._defaults}  # type: ignore[union-attr]
-        self._contents = [restore for m, attributes in self._attributes for name, value in attributes.items()
-                          if type(value) not in _PLAIN
-                          for restore in self._contents_of(value, f"{type(m).__name__}.{name}", _DEPTH)]
+        self._enter(modules)
+        self._large = list(self._take_small_ones_first())
+        self._restores = [_copy_of(value) for value in self._objects]
 
     def restore(self) -> list[str]:
         """Put it back. Returns the names of what was changed since and cannot be."""
-        with torch.no_grad():
-            for owner, name, buffer, saved in self._buffers:
-                buffer.copy_(saved)
-                owner._buffers[name] = buffer
-            for p, saved in self.frozen:
-                values_of(p).data.copy_(saved)
+        for entries, saved in self._entries:
+            _put_entries(entries, saved)
+        for p, values in self.frozen:
+            values_of(p).data.copy_(values)
         drop_gathered(p for p, _ in self.frozen)
-        for m, saved_attributes in self._attributes:
-            for name in _attributes_of(m).keys() - saved_attributes.keys():
+        for m, attributes in self._attributes:
+            for name in _attributes_of(m).keys() - attributes.keys():
                 del vars(m)[name]
-            vars(m).update(saved_attributes)
-        for restore in self._contents:
+            vars(m).update(attributes)
+        for restore in self._restores:
             restore()
         return [name for name, value, look in self._opaque if _look_of(value) != look]
 
-    def _contents_of(self, value: Any, name: str, depth: int) -> Iterator[Restore]:
-        """What puts back the contents of ``value`` and of all that is in it."""
-        if not depth or id(value) in self._known:
-            return
-        if isinstance(value, (int, float, str, bytes, type, nn.Module, nn.Parameter)):
+    def contents_now(self, but_for: ModuleState) -> list[Restore]:
+        """What puts back what :meth:`restore` is going to write over and ``but_for`` does not have: the model does not
+        hold it any more, but the loop may (an input that a forward had kept, refilled with the next batch)."""
+        other = set(map(id, but_for._objects))
+        return [_copy_of(value) for value in self._objects if id(value) not in other]
+
+    def check_large(self) -> None:
+        """Raise LookSAMReplayError if a tensor that was too large to be copied has been written to since."""
+        changed = next(((name, value) for name, value, version in self._large if version_of(value) != version), None)
+        if changed is not None:
+            raise LookSAMReplayError(
+                f"{changed[0]} of the model (shape {tuple(changed[1].shape)}) was written to in this window. It is an "
+                "attribute, and too large to be copied, so the second evaluation would start from what the first one "
+                "has left. Make it a buffer: register_buffer(name, tensor, persistent=False)")
+
+    def _enter(self, modules: list[nn.Module]) -> None:
+        """Take in modules, then those in their attributes that are no parts of them (a teacher in a list)."""
+        self._known.update(map(id, modules))
+        for m in modules:
+            if not isinstance(m, torch.jit.ScriptModule):  # whose dicts make new tensors each time
+                self._entries += [(entries, dict(entries.items())) for entries in (m._buffers, m._parameters)]
+            self._objects += [buffer for buffer in m._buffers.values()
+                              if buffer is not None and not buffer.is_inference()]
+            self._attributes.append((m, _attributes_of(m)))
+        for m, attributes in self._attributes[-len(modules):]:
+            for name, value in attributes.items():
+                if type(value) not in _PLAIN:
+                    self._look_into(value, f"{type(m).__name__}.{name}", _DEPTH)
+
+    def _look_into(self, value: Any, name: str, depth: int) -> None:
+        """Find what can be changed of ``value`` and of all that is in it."""
+        if not depth or id(value) in self._known or isinstance(value, (int, float, str, bytes, type, nn.Parameter)):
             return
         self._known.add(id(value))
-        inner: Iterable[Any] = ()
-        if isinstance(value, (Tensor, np.ndarray)):
-            yield from self._copy_of(value)
-        elif isinstance(value, (torch.Generator, np.random.RandomState)):
-            state: Any = value.get_state()
-            yield partial(value.set_state, state)
-        elif isinstance(value, np.random.Generator):
-            yield partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-        elif isinstance(value, random.Random):
-            yield partial(value.setstate, value.getstate())
+        inner: Collection[Any] = ()
+        if isinstance(value, nn.Module):
+            if type(value).__module__.partition(".")[0] not in _NOT_ENTERED - {"torch"}:
+                parts = [m for m in submodules(value) if m is value or id(m) not in self._known]
+                self._values += [(name, p) for m in parts for p in m._parameters.values()
+                                 if p is not None and not p.requires_grad and not is_partitioned(p)]
+                self._enter(parts)
+        elif isinstance(value, (Tensor, np.ndarray)):
+            self._values.append((name, value))
+        elif isinstance(value, GENERATORS):
+            self._objects.append(value)
         elif isinstance(value, (tuple, frozenset)):
             inner = value
         elif isinstance(value, (dict, set, list, deque)):
             inner = list(value.values() if isinstance(value, dict) else value)
-            yield partial(_refill, value, copy.copy(value))
+            self._objects.append(value)
         elif isinstance(value, (Iterator, io.IOBase)):
             self._opaque.append((name, value, _look_of(value)))
-        elif hasattr(value, "__dict__") and not callable(value) and _is_entered(type(value).__module__):
+        elif hasattr(value, "__dict__") and _is_entered(type(value).__module__):
             inner = list(vars(value).values())
-            yield partial(_refill, vars(value), dict(vars(value)))
-        for item in inner:
-            if type(item) not in _PLAIN:
-                yield from self._contents_of(item, name, depth - 1)
+            self._objects.append(vars(value))
+        if len(inner) <= _TOO_MANY:
+            for item in inner:
+                if type(item) not in _PLAIN:
+                    self._look_into(item, name, depth - 1)
 
-    def _copy_of(self, value: Any) -> Iterator[Restore]:
-        if id(value) not in self._metric_states:  # those are copied whatever their size: they are counted up in place
-            self._bytes_left -= value.nbytes
-            if self._bytes_left < 0:
-                return
-        if isinstance(value, np.ndarray):
-            yield partial(np.copyto, value, value.copy())
-        elif not value.is_inference() and value.layout == torch.strided:
-            yield partial(value.data.copy_, value.detach().clone())
+    def _take_small_ones_first(self) -> Iterator[tuple[str, Tensor, int | None]]:
+        """Of the tensors and arrays in attributes, as many as the limit allows. Metrics' states are taken whatever
+        their size: they are counted up in place. The tensors that are left out, and their versions."""
+        left = _LIMIT
+        for name, value in sorted(self._values, key=lambda item: item[1].nbytes):
+            if id(value) not in self._metric_states:
+                left -= value.nbytes
+            if left >= 0 or id(value) in self._metric_states:
+                if _can_be_written(value):
+                    self._objects.append(value)
+            elif isinstance(value, Tensor):
+                yield name, value, version_of(value)
+
+
+def _can_be_written(value: Tensor | np.ndarray) -> bool:
+    if isinstance(value, np.ndarray):
+        return bool(value.flags.writeable)
+    return value.layout == torch.strided and not value.is_inference()
+
+
+def _copy_of(value: Any) -> Restore:
+    """What puts back the contents of ``value``."""
+    if isinstance(value, Tensor):
+        return _Copy(value).write
+    if isinstance(value, np.ndarray):
+        return partial(np.copyto, value, value.copy())
+    if isinstance(value, GENERATORS):
+        return partial(set_state_of, value, state_of(value))
+    return partial(_refill, value, dict(value) if isinstance(value, dict) else list(value))
+
+
+class _Copy:
+    """A tensor's values, to be written back in place, without a trace in its version counter: also where it has been
+    resized since, or where many of its elements are one (``expand``)."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._shape, self._values = tensor, tensor.shape, _each_once(tensor).clone()
+
+    def write(self) -> None:
+        with torch.no_grad():
+            if self._tensor.shape != self._shape:
+                self._tensor.resize_(self._shape)
+            _each_once(self._tensor).copy_(self._values)
+
+
+def _each_once(tensor: Tensor) -> Tensor:
+    """A view of the elements of ``tensor`` that have memory of their own."""
+    if tensor.layout != torch.strided or 0 not in tensor.stride():
+        return tensor.data
+    return tensor.data[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+
+
+def _put_entries(entries: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name in entries.keys() - saved.keys():
+        del entries[name]
+    for name, value in saved.items():
+        if name not in entries or entries[name] is not value:
+            entries[name] = value
 
 
 def _is_entered(module: str) -> bool:
     """Whether the attributes of an object are looked at whose class is from there."""
     package = module.partition(".")[0]
-    return package in ("types", "collections") or package not in {*_NOT_ENTERED, *sys.stdlib_module_names}
+    return package in _PLAIN_OBJECTS or package not in {*_NOT_ENTERED, *sys.stdlib_module_names}
 
 
 def _instances(modules: list[nn.Module], name: str, *packages: str) -> list[nn.Module]:
@@ -142,8 +221,20 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 def _refill(container: Any, items: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(items)
+    """Unless nothing has changed; by the methods of the built-in type: a class may do more in its own, or refuse."""
+    if isinstance(container, dict):
+        if [*map(id, container.values())] != [*map(id, items.values())] or list(container) != list(items):
+            kind = OrderedDict if isinstance(container, OrderedDict) else dict
+            kind.clear(container)
+            for key, item in items.items():
+                kind.__setitem__(container, key, item)
+    elif isinstance(container, set):
+        set.clear(container)
+        set.update(container, items)
+    elif [*map(id, container)] != [*map(id, items)]:
+        sequence: Any = list if isinstance(container, list) else deque
+        sequence.clear(container)
+        sequence.extend(container, items)
 
 
 class Attributes:
@@ -160,19 +251,18 @@ class Attributes:
         known: dict[int, _Held] = {}  # many modules hold one configuration
         self._of = {m: {name: known.get(id(value)) or known.setdefault(id(value), _Held(value))
                         for name, value in _attributes_of(m).items()} for m in modules}
-        self._buffers = {(m, name): (_Weak(buffer), version_of(buffer)) for m in modules
-                         for name, buffer in m._buffers.items() if buffer is not None}
+        self._buffers = {(m, name): (_weak(buffer), None if buffer is None else version_of(buffer)) for m in modules
+                         for name, buffer in m._buffers.items()}
         self._frozen = {p: (values_of(p).data_ptr(), version_of(values_of(p))) for p in frozen}
         self._norms = dict(zip(self._frozen, _norms(self._frozen), strict=True))
         self._kept: list[Any] = []
-        self._copies: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[nn.Module, str], tuple[Tensor | None, Tensor | None]] = {}
         self._copies_of_frozen: dict[nn.Parameter, Tensor] = {}
         if since is not None:
             self._kept = [held.keep(other) for _, _, held, other in self._changes(since)]
             for m, name in self._written(since):
                 buffer = m._buffers[name]
-                assert buffer is not None
-                self._copies[m, name] = buffer, buffer.detach().clone()
+                self._copies[m, name] = buffer, None if buffer is None else buffer.detach().clone()
             self._copies_of_frozen = {p: values_of(p).detach().clone() for p, mark in self._frozen.items()
                                       if mark != since._frozen.get(p)}
 
@@ -184,9 +274,10 @@ class Attributes:
         for m, name in self._written(before):
             if (m, name) in self._copies:
                 buffer, value = self._copies[m, name]
-                with torch.no_grad():
-                    buffer.copy_(value)
                 m._buffers[name] = buffer
+                if buffer is not None and value is not None:
+                    with torch.no_grad():
+                        buffer.copy_(value)
         for p, value in self._copies_of_frozen.items():
             values_of(p).data.copy_(value)
         drop_gathered(self._frozen)
@@ -204,7 +295,7 @@ class Attributes:
                 "engine.step(), or in place under torch.no_grad() without .data")
 
     def _written(self, before: Attributes) -> list[tuple[nn.Module, str]]:
-        nothing = None, None
+        nothing = _Held, None  # like no buffer
         return [key for key, (buffer, version) in self._buffers.items()
                 if version != before._buffers.get(key, nothing)[1]
                 or not _is_same(buffer, before._buffers.get(key, nothing)[0])]
@@ -239,9 +330,12 @@ class _Held:
         self._contents = {key: item if type(item) in _PLAIN else _Held(item, deeper) for key, item in items}
 
     def keep(self, before: _Held) -> Any:
-        """The value, None also where it is gone. Tensors and arrays written since ``before`` are copied."""
+        """The value, None also where it is gone. Tensors and arrays written since ``before`` are copied, and the states
+        of generators that have moved or are other ones."""
         value, contents = _strong(self._value), before._contents
-        if _is_same(self._value, before._value) and self._mark != before._mark:
+        if isinstance(value, GENERATORS):
+            self._copy = state_of(value)
+        elif _is_same(self._value, before._value) and self._mark != before._mark:
             self._copy = value.detach().clone() if isinstance(value, Tensor) else value.copy()
         for key, item in self._contents.items():
             if isinstance(item, _Held) and isinstance(other := contents.get(key), _Held):
@@ -263,25 +357,32 @@ class _Held:
         value = _strong(self._value)
         if self._copy is not None and isinstance(value, Tensor):
             value.data.copy_(self._copy)
-        elif self._copy is not None:
+        elif self._copy is not None and isinstance(value, np.ndarray):
             np.copyto(value, self._copy)
+        elif self._copy is not None:
+            set_state_of(value, self._copy)
         items = {key: item.put_back() if isinstance(item, _Held) else item for key, item in self._contents.items()}
         inner = _inside(value) if items else None
         if inner is not None and not isinstance(inner, tuple):
-            _refill(inner, items if isinstance(inner, dict) else items.values())
+            _refill(inner, items if isinstance(inner, dict) else list(items.values()))
         return value
 
 
 def _mark_of(value: Any) -> int | None:
-    """Another number once a tensor or an array has been written to. Of weights none: LookSAM and ZeRO write to them."""
+    """Another number once a tensor or an array has been written to, or a generator was drawn from. Of weights none:
+    LookSAM and ZeRO write to them."""
+    if isinstance(value, GENERATORS):
+        return zlib.crc32(pickle.dumps(state_of(value)))
     if isinstance(value, Tensor):
         return None if value.requires_grad or isinstance(value, nn.Parameter) else version_of(value)
     return crc(value) if isinstance(value, np.ndarray) and value.nbytes <= _SMALL else None
 
 
 def _items_in(value: Any) -> list[tuple[Any, Any]]:
-    """By key or place."""
+    """By key or place; nothing where there are too many."""
     inner = _inside(value)
+    if inner is not None and len(inner) > _TOO_MANY:
+        return []
     return list(inner.items() if isinstance(inner, dict) else enumerate(inner or ()))
 
 
@@ -289,7 +390,7 @@ def _inside(value: Any) -> Any:
     """The container that ``value`` is, or that holds its attributes; None if there is none."""
     if isinstance(value, (dict, set, list, deque, tuple)):
         return value
-    is_plain = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor)) and not callable(value)
+    is_plain = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor))
     return vars(value) if is_plain and _is_entered(type(value).__module__) else None
 
 
@@ -352,15 +453,20 @@ class Isolation:
         SAM step twice, the second time with the loss of the perturbed weights.
         """
         if before is not None:
+            before.state.check_large()
             self._learn(before)
         after = ModuleState(module, {*self._changing, *(before.copied if before is not None else ())})
+        overwritten: list[Restore] = []
         if before is not None:
+            overwritten = before.state.contents_now(but_for=after)
             before.state.restore()
         for m in _instances(submodules(module), "LightningModule", "lightning.pytorch", "pytorch_lightning"):
             vars(m)["log"] = vars(m)["log_dict"] = _ignore
         try:
             yield
         finally:
+            for restore in overwritten:
+                restore()
             for name in after.restore():
                 self._say(f"{name} was advanced by the second evaluation of a SAM step too, and cannot be put back")
 

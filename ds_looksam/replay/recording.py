@@ -20,6 +20,7 @@ from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import LookSAMReplayError
+from .marks import Mark, is_changed
 from .snapshot import AutocastState, TorchRandomState
 
 GraphId = tuple[str, int] | None
@@ -98,7 +99,7 @@ class RecordedCall(Step):
     kwargs: dict[str, Any]
     autocast: AutocastState
     grad_enabled: bool
-    constants: list[tuple[Tensor, int | None]] = field(default_factory=list)
+    constants: list[Mark] = field(default_factory=list)
     random: TorchRandomState | None = None  # set if the call drew random numbers
     generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)  # given to it, and their states
     shapes: list[torch.Size] = field(default_factory=list)
@@ -126,8 +127,9 @@ class RecordedCall(Step):
                     f"a parameter that the loss was formed with (shape {tuple(apart.tensor.shape)}, in {self.name}) "
                     "was changed after it, by another optimizer's step, say: the second evaluation would form another "
                     "loss. Step this engine first, or call engine.step(closure=...), which takes it as it is now.")
-        for tensor, version in self.constants:
-            if version_of(tensor) != version:
+        for mark in self.constants:
+            if is_changed(mark):
+                tensor = mark[0]
                 raise LookSAMReplayError(
                     f"an argument of {self.name} (shape {tuple(tensor.shape)}, {tensor.dtype}) was changed in place "
                     "after the loss was formed with it, so the second evaluation would form another loss. Give each "
@@ -184,10 +186,6 @@ def output_tensors(output: Any) -> list[Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf):
             found += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
     return found
-
-
-def version_of(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 def storage_of(tensor: Tensor) -> int:

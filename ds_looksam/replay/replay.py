@@ -200,7 +200,7 @@ class Replay:
             # or from an exit handler after an interruption. Assigning parameters cannot be intercepted.
             self._guards = self._guards or [
                 m.register_state_dict_pre_hook(lambda m, *_: self.refuse(f"{type(m).__name__}.state_dict()"))
-                for m in submodules(self._module)]
+                for m in submodules(self._module) if not isinstance(m, torch.jit.ScriptModule)]  # which have no hooks
             with self._isolation.second_evaluation(self._module, self.window.before):
                 yield
         except Exception as error:

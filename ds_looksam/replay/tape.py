@@ -32,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .recording import Apart, GraphId, Made, RecordedCall, Step, before, graph_id, node_id, storage_of, version_of
+from .marks import marks_of, version_of
+from .recording import Apart, GraphId, Made, RecordedCall, Step, before, graph_id, node_id, storage_of
 from .snapshot import AutocastState, TorchRandomState
 
 
@@ -129,6 +130,11 @@ class LossTape(TorchFunctionMode):
         """What made a tensor that depends on the model, or None."""
         known = self._known.get(tensor)
         return None if known is None or known.is_input else known.made
+
+    def changed_unseen(self, tensor: Tensor, what: str) -> list[str]:
+        """Why what made a tensor is not all that happened to it: at most one reason."""
+        problem = self._unlike(tensor, self._known[tensor], what)
+        return [] if problem is None else [problem]
 
     def needs_of(self, tensor: Tensor) -> list[Step]:
         known = self._known[tensor]
@@ -270,13 +276,13 @@ class LossTape(TorchFunctionMode):
                 if self._is_written(leaf):
                     call.problem = (f"an argument of {call.name} (shape {tuple(leaf.shape)}) lies in memory that the "
                                     "model did not make, into which a value that depends on its output was written")
-                call.constants.append((leaf, version_of(leaf)))
+                call.constants += marks_of(leaf)
                 return leaf
             apart = self._apart.get(leaf)
             if apart is None:
                 apart = self._apart[leaf] = Apart.of(leaf)
             call.apart.append(apart)
-            call.constants.append((apart.tensor, version_of(apart.tensor)))
+            call.constants += marks_of(apart.tensor)
             return apart
 
         call.args, call.kwargs = tree_map(stand_in, (args, kwargs))
@@ -295,7 +301,7 @@ class LossTape(TorchFunctionMode):
 
     def _take_in(self, call: RecordedCall, made: list[Tensor], changed: list[Tensor]) -> None:
         if getattr(call.function, "__name__", "") in _UPDATE_STATISTICS and any(
-                not t.requires_grad and t.dim() == 1 for t, _ in call.constants):
+                not t.requires_grad and t.dim() == 1 for t, *_ in call.constants):
             call.problem = f"{call.name} may update running statistics in place, which must happen once"
         for t in changed:
             if t not in self._known:

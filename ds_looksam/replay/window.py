@@ -61,10 +61,14 @@ _IN_FORWARD = ("engine.backward() was called inside the model's own forward, whi
                "optimization")
 
 
+_NO_FORWARD = ("no forward of the engine was seen in this window before a backward: call engine(...), not a method of "
+               "engine.module")
+
+
 @dataclass(eq=False)
 class Forward(Step):
     """One forward of the user's loop and all that is needed to run it again. ``args`` and ``kwargs`` hold
-    :class:`Made` and :class:`Apart` in place of tensors that require grad."""
+    :class:`Made` and :class:`Apart` in place of tensors that depend on the model or require grad."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -75,7 +79,7 @@ class Forward(Step):
     entered: Attributes
     before: Before | None = None  # where no backward has come before it
     left: Attributes | None = None
-    lost: str | None = None  # the way of a gradient through an input, which a replay does not have
+    lost: str | None = None  # what a replay would not have of an input: the way of a gradient, say
     n_outputs: int = 0
     nodes: list[GraphId] = field(default_factory=list)
 
@@ -211,17 +215,20 @@ class Window:
             tape, inputs, apart, needs, lost = self._tape, [], [], [], []
 
             def keep(leaf: Any) -> Any:
-                if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                if not isinstance(leaf, Tensor):
                     return leaf
                 made = tape.known(leaf)
-                if made is None:
-                    if any(tape.reached(leaf)):
-                        lost.append(_comes_from_the_model(leaf))
-                    apart.append(Apart(leaf.detach(), graph_id(leaf), None))
-                    inputs.append(leaf)
-                    return apart[-1]
-                needs.extend(tape.needs_of(leaf))
-                return made
+                if made is not None:  # of the model's output, with its graph or detached: computed again
+                    lost.extend(tape.changed_unseen(leaf, "an input of the model"))
+                    needs.extend(tape.needs_of(leaf))
+                    return made
+                if not leaf.requires_grad:
+                    return leaf
+                if any(tape.reached(leaf)):
+                    lost.append(_comes_from_the_model(leaf))
+                apart.append(Apart(leaf.detach(), graph_id(leaf), None))
+                inputs.append(leaf)
+                return apart[-1]
 
             at_first = before(module) if before is not None and not self._backwards else None
             if at_first is not None:
@@ -252,8 +259,8 @@ class Window:
         if self._in_forward:
             self._problem = _IN_FORWARD
             return
-        if self._tape is None:
-            self._problem = "no forward of the engine was seen in this window before a backward"
+        if self._tape is None:  # engine.module.method(...), say: a closure can do it again
+            self._backwards.append(RecordedBackward(how, [], None, [], [], RandomState.capture(), problem=_NO_FORWARD))
             return
         with torch._C.DisableTorchFunction():
             forwards = [f for f in self._tape.reached(loss)[0] if isinstance(f, Forward)]
