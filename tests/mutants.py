@@ -201,7 +201,7 @@ MUTANTS = [
            "a parameter that the forward assigned anew goes on from the first evaluation", "test_loops.py -k hoarding"),
     Mutant("replay/module_state.py", "if id(value) not in «other→other | {id(value)}»]",
            "the loop's own data is written over with an input that the model had kept", "test_loops.py -k double"),
-    Mutant("replay/module_state.py", "            self._copy = «state_of(value)→None»\n",
+    Mutant("replay/module_state.py", "was_written «or isinstance(value, GENERATORS)→»:",
            "all micro-batches draw from the last generator", "test_loops.py -k reset"),
     Mutant("replay/module_state.py", "key=lambda item: «item[1].nbytes→-item[1].nbytes»)",
            "a small state beside a large table goes on from the first evaluation", "test_loops.py -k large"),

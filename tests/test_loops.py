@@ -363,23 +363,24 @@ class Hoarding(Net):
 
 
 class Resettable(Net):
-    """A hidden state that a loop resets, and a generator that it seeds."""
+    """A hidden state that a loop resets, and generators that it seeds and makes anew."""
 
-    kept = ("noise", )
+    kept = ("noise", "more")
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("hidden", None)
-        self.noise = torch.Generator().manual_seed(1)
+        self.noise, self.more = torch.Generator().manual_seed(1), {}
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.body(x * torch.rand(3, generator=self.noise, dtype=torch.float64).to(x.dtype))
+        noise = torch.rand(3, generator=self.noise, dtype=torch.float64) + torch.from_numpy(self.more["new"].random(3))
+        out = self.body(x * noise.to(x.dtype))
         self.hidden = out.detach().mean(0) if self.hidden is None else 0.5 * self.hidden + out.detach().mean(0)
         return out * self.hidden
 
 
 def resets(module: Any, i: int) -> None:
-    module.hidden = None
+    module.hidden, module.more = None, {"new": np.random.default_rng(i)}
     module.noise.manual_seed(i)
 
 

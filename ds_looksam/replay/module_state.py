@@ -38,9 +38,10 @@ _NOT_ENTERED = {"torch", "triton", "deepspeed", "ds_looksam", "lightning", "ligh
 _PLAIN_OBJECTS = {"types", "collections", "argparse"}  # of the standard library
 _PLAIN = {type(None), bool, int, float, str, bytes}  # nothing is in them; looked up first, for there are many
 _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
-_DEPTH = 6
-_MANY, _TOO_MANY = 64, 1024  # entries of a container (a vocabulary, a data set) inside of which nothing is looked at:
-# at every forward, and where the second evaluation begins and ends
+# How deep, and in containers of how many entries (no vocabulary, no data set), state is looked for: at every forward,
+# and where the second evaluation begins and ends.
+_DEPTH_AT_EACH, _MANY = 4, 64
+_DEPTH, _TOO_MANY = 6, 1024
 _SMALL = 1 << 20  # bytes of an array that are summed up at every forward
 _PIECE = 1 << 24
 
@@ -321,25 +322,25 @@ class _Held:
     """A value, and what is in it (by key or place) if it is a container or an object, with weak references to tensors
     and the numbers of their versions."""
 
-    def __init__(self, value: Any, depth: int = _DEPTH) -> None:
+    def __init__(self, value: Any, depth: int = _DEPTH_AT_EACH) -> None:
         self._value = _weak(value)
         self._mark = _mark_of(value)
-        self._copy: Any = None
+        self._copy: Restore | None = None
         items = _items_in(value) if depth else []
         deeper = depth - 1 if len(items) <= _MANY else 0
         self._contents = {key: item if type(item) in _PLAIN else _Held(item, deeper) for key, item in items}
 
-    def keep(self, before: _Held) -> Any:
+    def keep(self, before: Any) -> Any:
         """The value, None also where it is gone. Tensors and arrays written since ``before`` are copied, and the states
-        of generators that have moved or are other ones."""
-        value, contents = _strong(self._value), before._contents
-        if isinstance(value, GENERATORS):
-            self._copy = state_of(value)
-        elif _is_same(self._value, before._value) and self._mark != before._mark:
-            self._copy = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+        of generators."""
+        value = _strong(self._value)
+        known = isinstance(before, _Held)
+        was_written = known and _is_same(self._value, before._value) and self._mark != before._mark
+        if was_written or isinstance(value, GENERATORS):
+            self._copy = _copy_of(value)
         for key, item in self._contents.items():
-            if isinstance(item, _Held) and isinstance(other := contents.get(key), _Held):
-                item.keep(other)
+            if isinstance(item, _Held):
+                item.keep(before._contents.get(key) if known else None)
         return value
 
     def is_same(self, other: Any) -> bool:
@@ -355,12 +356,8 @@ class _Held:
     def put_back(self) -> Any:
         """The value, with what was in it."""
         value = _strong(self._value)
-        if self._copy is not None and isinstance(value, Tensor):
-            value.data.copy_(self._copy)
-        elif self._copy is not None and isinstance(value, np.ndarray):
-            np.copyto(value, self._copy)
-        elif self._copy is not None:
-            set_state_of(value, self._copy)
+        if self._copy is not None:
+            self._copy()
         items = {key: item.put_back() if isinstance(item, _Held) else item for key, item in self._contents.items()}
         inner = _inside(value) if items else None
         if inner is not None and not isinstance(inner, tuple):
