@@ -171,7 +171,7 @@ def test_metrics_are_as_before_whatever_kind_of_state_they_have() -> None:
     scores, labels = torch.eye(CLASSES), torch.arange(CLASSES)
     accuracy(scores, labels)
     mean.update(torch.tensor([1.0]))
-    with Isolation().second_evaluation(torch.nn.ModuleList([accuracy, mean]), before=None):
+    with Isolation(list).second_evaluation(torch.nn.ModuleList([accuracy, mean]), before=None):
         accuracy(scores, labels.flip(0))
         mean.update(torch.tensor([2.0]))
     assert accuracy.compute() == 1

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import os
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -326,15 +327,25 @@ class Counter:
         return isinstance(other, Counter) and self.calls == other.calls
 
 
-class Hoarding(Net):
-    """State in places where one may not look for it, and things that cannot be written to as they are."""
+class History(dict[str, float]):
+    total = 0.0
 
-    kept = ("counter", "args", "deep", "apart")
+
+class Hoarding(Net):
+    """State in places where one may not look for it, and things that cannot be written to, or looked at, as they are.
+    """
+
+    kept = ("counter", "args", "deep", "apart", "history", "raw", "near", "turns")
 
     def __init__(self) -> None:
         super().__init__()
         self.counter, self.args, self.deep = Counter(), argparse.Namespace(t=0), {"a": [{"b": {"c": {"t": 0}}}]}
-        self.apart = [nn.BatchNorm1d(3, affine=False), copy.deepcopy(self.body).requires_grad_(False)]  # no parts
+        self.apart = [nn.BatchNorm1d(3, affine=False), copy.deepcopy(self.body)]  # no parts of it
+        self.history, self.raw, self.turns = History(), bytearray(1), collections.OrderedDict(a=0.1, b=0.3)
+        self.far = {"a": [[[[SimpleNamespace(t=0)]]]]}
+        self.near = self.far["a"][0][0][0][0]
+        self.odd = [weakref.proxy(self), {torch.ones(2): 1, torch.zeros(2): 2}, torch.eye(3).to_sparse(),
+                    nn.LazyLinear(3)]
         self.center = nn.Parameter(torch.zeros(3), requires_grad=False)
         self.register_buffer("mean", None)
         self.register_buffer("expanded", torch.ones(1, 3).expand(4, 3))
@@ -355,11 +366,17 @@ class Hoarding(Net):
             self.mean = out.mean(0) if self.mean is None else 0.5 * self.mean + 0.5 * out.mean(0)
             self.center = nn.Parameter(0.5 * self.center + 0.5 * out.mean(0), requires_grad=False)
             norm(out)
+            taught = teacher(x)
         self.args.t += 1
         self.deep["a"][0]["b"]["c"]["t"] += 1
+        self.history.total += 0.1
+        self.near.t += 1
+        self.raw[0] += 1
+        self.turns.move_to_end(next(iter(self.turns)))
         self.last = BaseModelOutput(last_hidden_state=out.detach())
-        shift = self.counter() + 0.1 * self.args.t + 0.1 * self.deep["a"][0]["b"]["c"]["t"]
-        return out * (1 + self.mean + self.center + norm.running_mean) + shift * teacher(x) + self.inferred
+        shift = self.counter() + 0.1 * self.args.t + 0.1 * self.deep["a"][0]["b"]["c"]["t"] + self.history.total
+        shift += 0.1 * self.near.t + 0.1 * self.raw[0] + next(iter(self.turns.values()))
+        return out * (1 + self.mean + self.center + norm.running_mean) + shift * taught + self.inferred
 
 
 class Resettable(Net):
@@ -370,17 +387,20 @@ class Resettable(Net):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("hidden", None)
+        self.register_buffer("scale", torch.ones(1, 3).expand(4, 3))
+        self.register_buffer("shift", torch.zeros(3))
         self.noise, self.more = torch.Generator().manual_seed(1), {}
 
     def forward(self, x: Tensor) -> Tensor:
         noise = torch.rand(3, generator=self.noise, dtype=torch.float64) + torch.from_numpy(self.more["new"].random(3))
         out = self.body(x * noise.to(x.dtype))
         self.hidden = out.detach().mean(0) if self.hidden is None else 0.5 * self.hidden + out.detach().mean(0)
-        return out * self.hidden
+        return out * self.hidden * self.scale.to(x.dtype) + self.shift.to(x.dtype)
 
 
 def resets(module: Any, i: int) -> None:
     module.hidden, module.more = None, {"new": np.random.default_rng(i)}
+    module.scale, module.shift.data = torch.full((1, 3), 1.0 + i).expand(4, 3), torch.full((3, ), 0.1 * i)
     module.noise.manual_seed(i)
 
 
@@ -424,9 +444,16 @@ class Conditioned(Net):
 
 
 def carried(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
-    """Truncated backpropagation through time: a window is a sequence."""
+    """Truncated backpropagation through time: a window is a sequence. What it says is logged."""
     TEACHERS["said"] = m(x, TEACHERS["said"].detach() if i else None)
-    return F.mse_loss(TEACHERS["said"], y)
+    loss = F.mse_loss(TEACHERS["said"], y)
+    assert loss.item() > 0
+    return loss
+
+
+def carried_with_loss_fn(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    engine.loss_fn = lambda out, x, said: F.mse_loss(out, 2 * x)
+    engine.backward(carried(engine, i, x, 2 * x))
 
 
 def double_buffered(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
@@ -864,6 +891,8 @@ SITUATIONS: dict[str, Situation] = {
     "large buffer": Situation(build=lambda: Large(as_buffer=True)),
     "conditioned": Situation(lambda m, i, x, y: F.mse_loss(m(x, m(y).detach()), y), Conditioned),
     "carried": Situation(carried, Conditioned),
+    "carried, loss_fn": Situation(loop=carried_with_loss_fn, build=Conditioned,
+                                  expected=lambda m, i, x, y: carried(m, i, x, 2 * x)),
     "double_buffered": Situation(loop=double_buffered, build=Conditioned),
     "labels_in_one_array": Situation(loop=labels_in_one_array),
     "module_method": Situation(lambda m, i, x, y: inside(m).loss(x, y), Conditioned, way_out=closure(
@@ -923,6 +952,7 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["deep"], [(0, 2), (2, 2, "rank"), (3, 2)]), (["hoarding"], [(0, 1), (0, 2), (2, 2, "rank")]),
         (["reset"], [(0, 2), (2, 2), (2, 2, "micro_batch")]), (["large, read", "large buffer"], [(2, 1)]),
         (["conditioned"], [(0, 2), (1, 1)]), (["carried"], [(0, 2), (2, 2), (3, 2)]),
+        (["carried, loss_fn"], [(0, 2), (2, 2)]),
         (["double_buffered"], [(0, 1), (2, 1)]),
         (["tiled"], [(0, 2), (2, 2), (3, 2)]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),

@@ -64,7 +64,7 @@ class LookSAMEngine(HostEngine):
                                ascent=settings.ascent)
         self._state = LookSAMState(status, shards, V_DTYPES[settings.v_dtype])
         self._replay = Replay(self, self.module, super().forward, super().backward,
-                              is_recorded=lambda: status.next_is_sam)
+                              is_recorded=lambda: status.next_is_sam, optimized=shards.parameters)
         self._update = Update(settings, self._state, shards, self._replay, self._rho_factors, self._param_groups,
                               loss_scale=self.gradient_loss_scale)
         self._replay.when_forgotten = self._update.forget_gradient

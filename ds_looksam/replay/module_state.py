@@ -11,17 +11,20 @@ import pickle
 import sys
 import weakref
 import zlib
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from deepspeed.utils import logger
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import LookSAMReplayError
 from ..shards.untrained import are_in_memory, drop_gathered, is_partitioned, values_of, whole_nbytes
@@ -36,12 +39,13 @@ _OF_DEEPSPEED = ("ds_", "_ds", "_external_params", "_original_parameters", "appl
                  "post_bwd_fn")
 _NOT_ENTERED = {"torch", "triton", "deepspeed", "ds_looksam", "lightning", "lightning_fabric", "pytorch_lightning"}
 _PLAIN_OBJECTS = {"types", "collections", "argparse"}  # of the standard library
-_PLAIN = {type(None), bool, int, float, str, bytes}  # nothing is in them; looked up first, for there are many
+# Nothing is in them; looked up first, for there are many. (Proxies say that they are what they stand for.)
+_PLAIN = {type(None), bool, int, float, str, bytes, weakref.ProxyType, weakref.CallableProxyType}
 _LIMIT = 64 << 20  # bytes of tensors and arrays in attributes that are copied: some models keep attention maps there
 # How deep, and in containers of how many entries (no vocabulary, no data set), state is looked for: at every forward,
-# and where the second evaluation begins and ends.
+# and where the second evaluation begins and ends; there in so many objects, the ones that are nearest.
 _DEPTH_AT_EACH, _MANY = 4, 64
-_DEPTH, _TOO_MANY = 6, 1024
+_DEPTH, _TOO_MANY, _OBJECTS = 6, 1024, 20_000
 _SMALL = 1 << 20  # bytes of an array that are summed up at every forward
 _PIECE = 1 << 24
 
@@ -66,7 +70,10 @@ class ModuleState:
         modules = submodules(module)
         self._metric_states = {id(vars(m).get(name)) for m in _instances(modules, "Metric", "torchmetrics")
                                for name in m._defaults}  # type: ignore[union-attr]
+        self._queue: deque[tuple[Any, str, int]] = deque()
         self._enter(modules)
+        while self._queue:
+            self._take_in(*self._queue.popleft())
         self._large = list(self._take_small_ones_first())
         self._restores = [_copy_of(value) for value in self._objects]
 
@@ -98,63 +105,69 @@ class ModuleState:
             raise LookSAMReplayError(
                 f"{changed[0]} of the model (shape {tuple(changed[1].shape)}) was written to in this window. It is an "
                 "attribute, and too large to be copied, so the second evaluation would start from what the first one "
-                "has left. Make it a buffer: register_buffer(name, tensor, persistent=False)")
+                "has left. Make it a buffer, register_buffer(name, tensor, persistent=False), or, if it belongs to a "
+                "module in a list, make that a part of the model")
 
     def _enter(self, modules: list[nn.Module]) -> None:
-        """Take in modules, then those in their attributes that are no parts of them (a teacher in a list)."""
+        """Take in modules; what is in their attributes is to be looked at."""
         self._known.update(map(id, modules))
         for m in modules:
             if not isinstance(m, torch.jit.ScriptModule):  # whose dicts make new tensors each time
                 self._entries += [(entries, dict(entries.items())) for entries in (m._buffers, m._parameters)]
             self._objects += [buffer for buffer in m._buffers.values()
-                              if buffer is not None and not buffer.is_inference()]
+                              if buffer is not None and not is_lazy(buffer) and not buffer.is_inference()]
             self._attributes.append((m, _attributes_of(m)))
-        for m, attributes in self._attributes[-len(modules):]:
-            for name, value in attributes.items():
-                if type(value) not in _PLAIN:
-                    self._look_into(value, f"{type(m).__name__}.{name}", _DEPTH)
+            self._look_into(self._attributes[-1][1].items(), type(m).__name__, _DEPTH)
 
-    def _look_into(self, value: Any, name: str, depth: int) -> None:
-        """Find what can be changed of ``value`` and of all that is in it."""
-        if not depth or id(value) in self._known or isinstance(value, (int, float, str, bytes, type, nn.Parameter)):
+    def _look_into(self, items: Iterable[tuple[Any, Any]], name: str, depth: int) -> None:
+        self._queue.extend((value, f"{name}.{key}" if depth == _DEPTH else name, depth) for key, value in items
+                           if type(value) not in _PLAIN)
+
+    def _take_in(self, value: Any, name: str, depth: int) -> None:
+        """What can be changed of ``value``, and what is in it."""
+        if id(value) in self._known or len(self._known) > _OBJECTS:
             return
         self._known.add(id(value))
+        kind = type(value)  # some objects lie about their class
+        if issubclass(kind, (int, float, str, bytes, type, nn.Parameter)):
+            return
         inner: Collection[Any] = ()
-        if isinstance(value, nn.Module):
-            if type(value).__module__.partition(".")[0] not in _NOT_ENTERED - {"torch"}:
+        if issubclass(kind, nn.Module):  # no part of the model: a teacher in a list
+            if kind.__module__.partition(".")[0] not in _NOT_ENTERED - {"torch"}:
                 parts = [m for m in submodules(value) if m is value or id(m) not in self._known]
                 self._values += [(name, p) for m in parts for p in m._parameters.values()
-                                 if p is not None and not p.requires_grad and not is_partitioned(p)]
+                                 if p is not None and not is_lazy(p) and not is_partitioned(p)]
                 self._enter(parts)
-        elif isinstance(value, (Tensor, np.ndarray)):
+            return
+        if issubclass(kind, (Tensor, np.ndarray)):
             self._values.append((name, value))
-        elif isinstance(value, GENERATORS):
+        elif issubclass(kind, GENERATORS) or kind in (bytearray, array):
             self._objects.append(value)
-        elif isinstance(value, (tuple, frozenset)):
-            inner = value
-        elif isinstance(value, (dict, set, list, deque)):
-            inner = list(value.values() if isinstance(value, dict) else value)
-            self._objects.append(value)
-        elif isinstance(value, (Iterator, io.IOBase)):
+        elif issubclass(kind, (Iterator, io.IOBase)):
             self._opaque.append((name, value, _look_of(value)))
-        elif hasattr(value, "__dict__") and _is_entered(type(value).__module__):
-            inner = list(vars(value).values())
-            self._objects.append(vars(value))
-        if len(inner) <= _TOO_MANY:
-            for item in inner:
-                if type(item) not in _PLAIN:
-                    self._look_into(item, name, depth - 1)
+        else:
+            if issubclass(kind, (tuple, frozenset)):
+                inner = value
+            elif issubclass(kind, (dict, set, list, deque)):
+                inner = list(dict.values(value) if issubclass(kind, dict) else value)
+                self._objects.append(value)
+            attributes = vars(value) if hasattr(value, "__dict__") and _is_entered(kind.__module__) else None
+            if attributes is not None:
+                inner = [*inner, *attributes.values()]
+                self._objects.append(attributes)
+        if depth > 1 and len(inner) <= _TOO_MANY:
+            self._look_into(enumerate(inner), name, depth - 1)
 
     def _take_small_ones_first(self) -> Iterator[tuple[str, Tensor, int | None]]:
         """Of the tensors and arrays in attributes, as many as the limit allows. Metrics' states are taken whatever
         their size: they are counted up in place. The tensors that are left out, and their versions."""
         left = _LIMIT
-        for name, value in sorted(self._values, key=lambda item: item[1].nbytes):
+        copied = [(name, value) for name, value in self._values if _can_be_written(value)]
+        for name, value in sorted(copied, key=lambda item: item[1].nbytes):
             if id(value) not in self._metric_states:
                 left -= value.nbytes
             if left >= 0 or id(value) in self._metric_states:
-                if _can_be_written(value):
-                    self._objects.append(value)
+                self._objects.append(value)
             elif isinstance(value, Tensor):
                 yield name, value, version_of(value)
 
@@ -162,7 +175,7 @@ class ModuleState:
 def _can_be_written(value: Tensor | np.ndarray) -> bool:
     if isinstance(value, np.ndarray):
         return bool(value.flags.writeable)
-    return value.layout == torch.strided and not value.is_inference()
+    return value.layout == torch.strided and not value.is_nested and not value.is_inference()
 
 
 def _copy_of(value: Any) -> Restore:
@@ -173,7 +186,9 @@ def _copy_of(value: Any) -> Restore:
         return partial(np.copyto, value, value.copy())
     if isinstance(value, GENERATORS):
         return partial(set_state_of, value, state_of(value))
-    return partial(_refill, value, dict(value) if isinstance(value, dict) else list(value))
+    if isinstance(value, (bytearray, array)):
+        return partial(value.__setitem__, slice(None), value[:])
+    return partial(_refill, value, dict(_items_of(value)) if isinstance(value, dict) else list(value))
 
 
 class _Copy:
@@ -221,10 +236,15 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     pass
 
 
+def _items_of(value: dict[Any, Any]) -> Any:
+    """In order, whatever the class makes of ``items``."""
+    return (OrderedDict if isinstance(value, OrderedDict) else dict).items(value)
+
+
 def _refill(container: Any, items: Any) -> None:
     """Unless nothing has changed; by the methods of the built-in type: a class may do more in its own, or refuse."""
     if isinstance(container, dict):
-        if [*map(id, container.values())] != [*map(id, items.values())] or list(container) != list(items):
+        if [*map(id, chain(*_items_of(container)))] != [*map(id, chain(*_items_of(items)))]:
             kind = OrderedDict if isinstance(container, OrderedDict) else dict
             kind.clear(container)
             for key, item in items.items():
@@ -252,18 +272,18 @@ class Attributes:
         known: dict[int, _Held] = {}  # many modules hold one configuration
         self._of = {m: {name: known.get(id(value)) or known.setdefault(id(value), _Held(value))
                         for name, value in _attributes_of(m).items()} for m in modules}
-        self._buffers = {(m, name): (_weak(buffer), None if buffer is None else version_of(buffer)) for m in modules
+        self._buffers = {(m, name): (_weak(buffer), _mark_of_buffer(buffer)) for m in modules
                          for name, buffer in m._buffers.items()}
         self._frozen = {p: (values_of(p).data_ptr(), version_of(values_of(p))) for p in frozen}
         self._norms = dict(zip(self._frozen, _norms(self._frozen), strict=True))
         self._kept: list[Any] = []
-        self._copies: dict[tuple[nn.Module, str], tuple[Tensor | None, Tensor | None]] = {}
+        self._copies: dict[tuple[nn.Module, str], tuple[Tensor | None, Restore]] = {}
         self._copies_of_frozen: dict[nn.Parameter, Tensor] = {}
         if since is not None:
             self._kept = [held.keep(other) for _, _, held, other in self._changes(since)]
             for m, name in self._written(since):
                 buffer = m._buffers[name]
-                self._copies[m, name] = buffer, None if buffer is None else buffer.detach().clone()
+                self._copies[m, name] = buffer, _ignore if buffer is None or buffer.is_inference() else _copy_of(buffer)
             self._copies_of_frozen = {p: values_of(p).detach().clone() for p, mark in self._frozen.items()
                                       if mark != since._frozen.get(p)}
 
@@ -274,11 +294,8 @@ class Attributes:
                 vars(m)[name] = held.put_back()
         for m, name in self._written(before):
             if (m, name) in self._copies:
-                buffer, value = self._copies[m, name]
-                m._buffers[name] = buffer
-                if buffer is not None and value is not None:
-                    with torch.no_grad():
-                        buffer.copy_(value)
+                m._buffers[name], write = self._copies[m, name]
+                write()
         for p, value in self._copies_of_frozen.items():
             values_of(p).data.copy_(value)
         drop_gathered(self._frozen)
@@ -326,7 +343,7 @@ class _Held:
         self._value = _weak(value)
         self._mark = _mark_of(value)
         self._copy: Restore | None = None
-        items = _items_in(value) if depth else []
+        items = _items_in(value) if depth and type(value) not in _PLAIN else []
         deeper = depth - 1 if len(items) <= _MANY else 0
         self._contents = {key: item if type(item) in _PLAIN else _Held(item, deeper) for key, item in items}
 
@@ -345,7 +362,9 @@ class _Held:
 
     def is_same(self, other: Any) -> bool:
         return (isinstance(other, _Held) and _is_same(self._value, other._value) and self._mark == other._mark
-                and list(self._contents) == list(other._contents)
+                and len(self._contents) == len(other._contents)
+                and all(a is b or (type(a) in _PLAIN and a == b)
+                        for a, b in zip(self._contents, other._contents, strict=True))
                 and all(a.is_same(b) if isinstance(a, _Held) else a is b
                         for a, b in zip(self._contents.values(), other._contents.values(), strict=True)))
 
@@ -365,9 +384,18 @@ class _Held:
         return value
 
 
+def _mark_of_buffer(buffer: Tensor | None) -> tuple[int | None, int] | None:
+    """Another one once it has been written to, or given other memory."""
+    if buffer is None:
+        return None
+    return version_of(buffer), buffer.data_ptr() if buffer.layout == torch.strided else 0
+
+
 def _mark_of(value: Any) -> int | None:
     """Another number once a tensor or an array has been written to, or a generator was drawn from. Of weights none:
     LookSAM and ZeRO write to them."""
+    if type(value) in _PLAIN:
+        return None
     if isinstance(value, GENERATORS):
         return zlib.crc32(pickle.dumps(state_of(value)))
     if isinstance(value, Tensor):
@@ -380,7 +408,7 @@ def _items_in(value: Any) -> list[tuple[Any, Any]]:
     inner = _inside(value)
     if inner is not None and len(inner) > _TOO_MANY:
         return []
-    return list(inner.items() if isinstance(inner, dict) else enumerate(inner or ()))
+    return list(_items_of(inner) if isinstance(inner, dict) else enumerate(() if inner is None else inner))
 
 
 def _inside(value: Any) -> Any:
@@ -392,7 +420,7 @@ def _inside(value: Any) -> Any:
 
 
 def _weak(value: Any) -> Any:
-    return _Weak(value) if isinstance(value, Tensor) else value
+    return _Weak(value) if issubclass(type(value), Tensor) else value
 
 
 def _strong(value: Any) -> Any:
@@ -418,7 +446,8 @@ class Before:
 
 
 class Isolation:
-    """Keeps the second evaluation's traces out of a module, and learns which frozen parameters its forward changes.
+    """Keeps the second evaluation's traces out of a module, and learns which frozen parameters its forward changes:
+    those that require no grad, or are not ``optimized``.
 
     A forward may change them without a trace in their version counters (``p.data.mul_``), and copies of a large frozen
     model would not fit. So they are copied at first if they are no more than twice what is trained; after two updates
@@ -426,15 +455,16 @@ class Isolation:
     change, by comparison or by their norms in fp64. Under ZeRO stage 3 they are copied always or never: the ranks, each
     of which sees its part of them, have to agree."""
 
-    def __init__(self) -> None:
+    def __init__(self, optimized: Callable[[], Iterable[nn.Parameter]]) -> None:
+        self._optimized = optimized
         self._changing: set[nn.Parameter] = set()
         self._updates, self._has_learned = 0, False
         self._said: set[str] = set()
 
     def before(self, module: nn.Module) -> Before:
         """To be called before the first forward that is trained, see :meth:`second_evaluation`."""
-        parameters = list(module.parameters())
-        frozen = [p for p in parameters if not p.requires_grad and are_in_memory(p)]
+        parameters, optimized = [p for p in module.parameters() if not is_lazy(p)], set(self._optimized())
+        frozen = [p for p in parameters if not (p.requires_grad and p in optimized) and are_in_memory(p)]
         limit = max(_LIMIT, 2 * sum(whole_nbytes(p) for p in parameters if p.requires_grad))
         is_small = sum(map(whole_nbytes, frozen)) <= limit
         copied = {p for p in frozen

@@ -36,10 +36,12 @@ _TOTALS = {"sum", "mean"}  # which differ by a factor
 
 @dataclass(eq=False, kw_only=True)
 class Step:
-    """Something that made tensors. ``number``: its place in the window; ``needs``: what must have run before."""
+    """Something that made tensors. ``number``: its place in the window; ``needs``: what must have run before;
+    ``needs_values``: that too, of which it takes no more than values, in detached inputs of a forward."""
 
     number: int = 0
     needs: list[Step] = field(default_factory=list)
+    needs_values: list[Step] = field(default_factory=list)
     apart: list[Apart] = field(default_factory=list)  # what stands for inputs that are not the model's
     problem: str | None = None  # why it cannot be run again
 
@@ -160,7 +162,7 @@ class RecordedCall(Step):
         values.made[self] = made
 
 
-def before(*steps: Step) -> list[Step]:
+def before(*steps: Step, values_too: bool = True) -> list[Step]:
     """``steps`` and all that they need, in the order in which they ran."""
     found: set[Step] = set()
     stack = list(steps)
@@ -168,7 +170,7 @@ def before(*steps: Step) -> list[Step]:
         step = stack.pop()
         if step not in found:
             found.add(step)
-            stack += step.needs
+            stack += step.needs + step.needs_values if values_too else step.needs
     return sorted(found, key=lambda step: step.number)
 
 

@@ -10,7 +10,7 @@ Where a :class:`Replay` stands, and what may be done there:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum, auto
 from typing import Any
@@ -48,6 +48,7 @@ class Replay:
         engine: a :class:`ds_looksam.engines.host.HostEngine`; its own methods, and DeepSpeed's public ones.
         forward, backward: DeepSpeed's own.
         is_recorded: whether the window now running may have to be evaluated again. The same throughout a window.
+        optimized: the parameters that are.
 
     Attributes:
         loss_fn, gradient_edit: the user's, see :class:`ds_looksam.LookSAMEngine`.
@@ -56,14 +57,14 @@ class Replay:
     """
 
     def __init__(self, engine: Any, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
-                 is_recorded: Callable[[], bool]) -> None:
+                 is_recorded: Callable[[], bool], optimized: Callable[[], Iterable[nn.Parameter]]) -> None:
         self.loss_fn: LossFn | None = None
         self.gradient_edit: Callable[[], None] | None = None
         self.when_forgotten: Callable[[bool], None] = lambda told: None
         self.around_backward: Callable[[], AbstractContextManager[None]] = nullcontext
         self.window = Window()
         self.gradient_is_complete = False
-        self._isolation = Isolation()
+        self._isolation = Isolation(optimized)
         self._engine, self._module = engine, module
         self._forward, self._backward, self._is_recorded = forward, backward, is_recorded
         self._where = Where.IDLE

@@ -180,9 +180,11 @@ class LossTape(TorchFunctionMode):
         problem = self._unlike(loss, known, "the loss given to backward()")
         steps = before(*self.needs_of(loss))
         problem = problem or next((step.problem for step in steps if step.problem is not None), None)
+        # A hidden state that is carried on detached, or a first guess, does not make a logged loss a part of this one.
+        own = before(*self.needs_of(loss), values_too=False)
         for read_out in self._read_outs:
-            if problem is None and any(step in read_out.forwards for step in steps):
-                late = next((step for step in steps if step.number > read_out.number
+            if problem is None and any(step in read_out.forwards for step in own):
+                late = next((step for step in own if step.number > read_out.number
                              and not getattr(step, "is_scaling", False)), None)
                 if late is not None:
                     name = getattr(late, "name", "a forward")

@@ -212,7 +212,9 @@ class Window:
         with torch._C.DisableTorchFunction():
             if self._tape is None:
                 self._tape = LossTape(module, on_backward)
-            tape, inputs, apart, needs, lost = self._tape, [], [], [], []
+            tape, inputs, apart, lost = self._tape, [], [], []
+            needs: list[Step] = []
+            values: list[Step] = []
 
             def keep(leaf: Any) -> Any:
                 if not isinstance(leaf, Tensor):
@@ -220,7 +222,7 @@ class Window:
                 made = tape.known(leaf)
                 if made is not None:  # of the model's output, with its graph or detached: computed again
                     lost.extend(tape.changed_unseen(leaf, "an input of the model"))
-                    needs.extend(tape.needs_of(leaf))
+                    (needs if leaf.requires_grad else values).extend(tape.needs_of(leaf))
                     return made
                 if not leaf.requires_grad:
                     return leaf
@@ -238,7 +240,7 @@ class Window:
             kept_args, kept_kwargs = rebuilt((args, kwargs), keep)
             forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
                               Structure(module), Attributes(module, since, self._frozen if since is not None else ()),
-                              apart=apart, number=tape.number(), needs=needs,
+                              apart=apart, number=tape.number(), needs=needs, needs_values=values,
                               before=at_first, lost=lost[0] if lost else None)
         self._in_forward = True
         try:
@@ -343,7 +345,9 @@ class Window:
         steps, values = self._steps(loss_fn), Values()
 
         def needs(step: Step) -> Sequence[Step]:
-            return step.forwards if isinstance(step, RecordedBackward) and loss_fn is not None else step.needs
+            if isinstance(step, RecordedBackward) and loss_fn is not None:  # which gets the inputs too
+                return [*step.forwards, *(need for forward in step.forwards for need in needs(forward))]
+            return step.needs + step.needs_values
 
         uses = Counter(need for step in steps for need in needs(step))
         for step in steps:
