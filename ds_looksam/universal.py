@@ -1,4 +1,4 @@
-"""A universal checkpoint that a LookSAM run of any world size and any ZeRO stage can load.
+"""A universal checkpoint that a LookSAM run of any world size and of ZeRO stages 1 to 3 can load.
 
     python -m ds_looksam.universal CHECKPOINTS/global_step100 CHECKPOINTS/global_step100_universal
 
@@ -18,15 +18,26 @@ from typing import Any
 import torch
 from deepspeed.checkpoint import PARAM, PARAM_SHAPES, ds_to_universal
 
+from .errors import LookSAMCheckpointError
+
 STAGE_12_STATES = "mp_rank_00_model_states.pt"
 STAGE_3_STATES = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
 def convert(source: Path, target: Path, workers: int = 1) -> None:
-    """Convert one checkpoint (a ``global_step...`` folder). One process; not collective. Raises FileExistsError:
-    ``target`` exists; DeepSpeed's converter would leave stale parameters in it."""
+    """Convert one checkpoint (a ``global_step...`` folder). One process; not collective.
+
+    Raises:
+        FileExistsError: ``target`` exists; DeepSpeed's converter would leave stale parameters in it.
+        LookSAMCheckpointError: there is no checkpoint of ZeRO stages 1 to 3 in ``source``.
+    """
     if target.exists():
         raise FileExistsError(f"{target} exists already; remove it, or name another folder")
+    if not any(source.glob("*_optim_states.pt")):
+        raise LookSAMCheckpointError(
+            f"{source} has no *_optim_states.pt, as checkpoints of ZeRO stages 1 to 3 have: there is nothing to "
+            "convert. One of stage 0 loads at any world size as it is; at another stage load_checkpoint(..., "
+            "load_module_only=True) takes its weights")
     ds_to_universal.main(argparse.Namespace(
         input_folder=str(source), output_folder=str(target), num_extract_workers=workers, num_merge_workers=workers,
         keep_temp_folder=False, strict=True, inject_missing_state=True))

@@ -17,6 +17,7 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 from torch import Tensor
 
+from ds_looksam.errors import LookSAMCheckpointError
 from ds_looksam.universal import convert
 
 from .checkpoints import Stretch, run_stretch, same_bits
@@ -59,15 +60,17 @@ class Move:
     model: str = "mlp"
     two_groups: bool = True
     alpha: float | str = "auto"
+    torch_adam: bool = False
 
     def __str__(self) -> str:
         places = "-to-".join(f"{p.world}x-stage{p.stage}-{p.precision}" for p in (self.source, self.target))
-        return f"{self.how}-{places}-{self.model}"
+        return f"{self.how}-{places}-{self.model}" + "-torch_adam" * self.torch_adam
 
     def case(self, place: Place) -> Case:
         zero = {"stage3_gather_16bit_weights_on_model_save": True} if place.stage == 3 else {}
         return Case(self.model, place.world, place.stage, WINDOW // place.world, alpha=self.alpha, micro_batch=2,
-                    two_groups=self.two_groups, precision=place.precision, updates=END, zero=zero)
+                    two_groups=self.two_groups, precision=place.precision, updates=END, zero=zero,
+                    params={"torch_adam": True} if self.torch_adam else {})
 
     def stretch(self, folder: Path) -> Stretch:
         load: dict[str, Any] = {"load_dir": str(folder), "tag": "saved"}
@@ -120,6 +123,7 @@ MOVES = [
     Move("universal", FOUR[2], TWO[2], "tied"),
     Move("universal", TWO[2], TWO[3], "straddling", False, 0.7),
     Move("universal", BF16[1], BF16[3]),
+    Move("universal", TWO[2], TWO[3], torch_adam=True),
     Move("ds_to_universal", TWO[2], TWO[2]),
     Move("as_it_is", ONE[0], TWO[0]),
     Move("as_it_is", TWO[0], ONE[0]),
@@ -128,7 +132,9 @@ MOVES = [
     Move("zero_to_fp32", TWO[2], TWO[3], "straddling", False),
     Move("save_16bit_model", BF16[3], TWO[2], "straddling", False),
     Move("load_module_only", TWO[2], TWO[1]),
+    Move("zero_to_fp32", TWO[2], TWO[0], "straddling", False),
     Move("load_module_only", TWO[0], TWO[0]),
+    Move("load_module_only", TWO[0], TWO[2]),
     Move("load_optimizer_states", TWO[3], TWO[3]),
     Move("load_looksam_states", TWO[2], TWO[2]),
 ]
@@ -218,3 +224,14 @@ def test_a_universal_checkpoint_without_looksams_files(saved: Saved, tmp_path: P
     for result in run_on_ranks(2, run_stretch, move.case(move.target), stretch):
         assert "looksam.json is missing" in result.extra.refusals[0] and "Copy looksam*" in result.extra.refusals[0]
         assert result.extra.kinds == ["sam", "base", "base", "sam", "reuse"]
+
+
+def test_universal_checkpoints_know_no_stage_0(saved: Saved, tmp_path: Path) -> None:
+    """The ways out are moves: zero_to_fp32 to stage 0, load_module_only from there."""
+    with pytest.raises(LookSAMCheckpointError, match=r"load_module_only=True\) takes its weights"):
+        convert(saved(Move("", TWO[0], TWO[0]))[0] / "saved", tmp_path / "universal")
+    move = Move("universal", TWO[2], TWO[0])
+    stretch = move.stretch(tmp_path)
+    for result in run_on_ranks(2, run_stretch, move.case(move.target), replace(
+            stretch, stop=SAVED_AT, refused=[stretch.load], load=None)):
+        assert "stage 1 to 3 only" in result.extra.refusals[0] and "zero_to_fp32.py" in result.extra.refusals[0]

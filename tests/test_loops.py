@@ -7,7 +7,9 @@ import argparse
 import collections
 import contextlib
 import copy
+import io
 import os
+import tempfile
 import time
 import weakref
 from collections.abc import Callable
@@ -451,6 +453,29 @@ def carried(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
+class Remembering(Net):
+    """It takes a cache and returns one, an object of objects."""
+
+    def forward(self, x: Tensor, cache: Any = None) -> Any:
+        out = self.body(x) + (0 if cache is None else torch.tanh(cache.layers[0].keys))
+        return {"logits": out, "cache": SimpleNamespace(layers=[SimpleNamespace(keys=out.detach())])}
+
+
+def remembers(m: Any, i: int, x: Tensor, y: Tensor) -> Tensor:
+    TEACHERS["cache"] = (out := m(x, TEACHERS["cache"] if i else None))["cache"]
+    return F.mse_loss(out["logits"], y)
+
+
+def saves(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
+    """As a signal handler may, before the loss is formed."""
+    out = engine(x)
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save_checkpoint(folder)
+        engine.save_16bit_model(folder)
+    torch.save(engine.module.state_dict(), io.BytesIO())
+    engine.backward(F.mse_loss(out, y))
+
+
 def carried_with_loss_fn(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
     engine.loss_fn = lambda out, x, said: F.mse_loss(out, 2 * x)
     engine.backward(carried(engine, i, x, 2 * x))
@@ -630,13 +655,14 @@ def changes_default_device(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
 
 
 def fails_in_backward(engine: Any, i: int, x: Tensor, y: Tensor) -> None:
-    """Before it reaches a parameter, and the micro-batch is tried again: out of memory, say."""
-    for backward in engine.backward, Tensor.backward:
+    """Before it reaches a parameter, and the micro-batch is tried again: out of memory, say, or Ctrl-C."""
+    for backward, error in (engine.backward, ZeroDivisionError), (Tensor.backward, ZeroDivisionError), (
+            engine.backward, KeyboardInterrupt):
         out = engine(x)
-        out.register_hook(lambda _: 1 / 0)
+        out.register_hook(mock.Mock(side_effect=error))
         # DeepSpeed has no direct backward on stage 0, and "micro_batch", here on stage 2, refuses it.
         if backward == engine.backward or engine.zero_optimization_stage() in (1, 3):
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(error):
                 backward(2 * F.mse_loss(out, y))
     engine.backward(plain(engine, i, x, y))
 
@@ -893,6 +919,7 @@ SITUATIONS: dict[str, Situation] = {
     "carried": Situation(carried, Conditioned),
     "carried, loss_fn": Situation(loop=carried_with_loss_fn, build=Conditioned,
                                   expected=lambda m, i, x, y: carried(m, i, x, 2 * x)),
+    "remembers": Situation(remembers, Remembering), "saves": Situation(loop=saves),
     "double_buffered": Situation(loop=double_buffered, build=Conditioned),
     "labels_in_one_array": Situation(loop=labels_in_one_array),
     "module_method": Situation(lambda m, i, x, y: inside(m).loss(x, y), Conditioned, way_out=closure(
@@ -952,7 +979,7 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["deep"], [(0, 2), (2, 2, "rank"), (3, 2)]), (["hoarding"], [(0, 1), (0, 2), (2, 2, "rank")]),
         (["reset"], [(0, 2), (2, 2), (2, 2, "micro_batch")]), (["large, read", "large buffer"], [(2, 1)]),
         (["conditioned"], [(0, 2), (1, 1)]), (["carried"], [(0, 2), (2, 2), (3, 2)]),
-        (["carried, loss_fn"], [(0, 2), (2, 2)]),
+        (["carried, loss_fn", "remembers"], [(0, 2), (2, 2)]), (["saves"], [(0, 1), (2, 2), (3, 1)]),
         (["double_buffered"], [(0, 1), (2, 1)]),
         (["tiled"], [(0, 2), (2, 2), (3, 2)]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),

@@ -74,6 +74,17 @@ def keeping_trust_ratios(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["trust_ratio"] = value
 
 
+def unshare_steps(optimizer: torch.optim.Optimizer) -> None:
+    """ZeRO-3 gives all its sub-groups one and the same step when it loads a universal checkpoint, and torch's
+    optimizers count it up in place, once for each. Shown by test_checkpoint_moves.py, "universal" with torch's Adam."""
+    known = set()
+    for state in optimizer.state.values():
+        if isinstance(step := state.get("step"), torch.Tensor):
+            if id(step) in known:
+                state["step"] = step.clone()
+            known.add(id(step))
+
+
 def take_cpu_adam_steps_again(optimizer: torch.optim.Optimizer) -> None:
     """Let the C++ part of a loaded CPU Adam take the steps of its state again, on one element of no consequence.
 

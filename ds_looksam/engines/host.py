@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from ..config.accept import accept, explain_unknown_key, refuse_model
 from ..config.base_optimizers import TESTED_WITH_ZERO
 from ..config.support import Run
+from ..errors import LookSAMCheckpointError
 from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
 from ..shards import open_shards
 from . import deepspeed_fixes
@@ -220,7 +221,16 @@ class HostEngine(DeepSpeedEngine):
     def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[Any, Any]:
-        """As DeepSpeed's, with its faults in loading repaired."""
+        """As DeepSpeed's, with its faults in loading repaired.
+
+        Raises:
+            LookSAMCheckpointError: a universal checkpoint is to be loaded at stage 0, which DeepSpeed cannot.
+        """
+        if self.load_universal_checkpoint() and not self.zero_optimization():
+            raise LookSAMCheckpointError(
+                "checkpoint.load_universal: a universal checkpoint can be loaded with zero_optimization.stage 1 to 3 "
+                "only. For stage 0 take the weights: run zero_to_fp32.py, which lies beside the checkpoint that was "
+                "converted, and load what it writes into the model")
         if load_module_only and self.zero_optimization_partition_weights():
             load_optimizer_states = False  # or DeepSpeed's ZeRO-3 loads nothing at all, and says nothing
         with (deepspeed_fixes.whole_pickles(self.checkpoint_engine),
@@ -228,6 +238,7 @@ class HostEngine(DeepSpeedEngine):
             path, client_state = super().load_checkpoint(load_dir, tag, load_module_strict, load_optimizer_states,
                                                          load_lr_scheduler_states, load_module_only, custom_load_fn)
         if path is not None and load_optimizer_states and not load_module_only:
+            deepspeed_fixes.unshare_steps(self.basic_optimizer)
             deepspeed_fixes.take_cpu_adam_steps_again(self.basic_optimizer)
         return path, client_state
 

@@ -273,9 +273,10 @@ class LookSAMEngine(HostEngine):
             return super().save_checkpoint(save_dir)  # DeepSpeed's own refusal
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         save = super().save_checkpoint
-        return self._checkpointer.save(
-            Path(save_dir), tag, client_state or {}, save_latest, self.checkpoint_engine,
-            lambda with_ours: save(save_dir, tag, with_ours, False, exclude_frozen_parameters))
+        with self._replay.window.not_recording():  # a signal handler may save where the loss is not formed yet
+            return self._checkpointer.save(
+                Path(save_dir), tag, client_state or {}, save_latest, self.checkpoint_engine,
+                lambda with_ours: save(save_dir, tag, with_ours, False, exclude_frozen_parameters))
 
     def writer_is_done(self) -> None:
         self._checkpointer.writer_is_done()
@@ -311,4 +312,5 @@ class LookSAMEngine(HostEngine):
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's. Raises LookSAMReplayError while the weights are perturbed."""
         self._replay.refuse("engine.save_16bit_model()")
-        return super().save_16bit_model(*args, **kwargs)
+        with self._replay.window.not_recording():
+            return super().save_16bit_model(*args, **kwargs)

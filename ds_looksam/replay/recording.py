@@ -174,19 +174,21 @@ def before(*steps: Step, values_too: bool = True) -> list[Step]:
     return sorted(found, key=lambda step: step.number)
 
 
-def output_tensors(output: Any) -> list[Tensor]:
+def output_tensors(output: Any, depth: int = 4) -> list[Tensor]:
     """The tensors in a model's output, in an order that is the same for every output of one structure: containers,
-    dataclasses, and attributes of other objects."""
+    dataclasses, and attributes of other objects (caches)."""
     found: list[Tensor] = []
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             found.append(leaf)
+        elif not depth:
+            continue
         elif isinstance(leaf, Mapping):
-            found += [t for value in leaf.values() for t in output_tensors(value)]
+            found += [t for value in leaf.values() for t in output_tensors(value, depth - 1)]
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += [t for f in dataclasses.fields(leaf) for t in output_tensors(getattr(leaf, f.name))]
+            found += [t for f in dataclasses.fields(leaf) for t in output_tensors(getattr(leaf, f.name), depth - 1)]
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf):
-            found += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
+            found += [t for value in vars(leaf).values() for t in output_tensors(value, depth - 1)]
     return found
 
 

@@ -361,9 +361,11 @@ class LossTape(TorchFunctionMode):
         return None
 
     def _note_read_out(self, name: str, tensors: list[Tensor]) -> None:
-        """What comes of parameters alone is taken for a value of the newest forward."""
+        """What comes of parameters alone is taken for a value of the newest forward, unless it is saved."""
         steps = before(*(step for t in tensors if t in self._known for step in self.needs_of(t)))
         forwards = weakref.WeakSet(step for step in steps if not isinstance(step, RecordedCall))
+        if not forwards and name.endswith(".untyped_storage"):  # torch.save(model.state_dict())
+            return
         newest = None if self._newest is None else self._newest()
         if not forwards and newest is not None:
             forwards.add(newest)

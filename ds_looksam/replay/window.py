@@ -178,7 +178,7 @@ class Window:
         count, kept = len(self._backwards), (self._problem, self.loss, self._trained)
         try:
             yield
-        except Exception:
+        except BaseException:  # also one that Ctrl-C has cut off
             del self._backwards[count:]
             self._problem, self.loss, self._trained = kept
             raise
