@@ -73,11 +73,12 @@ def jobs(parts: Iterable[Part], world: int, updates: int | None = None, lr: floa
          rho: float = UNTUNED_RHO) -> list[Job]:
     """The runs of a plan, with a line on the standard output for all methods that cannot run for the same reason.
 
-    ``updates``: instead of the tasks' own, for a trial of the program. ``lr``, ``rho``: instead of tuned ones.
+    ``updates``: instead of the tasks' own, for a trial of the program. ``lr``, ``rho``: instead of tuned ones, so that
+    nothing is tuned.
     """
     made: list[Job] = []
     left_out: dict[str, set[str]] = {}
-    for part in parts:
+    for part in (part for part in parts if lr is None or not part.tune):
         for seed in [TUNING_SEED] if part.tune else part.seeds:
             for task_name in part.tasks:
                 for name in part.methods:
