@@ -160,7 +160,8 @@ class ModuleState:
 
     def _take_small_ones_first(self) -> Iterator[tuple[str, Tensor, int | None]]:
         """Of the tensors and arrays in attributes, as many as the limit allows. Metrics' states are taken whatever
-        their size: they are counted up in place. The tensors that are left out, and their versions."""
+        their size: they are counted up in place. The tensors that are left out, and their versions; no weights, which
+        another optimizer may step."""
         left = _LIMIT
         copied = [(name, value) for name, value in self._values if _can_be_written(value)]
         for name, value in sorted(copied, key=lambda item: item[1].nbytes):
@@ -168,7 +169,7 @@ class ModuleState:
                 left -= value.nbytes
             if left >= 0 or id(value) in self._metric_states:
                 self._objects.append(value)
-            elif isinstance(value, Tensor):
+            elif isinstance(value, Tensor) and not value.requires_grad:
                 yield name, value, version_of(value)
 
 
@@ -243,19 +244,17 @@ def _items_of(value: dict[Any, Any]) -> Any:
 
 def _refill(container: Any, items: Any) -> None:
     """Unless nothing has changed; by the methods of the built-in type: a class may do more in its own, or refuse."""
+    kind: Any
     if isinstance(container, dict):
         if [*map(id, chain(*_items_of(container)))] != [*map(id, chain(*_items_of(items)))]:
             kind = OrderedDict if isinstance(container, OrderedDict) else dict
             kind.clear(container)
             for key, item in items.items():
                 kind.__setitem__(container, key, item)
-    elif isinstance(container, set):
-        set.clear(container)
-        set.update(container, items)
     elif [*map(id, container)] != [*map(id, items)]:
-        sequence: Any = list if isinstance(container, list) else deque
-        sequence.clear(container)
-        sequence.extend(container, items)
+        kind = next(kind for kind in (list, set, deque) if isinstance(container, kind))
+        kind.clear(container)
+        (kind.update if kind is set else kind.extend)(container, items)
 
 
 class Attributes:
@@ -386,7 +385,7 @@ class _Held:
 
 def _mark_of_buffer(buffer: Tensor | None) -> tuple[int | None, int] | None:
     """Another one once it has been written to, or given other memory."""
-    if buffer is None:
+    if buffer is None or is_lazy(buffer):
         return None
     return version_of(buffer), buffer.data_ptr() if buffer.layout == torch.strided else 0
 
