@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LookSAMReplayError
+from .between import Attributes
 from .inputs import Watched, rebuilt
-from .module_state import Attributes, Before
+from .module_state import Before
 from .recording import (
     OUTPUT,
     Apart,

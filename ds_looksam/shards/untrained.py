@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .base import full_shape
 
+_PIECE = 1 << 24
+
 
 def is_partitioned(p: Any) -> bool:
     return hasattr(p, "ds_id")
@@ -43,3 +45,18 @@ def drop_gathered(parameters: Iterable[Any]) -> None:
         if is_partitioned(p) and p.ds_status is ZeroParamStatus.AVAILABLE:
             p.data = torch.empty(0, dtype=p.dtype, device=p.device)
             p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def norms_of(parameters: Iterable[Any]) -> list[Tensor]:
+    """In fp64; the sum of the bytes where torch has no such norm: weights that were quantized (uint8, int8, fp8)."""
+    values = [values_of(p) for p in parameters]
+    floats = [i for i, x in enumerate(values) if x.is_floating_point() and x.element_size() > 1]
+    norms = torch._foreach_norm([values[i].detach() for i in floats], 2, torch.float64) if floats else ()
+    of = dict(zip(floats, norms, strict=True))
+    return [of[i] if i in of else _sum_of_bytes(x) for i, x in enumerate(values)]
+
+
+def _sum_of_bytes(values: Tensor) -> Tensor:
+    """In pieces: torch makes a copy in int64 of what it adds up."""
+    pieces = values.detach().reshape(-1).view(torch.uint8).split(_PIECE)
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
