@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks import evidence, evidence_pool, evidence_report, evidence_run, traffic
 from benchmarks.cluster_model import ADAMW, REUSE, SAM, Cluster, Workload, parse, predict, rows, split_batch, table
 from benchmarks.evidence_methods import METHODS, MomentumAscent, ReuseRule
-from benchmarks.evidence_plan import PLANS, Board, Part, jobs, read
+from benchmarks.evidence_plan import PLANS, Board, Part, jobs, read, tuned
 from benchmarks.evidence_pool import run_in_turn
 from benchmarks.evidence_run import Job, sharpness
 from benchmarks.evidence_tasks import TASKS, Data, wrong_labels
@@ -199,7 +199,7 @@ def test_what_is_there_is_not_run_again_and_final_runs_take_the_best_lr_and_rho(
     """Of the tuning runs, lr times the square root of how much larger the batch is. On three ranks nothing was run."""
     records = read(folder)
     planned = [Job(r["task"], r["method"], r["seed"], r["updates"], world=r["world"])
-               for r in records if not r["tuning"]]
+               for r in records if not r["tuning"] and tuned(records, r["task"], r["method"], r["world"])]
     assert {job.task for job in planned} >= {"5k-wrong-whole", "5k-clean"}
     board = Board(folder, "runs.jsonl", planned)
     assert board.next() is None and board.skipped == len(planned) > 200 and not board.waiting
