@@ -411,14 +411,14 @@ class Large(Net):
 
     kept = ("small", )
 
-    def __init__(self, as_buffer: bool) -> None:
+    def __init__(self, as_buffer: bool, writes: bool = True) -> None:
         super().__init__()
         large, self.small = torch.zeros(65 << 18), torch.zeros(3)
         if as_buffer:
             self.register_buffer("large", large, persistent=False)
         else:
             self.large = large
-        self.writes = True
+        self.writes = writes
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.body(x) * (1 + self.small.to(x.dtype) + self.large[:3].to(x.dtype))
@@ -426,12 +426,6 @@ class Large(Net):
         if self.writes:
             self.large[:3].add_(1.0)
         return out
-
-
-class ReadOnlyLarge(Large):
-    def __init__(self) -> None:
-        super().__init__(as_buffer=False)
-        self.writes = False
 
 
 class Conditioned(Net):
@@ -720,7 +714,7 @@ class Record:
     y: Any
 
 
-class Callable_(Record):
+class CalledRecord(Record):
     def __call__(self) -> None:
         pass
 
@@ -729,7 +723,7 @@ CONTAINERS: dict[str, Callable[[Any, Any], Any]] = {
     "dict": lambda x, y: {"x": x, "y": y}, "user dict": lambda x, y: collections.UserDict(x=x, y=y),
     "list": lambda x, y: [x, y], "record": Record, "attributes": Attributes,
     "deque": lambda x, y: collections.deque([x, y], maxlen=2),
-    "callable": lambda x, y: SimpleNamespace(of=Callable_(x, y)),
+    "callable": lambda x, y: SimpleNamespace(of=CalledRecord(x, y)),
     "objects": lambda x, y: SimpleNamespace(inner=SimpleNamespace(of=Record(x, y)))}
 
 
@@ -913,7 +907,8 @@ SITUATIONS: dict[str, Situation] = {
     **{f"taught {how}": teaches(how) for how in ("in place", "assigned", "silently")},
     "deep": Situation(build=Deep, sets=set_deeply),
     "hoarding": Situation(build=Hoarding), "reset": Situation(build=Resettable, sets=resets),
-    "large": Situation(build=lambda: Large(as_buffer=False)), "large, read": Situation(build=ReadOnlyLarge),
+    "large": Situation(build=lambda: Large(as_buffer=False)),
+    "large, read": Situation(build=lambda: Large(as_buffer=False, writes=False)),
     "large buffer": Situation(build=lambda: Large(as_buffer=True)),
     "conditioned": Situation(lambda m, i, x, y: F.mse_loss(m(x, m(y).detach()), y), Conditioned),
     "carried": Situation(carried, Conditioned),

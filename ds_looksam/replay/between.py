@@ -114,7 +114,7 @@ class _Held:
         self._value = _weak(value)
         self._mark = _mark_of(value)
         self._copy: Restore | None = None
-        items = _items_in(value) if depth and type(value) not in PLAIN else []
+        items = _items_in(value) if depth else []
         deeper = depth - 1 if len(items) <= _MANY else 0
         self._contents = {key: item if type(item) in PLAIN else _Held(item, deeper) for key, item in items}
 
@@ -184,6 +184,8 @@ def _items_in(value: Any) -> list[tuple[Any, Any]]:
 
 def _inside(value: Any) -> Any:
     """The container that ``value`` is, or that holds its attributes; None if there is none."""
+    if type(value) in PLAIN:
+        return None
     if isinstance(value, (dict, set, list, deque, tuple)):
         return value
     is_plain = hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor))

@@ -24,6 +24,7 @@ from .recording import Apart, Made
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque, Mapping)
+_LEFT_ALONE = (nn.Module, type, FunctionType, MethodType)
 _DEPTH = 4
 
 
@@ -71,7 +72,7 @@ def rebuilt(value: Any, of_leaf: Callable[[Any], Any], known: dict[int, Any] | N
         return tuple(inner(item) for item in value)
     if isinstance(value, tuple):
         return type(value)(*(inner(item) for item in value)) if hasattr(value, "_fields") else value
-    if isinstance(value, (nn.Module, type, FunctionType, MethodType)) or not _is_container(value):
+    if isinstance(value, _LEFT_ALONE) or not _is_container(value):
         return value
     new = known[id(value)] = copy.copy(value)
     known[id(new)] = value  # keeps it alive: another object at its address would be taken for it
@@ -99,10 +100,12 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 def _is_container(value: Any, depth: int = _DEPTH) -> bool:
-    return isinstance(value, (dict, list, set, deque)) or dataclasses.is_dataclass(value) or (depth > 0 and any(
-        isinstance(item, (Tensor, np.ndarray, *_CONTAINERS)) or (
-            hasattr(item, "__dict__") and not isinstance(item, (nn.Module, type, FunctionType, MethodType))
-            and _is_container(item, depth - 1)) for item in attributes(value).values()))
+    if isinstance(value, (dict, list, set, deque)) or dataclasses.is_dataclass(value):
+        return True
+    return depth > 0 and any(
+        isinstance(item, (Tensor, np.ndarray, *_CONTAINERS))
+        or (hasattr(item, "__dict__") and not isinstance(item, _LEFT_ALONE) and _is_container(item, depth - 1))
+        for item in attributes(value).values())
 
 
 class Watched:

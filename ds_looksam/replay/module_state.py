@@ -50,7 +50,7 @@ class ModuleState:
         self._enter(modules)
         while self._queue:
             self._take_in(*self._queue.popleft())
-        self._large = list(self._take_small_ones_first())
+        self._large = self._take_small_ones_first()
         self._restores = [copy_of(value) for value in self._objects]
 
     def restore(self) -> list[str]:
@@ -92,12 +92,10 @@ class ModuleState:
                 self._entries += [(entries, dict(entries.items())) for entries in (m._buffers, m._parameters)]
             self._objects += [buffer for buffer in m._buffers.values()
                               if buffer is not None and not is_lazy(buffer) and not buffer.is_inference()]
-            self._attributes.append((m, attributes_of(m)))
-            self._look_into(self._attributes[-1][1].items(), type(m).__name__, _DEPTH)
-
-    def _look_into(self, items: Iterable[tuple[Any, Any]], name: str, depth: int) -> None:
-        self._queue.extend((value, f"{name}.{key}" if depth == _DEPTH else name, depth) for key, value in items
-                           if type(value) not in PLAIN)
+            attributes = attributes_of(m)
+            self._attributes.append((m, attributes))
+            self._queue.extend((value, f"{type(m).__name__}.{name}", _DEPTH) for name, value in attributes.items()
+                               if type(value) not in PLAIN)
 
     def _take_in(self, value: Any, name: str, depth: int) -> None:
         """What can be changed of ``value``, and what is in it."""
@@ -132,13 +130,13 @@ class ModuleState:
                 inner = [*inner, *attributes.values()]
                 self._objects.append(attributes)
         if depth > 1 and len(inner) <= TOO_MANY:
-            self._look_into(enumerate(inner), name, depth - 1)
+            self._queue.extend((item, name, depth - 1) for item in inner if type(item) not in PLAIN)
 
-    def _take_small_ones_first(self) -> Iterator[tuple[str, Tensor, int | None]]:
+    def _take_small_ones_first(self) -> list[tuple[str, Tensor, int | None]]:
         """Of the tensors and arrays in attributes, as many as the limit allows. Metrics' states are taken whatever
         their size: they are counted up in place. The tensors that are left out, and their versions; no weights, which
         another optimizer may step."""
-        left = _LIMIT
+        left, large = _LIMIT, []
         copied = [(name, value) for name, value in self._values if _can_be_written(value)]
         for name, value in sorted(copied, key=lambda item: item[1].nbytes):
             if id(value) not in self._metric_states:
@@ -146,7 +144,8 @@ class ModuleState:
             if left >= 0 or id(value) in self._metric_states:
                 self._objects.append(value)
             elif isinstance(value, Tensor) and not value.requires_grad:
-                yield name, value, version_of(value)
+                large.append((name, value, version_of(value)))
+        return large
 
 
 def _can_be_written(value: Tensor | np.ndarray) -> bool:

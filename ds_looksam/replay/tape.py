@@ -131,10 +131,9 @@ class LossTape(TorchFunctionMode):
         known = self._known.get(tensor)
         return None if known is None or known.is_input else known.made
 
-    def changed_unseen(self, tensor: Tensor, what: str) -> list[str]:
-        """Why what made a tensor is not all that happened to it: at most one reason."""
-        problem = self._unlike(tensor, self._known[tensor], what)
-        return [] if problem is None else [problem]
+    def changed_unseen(self, tensor: Tensor, what: str) -> str | None:
+        """Why what made a tensor is not all that happened to it, if so."""
+        return self._unlike(tensor, self._known[tensor], what)
 
     def needs_of(self, tensor: Tensor) -> list[Step]:
         known = self._known[tensor]
@@ -181,7 +180,7 @@ class LossTape(TorchFunctionMode):
         steps = before(*self.needs_of(loss))
         problem = problem or next((step.problem for step in steps if step.problem is not None), None)
         # A hidden state that is carried on detached, or a first guess, does not make a logged loss a part of this one.
-        own = before(*self.needs_of(loss), values_too=False)
+        own = before(*self.needs_of(loss), values_too=False) if self._read_outs else []
         for read_out in self._read_outs:
             if problem is None and any(step in read_out.forwards for step in own):
                 late = next((step for step in own if step.number > read_out.number

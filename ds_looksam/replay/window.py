@@ -213,16 +213,17 @@ class Window:
         with torch._C.DisableTorchFunction():
             if self._tape is None:
                 self._tape = LossTape(module, on_backward)
-            tape, inputs, apart, lost = self._tape, [], [], []
+            tape, inputs, apart = self._tape, [], []
             needs: list[Step] = []
             values: list[Step] = []
+            lost: list[str | None] = []
 
             def keep(leaf: Any) -> Any:
                 if not isinstance(leaf, Tensor):
                     return leaf
                 made = tape.known(leaf)
                 if made is not None:  # of the model's output, with its graph or detached: computed again
-                    lost.extend(tape.changed_unseen(leaf, "an input of the model"))
+                    lost.append(tape.changed_unseen(leaf, "an input of the model"))
                     (needs if leaf.requires_grad else values).extend(tape.needs_of(leaf))
                     return made
                 if not leaf.requires_grad:
@@ -242,7 +243,7 @@ class Window:
             forward = Forward(kept_args, kept_kwargs, watched, RandomState.capture(), ComputeMode.capture(module),
                               Structure(module), Attributes(module, since, self._frozen if since is not None else ()),
                               apart=apart, number=tape.number(), needs=needs, needs_values=values,
-                              before=at_first, lost=lost[0] if lost else None)
+                              before=at_first, lost=next(filter(None, lost), None))
         self._in_forward = True
         try:
             with self.not_recording():
