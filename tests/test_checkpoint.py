@@ -75,6 +75,16 @@ def test_late_resume_on_a_cpu_adam_is_bit_exact(case: Case, tmp_path: Path) -> N
     _resume(case, 31, tmp_path)
 
 
+@pytest.mark.parametrize("looksam", [False, True], ids=["plain", "looksam"])
+@pytest.mark.parametrize(("older", "stage"), [(2, 3), (0, 3), (3, 1)])
+def test_an_older_run_at_another_stage_has_saved_there(older: int, stage: int, looksam: bool, tmp_path: Path) -> None:
+    """DeepSpeed's tags are alike, and the files of one stage have other names than those of another."""
+    case = Case(stage=older, world=2, model="mlp", updates=8)
+    save = Stretch(stop=5, save={"save_dir": str(tmp_path)}, save_at=5, looksam=looksam)
+    run_on_ranks(2, run_stretch, case, save)
+    _resume(replace(case, stage=stage), 5, tmp_path)
+
+
 def test_a_tag_may_be_several_folders_deep(tmp_path: Path) -> None:
     _resume(Case(world=1, updates=6), 4, tmp_path, "epoch-1/last")
     assert not (tmp_path / "last").exists()

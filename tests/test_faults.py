@@ -40,7 +40,7 @@ TIMEOUT = 45.0
 
 class ModelBroke(Exception):
     def __init__(self) -> None:
-        super().__init__("the model broke in the replay")
+        super().__init__("the model broke")
         self.at = time.monotonic()
 
 
@@ -65,9 +65,11 @@ def let_happen(kind: str, engine: Any, folder: Path) -> None:
         if now == "kill-writer" and not again and engine.checkpoint_engine.ckpt_process.is_alive():
             engine.checkpoint_engine.ckpt_process.kill()
             engine.checkpoint_engine.ckpt_process.join()
-        if now == "save-on-term-replay" and again:
-            os.kill(os.getpid(), signal.SIGTERM)
         if now == "raise-replay" and again:
+            raise ModelBroke
+
+    def in_update(*_: Any) -> None:
+        if engine.global_steps == STRIKE:
             raise ModelBroke
 
     engine.module.register_forward_hook(in_forward)
@@ -75,8 +77,8 @@ def let_happen(kind: str, engine: Any, folder: Path) -> None:
         torch.save = dying(torch.save)
     if kind == "kill-save-looksam":
         files.save_file = dying(files.save_file)  # written, not yet renamed
-    if kind == "save-on-term-replay":  # what many training scripts do
-        signal.signal(signal.SIGTERM, lambda *_: engine.save_checkpoint(str(folder), tag="on-term"))
+    if kind == "raise-update":
+        engine.basic_optimizer.register_step_pre_hook(in_update)
 
 
 def work(folder: Path, stage: int, ascent: str, config: dict[str, Any], kind: str, struck: int) -> None:
@@ -98,7 +100,7 @@ def work(folder: Path, stage: int, ascent: str, config: dict[str, Any], kind: st
             try:
                 train_window(engine, case, engine.global_steps)
             except Exception as error:
-                if "replay" in kind:  # elsewhere the collectives of a save would meet those of the other ranks
+                if "replay" in kind or "update" in kind:  # else a save's collectives would meet those of the others
                     save_what_can_be_saved(engine, folder, error)
                 raise
         torch.save(master_weights(engine), folder / f"weights-{rank}.pt")
@@ -147,7 +149,7 @@ def _check_exceptions(job: Job, rank: int) -> None:
     for r, output in enumerate(job.outputs):
         last = output[output.rindex("Traceback"):]
         if rank in (-1, r):
-            assert "ModelBroke: the model broke in the replay" in last and "LookSAMReplayError" not in last, output
+            assert "ModelBroke: the model broke" in last and "LookSAMReplayError" not in last, output
             waited = float(re.search(r"told after ([\d.]+) s", output)[1])
             assert waited < GRACE + 15, output  # 15 for a busy machine
         else:
@@ -173,16 +175,19 @@ def _disturb(kind: str, rank: int, stage: int, ascent: str, folder: Path, expect
         _check_exceptions(job, rank)
     elif kind == "kill-writer":
         assert "checkpoint process is not running" in job.outputs[rank]
-    elif kind == "save-on-term-replay":
-        assert "perturbed" in job.outputs[rank] and "LookSAMReplayError" in job.outputs[rank]
+    elif kind == "raise-update":
+        told = job.outputs if stage else [job.outputs[rank]]  # on stage 0 the others have their update
+        for output in told:
+            assert "In the update of a SAM step rank 1 raised ModelBroke" in output, output
+            assert "emergency checkpoint: LookSAMReplayError" in output, output
     else:
         assert job.codes[rank] == -signal.SIGKILL
-    assert not (folder / "on-term").exists()
     if rank == -1:  # all raised together
         assert _tensors(folder / "emergency")
         same_bits(_tensors(folder / "emergency"), _tensors(folder / f"global_step{STRIKE}"))
     else:
-        assert not list(folder.glob("emergency*"))
+        assert not (folder / "emergency").exists()
+        assert kind == "raise-update" or not (folder / "emergency.pt").exists()
     # What strikes while update 4 is being saved leaves the checkpoint of update 2 as the newest.
     # So does what strikes while a decoupled writer is still writing it: until the first evaluation has ended.
     being_written = config and kind in ("kill-first", "kill-writer")
@@ -204,14 +209,12 @@ FAULTS: list[tuple[str, int, tuple[int, ...]]] = [
     ("kill-save-deepspeed", 1, (2, 3)),
     ("kill-save-looksam", 0, (0, 2)),
     ("kill-save-looksam", 1, (3, )),
-    ("save-on-term-replay", 0, (3, )),
-    ("save-on-term-replay", -1, (0, 2)),
     ("raise-replay", -1, (0, 2, 3)),
     ("raise-replay", 1, (0, 1, 2, 3)),
     ("raise-replay", 0, (2, 3)),
+    ("raise-update", 1, (0, 2, 3)),
 ]
-OF_ASCENTS = [("kill-first", 1), ("kill-replay", 1), ("raise-replay", 1), ("raise-replay", -1),
-              ("save-on-term-replay", 0)]
+OF_ASCENTS = [("kill-first", 1), ("kill-replay", 1), ("raise-replay", 1), ("raise-replay", -1)]
 ASCENTS = [(0, "rank"), (2, "rank"), (1, "micro_batch"), (3, "global_micro_batch")]
 EACH = [(kind, rank, stage, "global") for kind, rank, stages in FAULTS for stage in stages]
 EACH += [(kind, rank, stage, ascent) for kind, rank in OF_ASCENTS for stage, ascent in ASCENTS]

@@ -51,15 +51,17 @@ class Checkpointer:
         writes_common_files: whether this rank writes what all ranks have in common: true on rank 0, or on one rank per
             node where nodes have their own storage.
         nvme: the optimizer's state is on NVMe, where DeepSpeed 0.19.8 does not resume.
+        states_are: the pattern of DeepSpeed's model states files, see :func:`find`.
     """
 
     def __init__(self, module: torch.nn.Module, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards,
                  replay: Replay, param_groups: Callable[[], list[dict[str, Any]]],
                  configured_groups: list[dict[str, Any]], device: torch.device, writes_common_files: bool,
-                 nvme: bool) -> None:
+                 nvme: bool, states_are: str) -> None:
         self._module, self._settings, self._state, self._shards = module, settings, state, shards
         self._replay, self._param_groups, self._configured_groups = replay, param_groups, configured_groups
         self._device, self._writes_common_files, self._nvme = device, writes_common_files, nvme
+        self._states_are = states_are
         # Folder and tag of the checkpoint that DeepSpeed's decoupled writer is still writing.
         self._to_be_named: tuple[Path, str] | None = None
 
@@ -148,7 +150,8 @@ class Checkpointer:
         """Find, read and check LookSAM's part of a checkpoint, ``load_dir/tag``; None if it is not from a LookSAM run.
         Changes nothing. Collective. Raises LookSAMCheckpointError: on every rank, naming file and parameter: something
         is missing, damaged or foreign, or does not belong to this model or base optimizer."""
-        found = from_rank_0(lambda: find(folder, self._settings, universal), self._device)
+        found = from_rank_0(lambda: find(folder, self._settings, universal, self._states_are),
+                            self._device)
         if found is None:
             return None
         at, manifest = found

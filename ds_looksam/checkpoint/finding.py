@@ -31,9 +31,11 @@ def resolve_tag(load_dir: str, tag: Any, universal: bool) -> str | None:
     return latest.read_text().strip() if latest.is_file() else None
 
 
-def find(folder: Path, settings: LookSAMConfig, universal: bool) -> tuple[Path, Manifest] | None:
-    """The folder with LookSAM's files that belong to a checkpoint, and what they say. None: no LookSAM checkpoint."""
-    states = sorted(folder.glob("*model_states.pt"))
+def find(folder: Path, settings: LookSAMConfig, universal: bool, states_are: str) -> tuple[Path, Manifest] | None:
+    """The folder with LookSAM's files that belong to a checkpoint, and what they say. None: no LookSAM checkpoint.
+    ``states_are``: the pattern of the files that DeepSpeed is going to load; an older run at another stage may have
+    left others beside them."""
+    states = sorted(folder.glob(states_are)) or sorted(folder.glob("*model_states.pt"))
     if not states:
         return None  # DeepSpeed says best what it misses
     described = _describe(states[0])

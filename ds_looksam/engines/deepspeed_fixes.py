@@ -63,6 +63,17 @@ def whole_pickles(checkpoint_engine: CheckpointEngine) -> Iterator[None]:
 
 
 @contextmanager
+def keeping_param_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Stages 1 and 2 hand the base optimizer one param group at a time, and leave it that one where its step raises.
+    Shown by test_interruptions.py, an update that raises."""
+    groups = optimizer.param_groups
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+
+
+@contextmanager
 def keeping_trust_ratios(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """ZeRO-3 gives every param group the keys of the first one when it loads a universal checkpoint. Afterwards which
     groups have trust ratios is what this run's groups say (test_optimizers.py,

@@ -16,6 +16,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..config.accept import accept, explain_unknown_key, refuse_model
 from ..config.base_optimizers import TESTED_WITH_ZERO
@@ -202,6 +203,16 @@ class HostEngine(DeepSpeedEngine):
         others DeepSpeed 0.19.8 leaves the loss as it is (shards/fp16.py)."""
         return float(getattr(self.optimizer, "loss_scale", 1.0)) if isinstance(self.optimizer, ZeROOptimizer) else 1.0
 
+    def names_of_model_states(self) -> str:
+        """The pattern of the model states files that a run at this stage writes, and loads."""
+        return f"{'zero_pp_rank_*_' if self.zero_optimization_partition_weights() else ''}mp_rank_*_model_states.pt"
+
+    def has_step_hooks(self) -> bool:
+        """Whether hooks of the user's run in the base optimizer's step, on this rank."""
+        own = self.basic_optimizer
+        return bool(own._optimizer_step_pre_hooks or own._optimizer_step_post_hooks
+                    or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
     def writer_is_done(self) -> None:
         """Called when every rank's writer has written the last decoupled checkpoint."""
 
@@ -293,7 +304,8 @@ class HostEngine(DeepSpeedEngine):
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         def apply_update() -> bool:
-            super(HostEngine, self)._take_model_step(lr_kwargs)
+            with deepspeed_fixes.keeping_param_groups(self.basic_optimizer):
+                super(HostEngine, self)._take_model_step(lr_kwargs)
             return self.was_step_applied()
 
         if isinstance(self.basic_optimizer, LayerwiseOptimizer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from ..step.status import LookSAMStatus
 from ..step.update import Update
 from .deepspeed_fixes import tag_for_muon
 from .host import HostEngine
+from .signals import signals_wait
 
 
 class LookSAMEngine(HostEngine):
@@ -66,7 +67,7 @@ class LookSAMEngine(HostEngine):
         self._replay = Replay(self, self.module, super().forward, super().backward,
                               is_recorded=lambda: status.next_is_sam, optimized=shards.parameters)
         self._update = Update(settings, self._state, shards, self._replay, self._rho_factors, self._param_groups,
-                              loss_scale=self.gradient_loss_scale)
+                              loss_scale=self.gradient_loss_scale, is_observed=self.has_step_hooks)
         self._replay.when_forgotten = self._update.forget_gradient
         self._replay.around_backward = self._update.backward_runs
         self.refuse_steps_of_optimizer(LookSAMReplayError(
@@ -77,7 +78,8 @@ class LookSAMEngine(HostEngine):
         local = self.use_node_local_storage()
         self._checkpointer = Checkpointer(
             self.module, settings, self._state, shards, self._replay, self._param_groups, self._configured_groups,
-            self.device, writes_common_files=(self.local_rank if local else self.global_rank) == 0, nvme=on_nvme)
+            self.device, writes_common_files=(self.local_rank if local else self.global_rank) == 0, nvme=on_nvme,
+            states_are=self.names_of_model_states())
         if on_nvme:
             log_dist("LookSAM: zero_optimization.offload_optimizer.device is \"nvme\": save_checkpoint and "
                      "load_checkpoint will raise, save_16bit_model works", ranks=[0], level=logging.WARNING)
@@ -169,7 +171,7 @@ class LookSAMEngine(HostEngine):
                                      "call engine.backward() outside of it")
         with self.as_a_window_of_its_own():
             loss = self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        with self._replay.window.not_recording():
+        with self._signals_wait(), self._replay.window.not_recording():
             is_last = self.is_gradient_accumulation_boundary()
             self._update.micro_batch_is_done(1 / self.gradient_accumulation_steps() if scale_wrt_gas else 1.0, is_last)
         self._replay.gradient_is_complete = is_last
@@ -225,7 +227,7 @@ class LookSAMEngine(HostEngine):
                                      "engine.step(closure=...)", "set engine.loss_fn")
         # The second evaluation takes gradients, and v is written to in later steps: neither is for inference tensors.
         leave_inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-        with leave_inference, self._replay.stepping(closure):
+        with self._signals_wait(), leave_inference, self._replay.stepping(closure):
             if not self.managed_gradient_accumulation():  # reduces in step()
                 self._update.gradient_changes_hands()
             try:
@@ -234,6 +236,10 @@ class LookSAMEngine(HostEngine):
             except BaseException:
                 self.leave_failed_step()
                 raise
+
+    def _signals_wait(self) -> AbstractContextManager[None]:
+        """Where weights may be perturbed: no signal handler of the user's sees them."""
+        return signals_wait() if self._state.status.next_is_sam else nullcontext()
 
     def update_at_boundary(self, apply_update: Callable[[], bool]) -> None:
         if self._state.status.next_is_sam:

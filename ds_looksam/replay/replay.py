@@ -145,7 +145,7 @@ class Replay:
 
     def forget(self) -> None:
         """The window's update is over, its weights are published: nothing of it is kept."""
-        self._unmark()
+        self.weights_are_clean()
         self.window.forget()
         self.gradient_is_complete = False
 
@@ -153,7 +153,8 @@ class Replay:
         self.forget()
         self._isolation.update_is_over()
 
-    def _unmark(self) -> None:
+    def weights_are_clean(self) -> None:
+        """On this rank the model computes with w again."""
         for guard in self._guards:
             guard.remove()
         self._guards = []
@@ -206,24 +207,30 @@ class Replay:
                 yield
         except Exception as error:
             # Any other BaseException ends the process: restoring is collective, and the other ranks may not be told.
-            self._leave(error, shards, put_back)
+            self._leave(error, shards, put_back, "the second evaluation of a SAM step")
             raise
         finally:
             snapshot.restore()
             _drop_cached_weights()
 
-    def _leave(self, error: Exception, shards: GradientShards, put_back: Callable[[], None]) -> None:
+    def update_failed(self, error: Exception, shards: GradientShards) -> None:
+        """The update of a SAM step raised, before or after it had published its weights. If it did so on every rank,
+        the weights are the masters' afterwards and the gradient is gone."""
+        self._where = Where.PERTURBED  # here they may be clean by now, but if the ranks are apart nobody may save
+        self._leave(error, shards, lambda: None, "the update of a SAM step")
+
+    def _leave(self, error: Exception, shards: GradientShards, put_back: Callable[[], None], where: str) -> None:
         apart = raised_everywhere(error, shards.process_group,
                                   f"forward {self._forwards}, backward {self._backwards}")
         if apart is None:
             shards.abort_evaluation()
             shards.restore_weights()
             put_back()
-            self._unmark()  # the window stays: step(closure=...) may be called again
+            self.weights_are_clean()  # the window stays: step(closure=...) may be called again
             return
         shards.unperturb_local()
         put_back()
-        told = ("In the second evaluation of a SAM step " + (apart.first or "the other ranks were lost") +
+        told = (f"In {where} " + (apart.first or "the other ranks were lost") +
                 ". The ranks are not at one place any more, so the weights cannot be put back on all of them and "
                 "nothing can be saved; go on from a checkpoint.")
         if apart.comes_after:

@@ -51,6 +51,12 @@ def views_of(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return list(_unflatten_dense_tensors(flat, like)) if like else []
 
 
+def _values_in_model(p: Any) -> list[Tensor]:
+    """The parameter; on stage 3 its partition, and the whole of one that DeepSpeed keeps gathered."""
+    partition = getattr(p, "ds_tensor", None)
+    return [p.data] if partition is None else [partition.data, p.data]
+
+
 def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     """A parameter's shape, also where ZeRO-3 has partitioned it and ``parameter.shape`` is (0,)."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -259,6 +265,18 @@ class GradientShards(ABC):
     def own_model(self) -> OwnModel:
         """This rank's whole model, where it has one: stages 0 to 2."""
         raise NotImplementedError(type(self).__name__)
+
+    def keep_model(self) -> Callable[[], None]:
+        """Copy the weights that this rank's model computes with. Returns what writes them back. Not collective."""
+        kept = [(p, [values.clone() for values in _values_in_model(p)]) for p in self.parameters()]
+
+        def write_back() -> None:
+            for p, copies in kept:
+                for values, copy in zip(_values_in_model(p), copies, strict=True):
+                    if values.shape == copy.shape:  # gathered now as it was then
+                        values.copy_(copy)
+
+        return write_back
 
     def unperturb_local(self) -> None:  # noqa: B027 - most steps read master weights, which were never perturbed
         """Bring back what the base optimizer's step reads. Sends nothing: that step publishes the new weights."""

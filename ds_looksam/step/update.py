@@ -69,6 +69,8 @@ class Update:
         replay: evaluates the window again.
         param_groups: the optimizer's, as they stand at the moment; users change rho, alpha and lr in them.
         loss_scale: what the gradients in the wrapper are multiplied by at the moment.
+        is_observed: whether code of the user's runs inside of the base optimizer's step on this rank, before the update
+            has published its weights.
 
     Attributes:
         is_per_micro_batch: each micro-batch of a SAM step's window is to be evaluated again by itself.
@@ -76,10 +78,10 @@ class Update:
 
     def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: Replay,
                  rho_factors: RhoFactors, param_groups: Callable[[], list[dict[str, Any]]],
-                 loss_scale: Callable[[], float]) -> None:
+                 loss_scale: Callable[[], float], is_observed: Callable[[], bool] = lambda: False) -> None:
         self._settings, self._state, self._shards, self._replay = settings, state, shards, replay
         self._rho_factors = rho_factors
-        self._param_groups, self._loss_scale = param_groups, loss_scale
+        self._param_groups, self._loss_scale, self._is_observed = param_groups, loss_scale, is_observed
         self._rounds_at_random = settings.rounding == "stochastic"
         self.is_per_micro_batch = settings.ascent in PER_MICRO_BATCH
         self._ascent = (OwnAscent if settings.ascent in OWN else Ascent)(shards, settings.layer_scale)
@@ -102,19 +104,25 @@ class Update:
         if not (status.next_is_sam and self.is_per_micro_batch):
             self._replay.edit_gradients()
 
+        found = self._window_twice(groups) if status.next_is_sam else None
         fresh: Fresh | None = None
         kind: StepKind
-        if status.next_is_sam:
-            if not self.is_per_micro_batch:
-                self._replay.check()
-            fresh = self._sam_step(groups)
-            kind = "sam" if fresh is not None else "base"
-        else:
-            kind = self._reuse_step([group.alpha for group in groups])
-        status.evaluations += 1
-        status.rho, status.alpha = [group.rho for group in groups], [group.alpha for group in groups]
-
-        if apply_update():
+        try:
+            if found is not None:
+                fresh = self._sam_step(found, groups)
+                kind = "sam" if fresh is not None else "base"
+            else:
+                kind = self._reuse_step([group.alpha for group in groups])
+            status.evaluations += 1
+            status.rho, status.alpha = [group.rho for group in groups], [group.alpha for group in groups]
+            is_applied = apply_update()
+        except Exception as error:
+            if found is not None and found.g_s is not None:
+                self._replay.update_failed(error, self._shards)
+                if not self._replay.is_perturbed:  # or the ranks are apart, and only a checkpoint helps
+                    self.give_up_window()
+            raise
+        if is_applied:
             status.updates += 1
             status.step_kind = kind
             if fresh is not None:
@@ -224,20 +232,30 @@ class Update:
 
     # SAM ------------------------------------------------------------------------------------------------------------
 
-    def _sam_step(self, groups: list[GroupSettings]) -> Fresh | None:
-        """Leave u = g_s with the wrapper. None if g is not finite: u = g then."""
-        shards, state = self._shards, self._state
+    def _window_twice(self, groups: list[GroupSettings]) -> Gradients:
+        """Both gradients of the window. The weights that the base optimizer's step reads are clean."""
         if self.is_per_micro_batch:
             if self._so_far is None:
                 raise LookSAMReplayError("LookSAM cannot take its SAM step: no backward was seen in this window")
             found, self._so_far = self._so_far, None
-        else:
-            found = self._two_gradients(groups, self._loss_scale(), keep_clean=False)
+            return found
+        self._replay.check()
+        shards = self._shards
+        put_back_model = shards.keep_model() if self._is_observed() else None
+        found = self._two_gradients(groups, self._loss_scale(), keep_clean=False)
+        if found.g_s is not None:
+            shards.unperturb_local()
+            if put_back_model is not None:
+                put_back_model()
+                self._replay.weights_are_clean()
+        return found
+
+    def _sam_step(self, found: Gradients, groups: list[GroupSettings]) -> Fresh | None:
+        """Leave u = g_s with the wrapper. None if g is not finite: u = g then."""
+        shards, state = self._shards, self._state
         if found.g_s is None:
             self._give(found.g, found.g_squared)
             return None
-        if not self.is_per_micro_batch:
-            shards.unperturb_local()
         state.status.evaluations += 1
 
         g, g_s = found.g, found.g_s
