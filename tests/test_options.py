@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from .checkpoints import same_bits
 from .covering import covering, product
 from .fuzz import CPU, check_draw, rounding_tolerance, seeds
 from .ranks import run_on_ranks
@@ -359,6 +360,25 @@ class TorchBase:
         self.p.grad = u.bfloat16()
         self.optimizer.step()
         return self.p.detach().double()
+
+
+def maximizes(engine: Any, batches: list[tuple[Tensor, Tensor]]) -> None:
+    for x, y in batches:
+        engine.backward(-engine(x, y))
+        engine.step()
+
+
+@pytest.mark.parametrize("case", [
+    Case(stage=0, base="SGD", two_groups=True), Case(stage=2, params={"torch_adam": True}),
+    Case(stage=3, base="SGD", layer_scale="norm"), Case(stage=1, base="SGD", ascent="micro_batch", accumulation=2),
+    Case(stage=2, base="SGD", ascent="rank", layer_scale="relative", accumulation=2)
+], ids=lambda c: f"stage{c.stage}-{c.base}-{c.ascent}-{c.layer_scale}")
+def test_maximize(case: Case) -> None:
+    """The negative of the loss, where the base optimizer maximizes, is the same training, to the bit."""
+    expected = run_on_ranks(2, train, case)[0]
+    other = replace(case, options={**case.options, "maximize": True})
+    for got in run_on_ranks(2, train, other, loop=maximizes):
+        same_bits(got.weights, expected.weights)
 
 
 @pytest.mark.parametrize("stage, model", [(1, "mlp"), (2, "straddling"), (3, "mlp"), (3, "straddling")])

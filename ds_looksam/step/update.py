@@ -114,7 +114,7 @@ class Update:
             else:
                 kind = self._reuse_step([group.alpha for group in groups])
             status.evaluations += 1
-            status.rho, status.alpha = [group.rho for group in groups], [group.alpha for group in groups]
+            status.rho, status.alpha = [abs(group.rho) for group in groups], [group.alpha for group in groups]
             is_applied = apply_update()
         except Exception as error:
             if found is not None and found.g_s is not None:
@@ -135,14 +135,15 @@ class Update:
         self._replay.update_is_over()
 
     def _groups_in_force(self) -> list[GroupSettings]:
-        """Each param group's settings for this update, with the schedule's factor in rho."""
+        """Each param group's settings for this update, with the schedule's factor in rho. Where the base optimizer
+        maximizes, uphill is the other way."""
         settings = []
         for i, group in enumerate(self._param_groups()):
             if "rho" not in group:  # added since
                 set_group_defaults(group, self._settings)
             own = parse_group(group, i)
             factor = self._rho_factors.of(i, self._state.status.updates, group["lr"])
-            settings.append(own._replace(rho=own.rho * factor))
+            settings.append(own._replace(rho=own.rho * (-factor if group.get("maximize") else factor)))
         return settings
 
     # Gradients that the user changes ----------------------------------------------------------------------------------
