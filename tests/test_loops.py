@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import os
+import sys
 import tempfile
 import time
 import weakref
@@ -320,6 +321,7 @@ class Counter:
     """What a model may call: an augmentation, a schedule."""
 
     calls = 0
+    __module__ = "antigravity"  # a user's package, named as one of Python's
 
     def __call__(self) -> float:
         self.calls += 1
@@ -327,6 +329,9 @@ class Counter:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Counter) and self.calls == other.calls
+
+
+sys.modules["antigravity"] = sys.modules[__name__]
 
 
 class History(dict[str, float]):
@@ -337,7 +342,7 @@ class Hoarding(Net):
     """State in places where one may not look for it, and things that cannot be written to, or looked at, as they are.
     """
 
-    kept = ("counter", "args", "deep", "apart", "history", "raw", "near", "turns")
+    kept = ("counter", "args", "deep", "apart", "history", "raw", "near", "turns", "ds_count", "trainer")
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,6 +351,7 @@ class Hoarding(Net):
         self.history, self.raw, self.turns = History(), bytearray(1), collections.OrderedDict(a=0.1, b=0.3)
         self.far = {"a": [[[[SimpleNamespace(t=0)]]]]}
         self.near = self.far["a"][0][0][0][0]
+        self.ds_count, self.trainer = 0, SimpleNamespace(count=0)  # as DeepSpeed's and Lightning's
         self.odd = [weakref.proxy(self), {torch.ones(2): 1, torch.zeros(2): 2}, torch.eye(3).to_sparse(),
                     nn.LazyLinear(3)]
         self.center = nn.Parameter(torch.zeros(3), requires_grad=False)
@@ -374,10 +380,12 @@ class Hoarding(Net):
         self.history.total += 0.1
         self.near.t += 1
         self.raw[0] += 1
+        self.ds_count, self.trainer.count = self.ds_count + 1, self.trainer.count + 1
         self.turns.move_to_end(next(iter(self.turns)))
         self.last = BaseModelOutput(last_hidden_state=out.detach())
         shift = self.counter() + 0.1 * self.args.t + 0.1 * self.deep["a"][0]["b"]["c"]["t"] + self.history.total
         shift += 0.1 * self.near.t + 0.1 * self.raw[0] + next(iter(self.turns.values()))
+        shift += 0.1 * self.ds_count + 0.1 * self.trainer.count
         return out * (1 + self.mean + self.center + norm.running_mean) + shift * taught + self.inferred
 
 
