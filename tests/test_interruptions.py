@@ -188,10 +188,11 @@ def fail_in_update(case: Case, when: str, folder: str) -> None:
             same_bits(after, master_weights(other))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize(("stage", "options"), [
-    (0, {}), (1, {"ascent": "rank"}), (2, {}), (2, {"ascent": "micro_batch"}), (2, {"precision": "bf16"}),
-    (2, {"zero": {"offload_optimizer": CPU}}), (3, {}), (3, {"zero": {"offload_optimizer": CPU}})])
-def test_an_update_that_raises_leaves_clean_weights(stage: int, options: dict[str, Any], when: str,
+@pytest.mark.parametrize(("stage", "when", "options"), [
+    (0, "before", {}), (0, "after", {}), (1, "before", {"ascent": "rank"}), (2, "before", {}),
+    (2, "after", {"ascent": "micro_batch"}), (2, "before", {"precision": "bf16"}), (2, "after", {"precision": "bf16"}),
+    (2, "before", {"zero": {"offload_optimizer": CPU}}), (3, "before", {}), (3, "after", {}),
+    (3, "before", {"zero": {"offload_optimizer": CPU}})])
+def test_an_update_that_raises_leaves_clean_weights(stage: int, when: str, options: dict[str, Any],
                                                     tmp_path: Path) -> None:
     run_on_ranks(2, fail_in_update, replace(CASE, stage=stage, **options), when, str(tmp_path))
