@@ -82,6 +82,28 @@ def test_a_signal_waits_for_the_end_of_a_sam_step(stage: int, ascent: str, inter
     run_on_ranks(2, train_with_signals, replace(CASE, stage=stage, ascent=ascent), str(tmp_path), interrupts)
 
 
+def run_in_asyncio(case: Case) -> None:
+    """On a rank: asyncio hears of a signal from the interpreter, and its handler runs when the loop goes on."""
+    import asyncio
+
+    with engine_for(case) as engine:
+        told: list[int] = []
+        engine.module.register_forward_hook(
+            lambda *_: signal.raise_signal(signal.SIGTERM) if is_evaluating_again(engine) else None)
+
+        async def loop() -> None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.append, 1)
+            train_window(engine, case, 0)
+            await asyncio.sleep(0.1)
+
+        asyncio.run(loop())
+        assert told == [1]
+
+
+def test_asyncio_is_told_once() -> None:
+    run_on_ranks(1, run_in_asyncio, replace(CASE, world=1))
+
+
 def interrupt_twice(case: Case) -> None:
     """On a rank: a second evaluation that does not end."""
     with engine_for(case) as engine:

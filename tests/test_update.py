@@ -103,7 +103,7 @@ class Run:
         self.state = LookSAMState(self.status, self.shards, V_DTYPES[settings.v_dtype])
         self.update = Update(settings, self.state, self.shards, self, factors,
                              param_groups=lambda: self.optimizer.param_groups,
-                             loss_scale=lambda: self.scale_of(self.window))
+                             loss_scale=lambda: self.scale_of(self.window), is_observed=lambda: False)
         self.window, self.evaluations, self.losses = 0, 0, []
 
     def train(self, windows: int) -> dict[str, Tensor]:

@@ -150,8 +150,7 @@ class Checkpointer:
         """Find, read and check LookSAM's part of a checkpoint, ``load_dir/tag``; None if it is not from a LookSAM run.
         Changes nothing. Collective. Raises LookSAMCheckpointError: on every rank, naming file and parameter: something
         is missing, damaged or foreign, or does not belong to this model or base optimizer."""
-        found = from_rank_0(lambda: find(folder, self._settings, universal, self._states_are),
-                            self._device)
+        found = from_rank_0(lambda: find(folder, self._settings, universal, self._states_are), self._device)
         if found is None:
             return None
         at, manifest = found

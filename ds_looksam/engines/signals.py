@@ -40,6 +40,7 @@ def signals_wait() -> Iterator[None]:
         for number, handler in handlers.items():
             if signal.getsignal(number) is wait:  # not set anew inside
                 signal.signal(number, handler)
+        # Not raised once more: asyncio is told of a signal when it comes, and would be told twice.
         with ExitStack() as all_of_them:  # also if one raises
             for number in came:
-                all_of_them.callback(signal.raise_signal, number)
+                all_of_them.callback(handlers[number], number, None)

@@ -78,7 +78,7 @@ class Update:
 
     def __init__(self, settings: LookSAMConfig, state: LookSAMState, shards: GradientShards, replay: Replay,
                  rho_factors: RhoFactors, param_groups: Callable[[], list[dict[str, Any]]],
-                 loss_scale: Callable[[], float], is_observed: Callable[[], bool] = lambda: False) -> None:
+                 loss_scale: Callable[[], float], is_observed: Callable[[], bool]) -> None:
         self._settings, self._state, self._shards, self._replay = settings, state, shards, replay
         self._rho_factors = rho_factors
         self._param_groups, self._loss_scale, self._is_observed = param_groups, loss_scale, is_observed
