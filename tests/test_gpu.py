@@ -65,6 +65,7 @@ def _cases() -> list[Any]:
         cases |= {f"{name}-stage{stage}": settings for name, settings in of_stage.items()}
     cases |= {
         "bf16-optimizer": {**cases["bf16-stage1"], "accumulation": 2, "config": GRAD_FP32},
+        "offload-param": {**cases["offload-stage3"], "zero": {"offload_param": CPU}},
         "offload-both": {**cases["offload-stage3"], "zero": {"offload_optimizer": CPU, "offload_param": CPU}},
         "sub-groups": {"stage": 3, "model": "straddling", "zero": {"sub_group_size": 30}, **COMMON},
         "overlap": {"stage": 2, "model": "wide", "zero": {"overlap_comm": True}, **COMMON},

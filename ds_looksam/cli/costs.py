@@ -93,8 +93,6 @@ def memory(run: Run, settings: LookSAMConfig, world_size: int) -> Iterator[tuple
     yield "during a SAM step: g in fp32", where, FP32 * shard
     if stage == 0:
         yield "during a SAM step: clean weights, and w + eps", where, 2 * FP32 * shard
-    elif stage == 3 and run.dtype.itemsize == FP32 and not on_host:
-        yield "during a SAM step: clean weights", where, FP32 * shard  # model and master are one tensor
     own = FP32 if stage == 0 else run.dtype.itemsize
     if settings.ascent in ("rank", "micro_batch"):
         yield "in a SAM step's window: the rank's own gradient", here, own

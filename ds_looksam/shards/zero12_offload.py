@@ -63,6 +63,7 @@ class Zero12OffloadShards(Zero12Shards):
 
     def _start_window(self) -> None:
         super()._start_window()
+        self._zero._wait_for_offload_copies()  # one of an evaluation that broke off would land in the next window's sum
         self._clear_partial_sums()
         self._zero.norm_for_param_grads = {}
         self._zero.local_overflow = False

@@ -5,7 +5,7 @@ What DeepSpeed keeps per sub-group i, on this rank:
 - ``fp32_partitioned_groups_flat[i]``: the fp32 master weights, the partitions of the sub-group's parameters one after
   another, each with its own padding at the end.
 - ``fp16_partitioned_groups_flat[i]``: the partitions in the model's dtype, from which every forward gathers. Another
-  tensor in fp32 training too, but the same one as the master under torch autocast.
+  tensor in fp32 training too: DeepSpeed 0.19.8 would share it, but compares a device with a string.
 - ``averaged_gradients[i]``: one partition per parameter, views of one buffer that lives as long as the optimizer. The
   first micro-batch of a window that has a gradient for a parameter overwrites its partition, later ones add to it, and
   a parameter that takes no part in the window's loss still shows the gradient of an earlier one: DeepSpeed 0.19.8 alone
@@ -22,9 +22,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from ..arithmetic.eager import Shard
+from ..arithmetic.eager import Shard, chunks
 from ..arithmetic.layout import Segment
 from .base import GradientShards, ScaleOf, in_fp32
+
+STAGED = 1 << 24
+"""Elements of the model that are on their way between the host and the accelerator at once."""
 
 
 class Zero3Shards(GradientShards):
@@ -34,8 +37,8 @@ class Zero3Shards(GradientShards):
         self.device = optimizer.fp32_partitioned_groups_flat[0].device
         self.group_of = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
         flats = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
-        self._model_flat_is_master = [master.data_ptr() == model.data_ptr() for master, model in flats]
-        self._clean: dict[int, torch.Tensor] = {}
+        assert not any(master.numel() and master.data_ptr() == model.data_ptr() for master, model in flats), (
+            "DeepSpeed shares master weights with the model: w would be lost with w + eps")
         for name in ("set_fp32_grad_for_param", "set_local_grad_for_param", "update_fp32_grad_for_param_vectorized"):
             setattr(optimizer, name, self._noting_changes(getattr(optimizer, name)))
         self._clear_padding()
@@ -93,33 +96,40 @@ class Zero3Shards(GradientShards):
         self._zero.grad_partitions_flat_buffer.zero_()
 
     def master_weights(self) -> Shard:
-        masters = self._zero.fp32_partitioned_groups_flat
-        return [self._clean.get(i, master.detach()) for i, master in enumerate(masters)]
+        return [master.detach() for master in self._zero.fp32_partitioned_groups_flat]
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
-        masters = [master.detach() for master in self._zero.fp32_partitioned_groups_flat]
-        # torch autocast: model and master are one tensor, so a clean copy must outlive the replay.
-        self._clean = {i: masters[i].clone() for i in range(len(masters)) if self._model_flat_is_master[i]}
-        model = [flat.data for flat in self._zero.fp16_partitioned_groups_flat]
-        moved = self._perturb_flats(masters, gradient, scale_of, rounding, model)
+        moved = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for i, (master, g) in enumerate(zip(self.master_weights(), gradient, strict=True)):
+            moved += self._perturb_model(i, master, g, scale_of, rounding)
         self._republish()
         return moved
 
-    def unperturb_local(self) -> None:
-        for i, clean in self._clean.items():
-            self._zero.fp32_partitioned_groups_flat[i].data.copy_(clean)
-        self._clean = {}
+    def _perturb_model(self, i: int, master: torch.Tensor, gradient: torch.Tensor, scale_of: ScaleOf,
+                       rounding: int | None) -> torch.Tensor:
+        """w + eps of sub-group i in the model's partitions. With one of ``offload_optimizer`` and ``offload_param``
+        alone these lie elsewhere than the master weights: then it is rounded there and sent, in pieces, by way of a
+        small buffer. Returns the sums of ``add_perturbation``."""
+        model = self._zero.fp16_partitioned_groups_flat[i].data
+        if model.device == self.device:
+            return self._perturb_flat(master, gradient, i, scale_of, rounding, out=model)
+        moved = torch.zeros(3, dtype=torch.float64, device=self.device)
+        buffer = torch.empty(min(STAGED, model.numel()), dtype=model.dtype, device=self.device)
+        if buffer.device.type == "cpu":
+            buffer = get_accelerator().pin_memory(buffer)
+        for lo, hi in chunks(model.numel(), STAGED):
+            piece = buffer[:hi - lo]
+            moved += self._perturb_flat(master[lo:hi], gradient[lo:hi], i, scale_of, rounding, out=piece, start=lo)
+            model[lo:hi].copy_(piece)
+        return moved
 
     def restore_weights(self) -> None:
-        self.unperturb_local()
-        for i, master in enumerate(self._zero.fp32_partitioned_groups_flat):
-            if not self._model_flat_is_master[i]:
-                self._zero.fp16_partitioned_groups_flat[i].data.copy_(master.data)
+        for i in range(len(self.group_of)):
+            self.cast_weights(i)
         self._republish(drop_all=True)
 
     def cast_weights(self, i: int) -> None:
-        if not self._model_flat_is_master[i]:
-            self._zero.fp16_partitioned_groups_flat[i].data.copy_(self._zero.fp32_partitioned_groups_flat[i].data)
+        self._zero.fp16_partitioned_groups_flat[i].data.copy_(self._zero.fp32_partitioned_groups_flat[i].data)
 
     def abort_evaluation(self) -> None:
         zero = self._zero

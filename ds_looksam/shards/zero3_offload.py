@@ -27,13 +27,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from ..arithmetic.eager import Shard, chunks
+from ..arithmetic.eager import Shard
 from ..arithmetic.layout import Segment
 from .base import ScaleOf, part_norms
 from .zero3 import Zero3Shards
-
-STAGED = 1 << 24
-"""Elements of the model that are on their way from the host to the accelerator at once."""
 
 
 class Zero3OffloadShards(Zero3Shards):
@@ -55,8 +52,13 @@ class Zero3OffloadShards(Zero3Shards):
         for i, (flat, segments) in enumerate(zip(gradient, self._segments, strict=True)):
             self._hand_over(i, flat, segments)
 
+    def take_gradient(self, *, survives_evaluation: bool) -> Shard:
+        self._wait_for_copies()
+        return super().take_gradient(survives_evaluation=survives_evaluation)
+
     def keep_gradient(self) -> None:
         """Hand over what DeepSpeed has not. A sub-group on NVMe is handed over whole."""
+        self._wait_for_copies()
         for i, segments in enumerate(self._segments):
             if not self._zero._swappable_optimizer_subgroup(i):
                 self._complete_gradient(i)
@@ -81,20 +83,9 @@ class Zero3OffloadShards(Zero3Shards):
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
+        for i, flat in enumerate(gradient):
             with self._master(i) as master:
-                if model.device == self.device:
-                    moved += self._perturb_flat(master, gradient[i], i, scale_of, rounding, out=model.data)
-                    continue
-                # Without offload_param the model's partitions lie on the accelerator: w + eps is rounded here and sent,
-                # in pieces, by way of a small buffer.
-                buffer = torch.empty(min(STAGED, model.numel()), dtype=model.dtype, device=self.device)
-                buffer = get_accelerator().pin_memory(buffer)
-                for lo, hi in chunks(model.numel(), STAGED):
-                    piece = buffer[:hi - lo]
-                    moved += self._perturb_flat(master[lo:hi], gradient[i][lo:hi], i, scale_of, rounding,
-                                                out=piece, start=lo)
-                    model.data[lo:hi].copy_(piece)
+                moved += self._perturb_model(i, master, flat, scale_of, rounding)
         self._republish()
         return moved
 
@@ -103,6 +94,11 @@ class Zero3OffloadShards(Zero3Shards):
             with self._master(i) as master:
                 model.data.copy_(master)
         self._republish(drop_all=True)
+
+    def _wait_for_copies(self) -> None:
+        """With ``managed_gradient_accumulation: false`` DeepSpeed's own step starts copies to the host, and waits for
+        them only where it takes the norm; otherwise the last backward has."""
+        get_accelerator().synchronize()
 
     def _start_window(self) -> None:
         super()._start_window()
