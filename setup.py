@@ -12,7 +12,7 @@ def constants(path: Path) -> dict:
     """Module-level literals of a Python file."""
     return {
         node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(path.read_text()).body
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
 
@@ -23,7 +23,7 @@ setup(
     name="ds_looksam",
     version=versions["__version__"],
     description="LookSAM (sharpness-aware minimization) as a DeepSpeed optimizer that works on ZeRO shards",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ds_looksam", "ds_looksam.*"]),

@@ -19,8 +19,8 @@ from deepspeed.runtime.zero.config import (
 
 from .params import did_you_mean, keys_of_params
 
-SIMILAR = 0.85
-"""difflib's ratio from which on an unknown key is a misspelling, and not somebody's own key."""
+SIMILAR = {"": 0.85, "optimizer": 0.6, "scheduler": 0.6}
+"""difflib's ratio from which on an unknown key of a block is a misspelling, and not somebody's own key."""
 
 KEYS = {
     "": set("""
@@ -54,18 +54,19 @@ MODELS: dict[str, type[DeepSpeedConfigModel]] = {
 
 
 def misspelt(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys that DeepSpeed does not read, or refuses: (the key with its blocks, what is wrong). An unknown key that
-    DeepSpeed ignores is only told where it looks like one that it knows, or is one of another block."""
+    """Keys that DeepSpeed does not read, or refuses: (the key with its blocks, what is wrong). Of the unknown keys that
+    DeepSpeed ignores all in the block optimizer are told, elsewhere those that look like one that it knows."""
     for block, keys in KEYS.items():
-        for key in _within(values, block):
-            hint = did_you_mean(key, keys, SIMILAR)
-            if key not in keys and hint:
-                name = f"{block}.{key}".removeprefix(".")
+        for key in (key for key in _within(values, block) if key not in keys):
+            name = f"{block}.{key}".removeprefix(".")
+            if block == "optimizer" and key in keys_of_params():
+                yield name, f"{name}: DeepSpeed would ignore it there; it belongs in optimizer.params"
+                continue
+            hint = did_you_mean(key, keys, SIMILAR.get(block, SIMILAR[""]))
+            if block == "optimizer" and not key.startswith("_"):  # that may be a comment
+                hint = hint or f" It knows {', '.join(sorted(keys))}"
+            if hint:
                 yield name, f"{name}: DeepSpeed knows no such key and would ignore it.{hint}"
-    for key in _within(values, "optimizer"):
-        if key in keys_of_params():
-            name = f"optimizer.{key}"
-            yield name, f"{name}: DeepSpeed would ignore it there; it belongs in optimizer.params"
     for block, model in MODELS.items():
         known = {name for field, info in model.model_fields.items() for name in (field, info.alias) if name}
         for key in _within(values, block):

@@ -44,7 +44,7 @@ def _alpha(value: Any) -> str | float:
 NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Alpha = Annotated[Literal["auto"] | float, PlainValidator(_alpha)]
 Ascent = Literal["global", "rank", "micro_batch", "global_micro_batch"]
-_Beta = Annotated[float, Field(ge=0, lt=1)]
+_Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class RhoSchedule(BaseModel):

@@ -5,6 +5,7 @@ By itself a :class:`HostEngine` is the engine of ``"type": "ZeroLamb"`` and ``"Z
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -16,10 +17,12 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import log_dist
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..config.accept import accept, explain_unknown_key, refuse_model
 from ..config.base_optimizers import TESTED_WITH_ZERO
+from ..config.deepspeed_keys import ignored
 from ..config.support import Run
 from ..errors import LookSAMCheckpointError
 from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
@@ -100,6 +103,9 @@ class HostEngine(DeepSpeedEngine):
         Raises:
             LookSAMConfigError: it is wrong, or not supported.
         """
+        for key in ignored(config._param_dict):
+            log_dist(f"LookSAM: {key} in the configuration: DeepSpeed knows no such key and ignores it", ranks=[0],
+                     level=logging.WARNING)
         return accept(config, config._param_dict, client_optimizer)
 
     def before_first_communication(self, device: torch.device) -> None:
@@ -284,7 +290,9 @@ class HostEngine(DeepSpeedEngine):
                 deepspeed_fixes.keep_group_keys(model_parameters, optimizer)
         except TypeError as error:
             raise self.explain(error) from error
-        self._whole_groups = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
+        # DeepSpeed does so too, but later, and then what is kept of each group would be another one's.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self._whole_groups = [list(group["params"]) for group in optimizer.param_groups]
         if isinstance(optimizer, LayerwiseOptimizer):
             optimizer.wait_for_wrapper()
         self.base_optimizer_is_built(optimizer)

@@ -38,8 +38,11 @@ def signals_wait() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            if signal.getsignal(number) is wait:  # not set anew inside
+            now = signal.getsignal(number)
+            if now is wait:
                 signal.signal(number, handler)
+            elif callable(now):  # set anew inside
+                handlers[number] = now
         # Not raised once more: asyncio is told of a signal when it comes, and would be told twice.
         with ExitStack() as all_of_them:  # also if one raises
             for number in came:
