@@ -195,7 +195,7 @@ needs_resume() {  # WHAT_NEEDS_IT
 END_JOB='
 find_job() {
     for entry in /proc/[0-9]*; do
-        if grep -zqsx "LOOKSAM_JOB=$1" "$entry/environ"; then echo "${entry#/proc/}"; fi
+        if grep -zqsxF "LOOKSAM_JOB=$1" "$entry/environ"; then echo "${entry#/proc/}"; fi
     done
 }
 stop_ranks() {
@@ -229,8 +229,8 @@ everywhere() {  # FUNCTION of the above: on the hosts, all at once, then on this
     if [ "$1" = end_job ] || [ ${#pids[@]} = 0 ]; then "$1" "$job"; fi
 }
 
-print_command() {  # WHERE COMMAND...
-    echo "+ $1${job_env[*]} $(printf '%q ' "${@:2}")" >&2
+print_command() {  # WHERE COMMAND...  Of the variables the names alone: keys and tokens are among them.
+    echo "+ $1${job_env[*]%%=*} $(printf '%q ' "${@:2}")" >&2
 }
 
 # Print a command, run it in the job's environment, and end with its exit code; whatever happens, nothing stays behind.

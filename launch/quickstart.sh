@@ -24,9 +24,10 @@ else
     while [ $((ranks * 2)) -le "$gpus" ]; do ranks=$((ranks * 2)); done  # a power of two divides the global batch
 fi
 
-resuming=--overwrite
-case " $* " in *" --resume "*) resuming= ;; esac
-# shellcheck disable=SC2086  # $resuming may be nothing
+# Only what an earlier quickstart has left is overwritten.
+overwrite=--overwrite
+case " $* " in *" --resume "* | *" --run-dir"*) overwrite= ;; esac
+# shellcheck disable=SC2086  # $overwrite may be nothing
 exec python -m torch.distributed.run --standalone --nproc-per-node "$ranks" launch/train.py \
     --data-dir "$data" --run-dir runs/quickstart --config configs/looksam_zero2.json \
-    --model nano/7 --epochs "$epochs" $resuming "$@"
+    --model nano/7 --epochs "$epochs" $overwrite "$@"
