@@ -78,7 +78,7 @@ def markdown(docstring: str) -> str:
     """A docstring in Google's style, with reStructuredText's quotes, as Markdown."""
     text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", docstring).replace("``", "`").replace("::\n", ":\n")
     lines, in_section = [], False
-    for line in text.splitlines():
+    for line in text.replace("::\n\n", "").splitlines():
         if found := SECTION.match(line):
             lines += [f"**{found[1]}**", ""]
             in_section = True

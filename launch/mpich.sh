@@ -32,7 +32,9 @@ if [ -n "${deepspeed:-}" ]; then
         --launcher_args="${mpi[*]}" --master_addr "$master_addr" --master_port "$master_port" \
         "$program" "${program_args[@]}"
 fi
-for variable in "MASTER_PORT=$master_port" "${job_env[@]}"; do mpi+=(-genv "${variable%%=*}" "${variable#*=}"); done
+job_env+=("MASTER_PORT=$master_port")
+names=$(printf '%s,' "${job_env[@]%%=*}")
+mpi+=(-genvlist "${names%,}")  # the values mpirun has itself
 if [ -n "$hostfile" ]; then
     for i in "${!hosts[@]}"; do list=${list:+$list,}${hosts[i]}:${slots_of[i]}; done
     mpi+=(-launcher ssh -n "$total" -hosts "$list")

@@ -22,12 +22,13 @@ case ${bind:-} in
     *) mpi+=(--map-by "slot:PE=$bind" --bind-to core) ;;
 esac
 if [ -n "$hostfile" ]; then check_hosts; else local_slots; check_local_port; fi
+job_env+=("MASTER_PORT=$master_port")
 if [ -n "${deepspeed:-}" ]; then
     [ -n "$hostfile" ] || fail "--deepspeed needs --hostfile"
     write_environment_file
     run_job "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher openmpi --force_multi \
         --launcher_args="${mpi[*]}" --master_addr "$master_addr" "$program" "${program_args[@]}"
 fi
-for variable in "MASTER_PORT=$master_port" "${job_env[@]}"; do mpi+=(-x "$variable"); done
+for variable in "${job_env[@]}"; do mpi+=(-x "${variable%%=*}"); done  # the value mpirun has itself
 if [ -n "$hostfile" ]; then mpi+=(-n "$total" --hostfile "$hostfile"); else mpi+=(-n "$slots" --host "localhost:$slots"); fi
 run_job "$(command -v mpirun)" "${mpi[@]}" "$PYTHON" -u "$program" "${program_args[@]}"

@@ -86,11 +86,11 @@ class LookSAMConfig(BaseModel):
 
     Attributes:
         k: a SAM step (two gradient evaluations) is taken on every k-th update; k = 1 is SAM.
-        rho: radius of the perturbation, in units of the weights' Euclidean norm over the whole model.
+        rho: Euclidean length of the perturbation over all trained weights: an absolute distance, no share of ‖w‖.
         alpha: strength of the reuse, a number (Liu et al. 2022, Algorithm 1) or ``"auto"`` (calibrated at every
             SAM step, not in the paper). In a configuration that Hugging Face's Trainer or Accelerate reads, leave it
             out or write ``"calibrated"``, which means the same: they refuse an "auto" they do not know.
-        base_optimizer: name of the optimizer that takes the step, any that DeepSpeed's config accepts.
+        base_optimizer: name of the optimizer that takes the step: DeepSpeed's, torch.optim's, "Lamb" or "Lars".
         layerwise: scale each layer's (parameter tensor's) part of the perturbation by its trust ratio ‖w_l‖/‖g_l‖:
             Look-LayerSAM. ``"type": "LookLayerSAM"`` is ``"type": "LookSAM"`` with this set.
         layer_scale: what divides the layer-wise direction, and so what ``rho`` means: ``"norm"``, ``"relative"`` or

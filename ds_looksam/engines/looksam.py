@@ -150,7 +150,8 @@ class LookSAMEngine(HostEngine):
     # The loop -------------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's; in a window that ends in a SAM step the inputs and the RNG state are remembered."""
+        """As DeepSpeed's, and collective where that is (stage 3). In a window that ends in a SAM step inputs and RNG
+        state are remembered."""
         if self._replay.is_perturbed or not torch.is_grad_enabled():
             return self._replay.forward(*inputs, **kwargs)
         with self._replay.window.not_recording():
@@ -161,10 +162,15 @@ class LookSAMEngine(HostEngine):
         return output
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """As DeepSpeed's; in a window that ends in a SAM step it is remembered how ``loss`` was formed."""
-        if self._replay.is_perturbed:
-            return self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-        if not self._evaluates_micro_batches_again:
+        """As DeepSpeed's, and collective as that is; in a window that ends in a SAM step it is remembered how ``loss``
+        was formed.
+
+        Raises:
+            LookSAMReplayError: with ``ascent`` "micro_batch" and "global_micro_batch", which evaluate the micro-batch
+                again here: it cannot be. All is as before the call, unless another rank alone failed.
+            LookSAMConfigError: a gradient is sparse.
+        """
+        if self._replay.is_perturbed or not self._evaluates_micro_batches_again:
             return self._replay.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
         self._refuse_per_micro_batch(self.inside_no_sync(), "engine.no_sync()", "call engine.backward() outside of it")
         self._refuse_per_micro_batch(self.inside_coalesce(), "engine.coalesce_grad_reduction()",
@@ -211,7 +217,8 @@ class LookSAMEngine(HostEngine):
                 f"micro-batch again in engine.backward(): {instead}, or use \"ascent\": \"global\"")
 
     def step(self, lr_kwargs: dict[str, Any] | None = None, closure: Closure | None = None) -> None:
-        """As DeepSpeed's; at the boundary of a SAM step the window is evaluated a second time, at w + eps.
+        """As DeepSpeed's, and collective as that is; at the boundary of a SAM step the window is evaluated a second
+        time, at w + eps. Signals that Python handles wait until that step is over, a second Ctrl-C excepted.
 
         Args:
             lr_kwargs: handed to the LR scheduler, as in DeepSpeed.
@@ -222,6 +229,7 @@ class LookSAMEngine(HostEngine):
         Raises:
             LookSAMReplayError: the second evaluation cannot be run. Weights, gradients, RNG and statistics are as
                 before the call, unless another rank alone failed: then a checkpoint must be loaded.
+            LookSAMConfigError: a value of LookSAM's in ``param_groups`` is wrong.
         """
         self._refuse_per_micro_batch(closure is not None and self._update.is_per_micro_batch,
                                      "engine.step(closure=...)", "set engine.loss_fn")
@@ -269,6 +277,7 @@ class LookSAMEngine(HostEngine):
     def save_checkpoint(self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> Any:
         """As DeepSpeed's, with LookSAM's files beside DeepSpeed's. ``latest`` names it once every rank has written.
+        Collective. Returns what DeepSpeed's does.
 
         Raises:
             LookSAMReplayError: the weights are perturbed.
@@ -291,7 +300,8 @@ class LookSAMEngine(HostEngine):
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False, custom_load_fn: Any = None, *,
                         load_looksam_states: bool = True) -> tuple[Any, Any]:
-        """As DeepSpeed's; LookSAM's files are read and checked before anything is changed.
+        """As DeepSpeed's; LookSAM's files are read and checked before anything is changed. Collective. Returns the
+        checkpoint's path, None if there is none, and the client state.
 
         Where there is nothing of LookSAM's to go on with (a checkpoint of a plain run, ``load_module_only``,
         ``load_optimizer_states`` or ``load_looksam_states`` false), the counters start at 0: the next update is a SAM
@@ -316,7 +326,7 @@ class LookSAMEngine(HostEngine):
         return path, client_state
 
     def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's. Raises LookSAMReplayError while the weights are perturbed."""
+        """As DeepSpeed's, and collective as that is. Raises LookSAMReplayError while the weights are perturbed."""
         self._replay.refuse("engine.save_16bit_model()")
         with self._replay.window.not_recording():
             return super().save_16bit_model(*args, **kwargs)

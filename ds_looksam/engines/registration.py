@@ -61,6 +61,7 @@ def unregister() -> None:
 
 
 def is_registered() -> bool:
+    """Whether ``deepspeed.initialize`` knows LookSAM: since ``import ds_looksam``, unless it was unregistered."""
     return _registered
 
 

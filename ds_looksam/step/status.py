@@ -17,7 +17,8 @@ class LookSAMStatus:
 
     The counters are plain ints. The measurements stay on the device, as float64 0-dim tensors, until somebody reads
     them: ``.item()`` is the reader's synchronisation, never the step's. They are None until the first SAM step, and
-    the same on every rank. Norms are those of the whole model's gradient, without the loss scale.
+    the same on every rank, but for ``sharpness`` on stage 0. Norms are those of the whole model's gradient, without
+    the loss scale.
 
     Attributes:
         k: period of the SAM steps, in updates.
