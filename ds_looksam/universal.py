@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,17 @@ def convert(source: Path, target: Path, workers: int = 1) -> None:
             f"{source} has no *_optim_states.pt, as checkpoints of ZeRO stages 1 to 3 have: there is nothing to "
             "convert. One of stage 0 loads at any world size as it is; at another stage load_checkpoint(..., "
             "load_module_only=True) takes its weights")
-    ds_to_universal.main(argparse.Namespace(
-        input_folder=str(source), output_folder=str(target), num_extract_workers=workers, num_merge_workers=workers,
-        keep_temp_folder=False, strict=True, inject_missing_state=True))
-    for path in sorted(source.glob("looksam*")):
-        shutil.copy2(path, target)
-    _serve_every_stage(target)
+    # Apart, since the converter names its result in latest_universal before it is whole.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as apart:
+        made = Path(apart) / target.name
+        ds_to_universal.main(argparse.Namespace(
+            input_folder=str(source), output_folder=str(made), num_extract_workers=workers, num_merge_workers=workers,
+            keep_temp_folder=False, strict=True, inject_missing_state=True))
+        for path in sorted(source.glob("looksam*")):
+            shutil.copy2(path, made)
+        _serve_every_stage(made)
+        made.rename(target)
+        (Path(apart) / "latest_universal").rename(target.absolute().parent / "latest_universal")
 
 
 def _serve_every_stage(folder: Path) -> None:

@@ -29,7 +29,7 @@ Arguments of every launch script:
   --env NAME[=VALUE]   a variable that every rank gets; again for more. ~/.deepspeed_env and ./.deepspeed_env count too
   --launcher-args ARGS further arguments for the launcher itself, quoted as one
   --program FILE       default launch/train.py
-  --dry-run            print the command only
+  --dry-run            print the command only, of variables the names
   -- ...               the program's own arguments
 TEXT
     exit 2
@@ -230,7 +230,7 @@ everywhere() {  # FUNCTION of the above: on the hosts, all at once, then on this
 }
 
 print_command() {  # WHERE COMMAND...  Of the variables the names alone: keys and tokens are among them.
-    echo "+ $1${job_env[*]%%=*} $(printf '%q ' "${@:2}")" >&2
+    echo "+ $1$(printf '%s=... ' "${job_env[@]%%=*}")$(printf '%q ' "${@:2}")" >&2
 }
 
 # Print a command, run it in the job's environment, and end with its exit code; whatever happens, nothing stays behind.

@@ -1,11 +1,8 @@
-"""Joining the other processes, however they were launched: alone, torchrun, deepspeed, mpirun."""
+"""Joining and leaving the other processes, and sums over them."""
 
 from __future__ import annotations
 
 import gc
-import importlib.util
-import os
-import socket
 
 import deepspeed
 import torch
@@ -14,29 +11,9 @@ import torch.distributed.nn.functional  # before there is a group, which its def
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")  # Open MPI, MPICH's Hydra, PMIx under Slurm
+from ds_looksam.ranks.join import join
 
-
-def join() -> None:
-    """Initialise the process group. Collective.
-
-    torchrun and deepspeed say in the environment who is who; under mpirun DeepSpeed asks mpi4py; a process that was
-    launched alone is a group of one.
-
-    Raises:
-        ModuleNotFoundError: launched by mpirun, but there is no mpi4py.
-    """
-    if "RANK" not in os.environ:
-        if any(name in os.environ for name in MPI_VARIABLES):
-            if importlib.util.find_spec("mpi4py") is None:
-                raise ModuleNotFoundError("launched by MPI, but mpi4py is not installed: pip install mpi4py")
-        else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    deepspeed.init_distributed(distributed_port=int(os.environ.get("MASTER_PORT", "29500")), verbose=False)
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+__all__ = ["device", "join", "leave", "summed"]
 
 
 def leave() -> None:

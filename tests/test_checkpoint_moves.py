@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -224,6 +225,16 @@ def test_a_universal_checkpoint_without_looksams_files(saved: Saved, tmp_path: P
     for result in run_on_ranks(2, run_stretch, move.case(move.target), stretch):
         assert "looksam.json is missing" in result.extra.refusals[0] and "Copy looksam*" in result.extra.refusals[0]
         assert result.extra.kinds == ["sam", "base", "base", "sam", "reuse"]
+
+
+def test_a_conversion_that_fails_leaves_nothing(saved: Saved, tmp_path: Path) -> None:
+    """DeepSpeed's converter names its result before ours is done with it."""
+    source = saved(Move("ds_to_universal", TWO[2], TWO[2]))[0] / "saved"
+    with mock.patch("ds_looksam.universal._serve_every_stage", side_effect=OSError), pytest.raises(OSError):
+        convert(source, tmp_path / "universal")
+    assert not list(tmp_path.iterdir())
+    convert(source, tmp_path / "universal")
+    assert (tmp_path / "latest_universal").read_text() == "universal"
 
 
 def test_universal_checkpoints_know_no_stage_0(saved: Saved, tmp_path: Path) -> None:

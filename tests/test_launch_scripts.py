@@ -66,6 +66,14 @@ def echo(text: str) -> str:
 OPENMPI, MPICH = echo("mpirun (Open MPI) 5.0.1"), echo("HYDRA build details")
 
 
+@pytest.mark.parametrize(("script", "files"), [
+    ("torchrun.sh", {}), ("openmpi.sh", {"mpirun": OPENMPI, "python": echo("Open MPI v5.0.1")}),
+    ("mpich.sh", {"mpirun": MPICH, "python": echo("MPICH Version: 5.0")})])
+def test_a_token_is_in_no_command(tmp_path, script, files):
+    told = run(tmp_path, f"{script} --slots 2 --dry-run --env TOKEN=secret --program program.py", files).stderr
+    assert "TOKEN" in told and "secret" not in told, told
+
+
 @pytest.mark.parametrize(("command", "files", "words"), [
     ("ssh.sh --hostfile hosts", {"hosts": "node-1\n"}, ["line 1", "NAME slots=N"]),
     ("ssh.sh --hostfile hosts", {"hosts": "node-1 slots=2\nnode-2 slots=two\n"}, ["line 2", "NAME slots=N"]),

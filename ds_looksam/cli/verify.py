@@ -14,12 +14,9 @@ With --config the case is that JSON, batch sizes and schedules included, with a 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
-import os
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -41,6 +38,7 @@ from ..config.params import OPTIMIZER_TYPES, parse_params
 from ..config.rounding import DTYPES
 from ..errors import LookSAMConfigError
 from ..ranks.agree import raised_everywhere
+from ..ranks.join import join
 from ..ranks.versions import __version__
 from .check import read_json, without_placeholders
 from .output import print_table
@@ -71,7 +69,7 @@ def run(config: Path | None = None, as_json: bool = False, quick: bool = False, 
     cases = [case for case in (own_cases(quick) if config is None else cases_of(config)) if re.search(only, case.name)]
     with redirect_stdout(sys.stderr), warnings.catch_warnings():  # with --json only the result may be on stdout
         warnings.simplefilter("ignore", FutureWarning)  # torch's, of what DeepSpeed calls
-        join()
+        join(LONGEST_WAIT)
         with shared_folder(folder) as place:
             rows = verify(cases, place)
     right, first = is_right(rows), dist.get_rank() == 0
@@ -193,23 +191,6 @@ def cases_of(path: Path) -> Iterator[Case]:
 
 
 # Processes and output -------------------------------------------------------------------------------------------------
-
-
-def join() -> None:
-    """Initialise the process group as this process was launched: alone, by torchrun, deepspeed or MPI. Collective.
-    Raises LookSAMConfigError: launched by MPI, but there is no mpi4py."""
-    if "RANK" not in os.environ:
-        if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
-            if importlib.util.find_spec("mpi4py") is None:
-                raise LookSAMConfigError("launched by MPI, but mpi4py is not installed: pip install mpi4py")
-        else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    deepspeed.init_distributed(distributed_port=int(os.environ.get("MASTER_PORT", "29500")), verbose=False,
-                               timeout=LONGEST_WAIT)
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ..config.params import RhoSchedule
 from ..errors import LookSAMConfigError
@@ -49,7 +48,3 @@ class RhoFactors:
         if schedule.type == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         return schedule.start + (schedule.end - schedule.start) * progress
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a factor depends on beside the number of updates: plain numbers and strings."""
-        return {"schedule": self.schedule.model_dump(), "reference_lrs": self.reference_lrs}
