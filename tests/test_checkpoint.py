@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoints import Stretch, run_stretch, same_bits
+from .models import make_model
 from .ranks import run_on_ranks
-from .training import Case, Result, batches_for, distance, engine_for, master_weights
+from .training import Case, Result, batches_for, distance, engine_for, master_weights, train_window
 from .twin import Net, batches, engine_of
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -73,6 +75,29 @@ def test_resume_in_the_middle_of_a_cycle_is_bit_exact(case: Case, tmp_path: Path
 @pytest.mark.parametrize("case", LATE, ids=_id)
 def test_late_resume_on_a_cpu_adam_is_bit_exact(case: Case, tmp_path: Path) -> None:
     _resume(case, 31, tmp_path)
+
+
+def train_with_an_empty_group(case: Case, folder: str, with_it: bool) -> dict[str, Tensor]:
+    """On a rank: as code that splits parameters by weight decay makes one, where nothing of a kind is trained."""
+    module = make_model(case.model, case.seed)
+    groups = case.model_parameters(module)
+    empty = {"params": [], "lr": 1.0, "rho": 1.0, "alpha": 0.7}
+    with mock.patch.object(Case, "model_parameters", lambda *_: [empty] * with_it + groups), engine_for(
+            case, module=module) as engine:
+        for update in range(2):
+            train_window(engine, case, update)
+        engine.save_checkpoint(folder)
+        engine.load_checkpoint(folder)
+        for update in range(2, case.updates):
+            train_window(engine, case, update)
+        return master_weights(engine)
+
+
+def test_an_empty_param_group_changes_nothing(tmp_path: Path) -> None:
+    case = Case(stage=2, world=1, two_groups=True, updates=5, k=2, params={"rho_schedule": {"type": "lr"}})
+    expected, got = (run_on_ranks(1, train_with_an_empty_group, case, str(tmp_path / str(with_it)), with_it)[0]
+                     for with_it in (False, True))
+    same_bits(got, expected)
 
 
 @pytest.mark.parametrize(("older", "stage", "looksam"), [(2, 3, False), (0, 3, True), (3, 1, True)])
