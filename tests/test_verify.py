@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
-from ds_looksam import LookSAMConfig, LookSAMEngine
+from ds_looksam import LookSAMConfig, LookSAMConfigError, LookSAMEngine
 from ds_looksam.cli import main
 from ds_looksam.cli.verify import Row, cases_of, is_right, own_cases, verify
 from ds_looksam.cli.verify_case import FAILED, RIGHT, SKIPPED, WRONG
@@ -88,6 +88,19 @@ def test_config(params: dict[str, Any], changes: dict[str, Any], told: str, tmp_
     assert [row.status for row in rows] == [RIGHT], rows
     assert rows[0].case.endswith(told)
     assert rows[0].checks["sends"].status == (SKIPPED if params.get("k") == 1 else RIGHT)
+
+
+@pytest.mark.parametrize("params, changes", [
+    ({"rho_schedule": {"type": "lr", "off_updates": "5"}}, {}), ({"rho_schedule": "lr"}, {}), ({}, {"bf16": None}),
+    ({}, {"optimizer": "LookSAM"})])
+def test_a_json_of_other_types_is_refused_and_no_crash(params: dict[str, Any], changes: dict[str, Any],
+                                                       tmp_path: Path) -> None:
+    path = write(tmp_path, params, **changes)
+    if "optimizer" in changes:
+        with pytest.raises(LookSAMConfigError, match=r"optimizer\.type is None"):
+            list(cases_of(path))
+    else:
+        assert [case.config for case in cases_of(path)] == [json.loads(path.read_text())]
 
 
 def test_low_precision_with_a_small_rho_is_told_by_a_second_case(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="ds-looksam", description="LookSAM for DeepSpeed, from the command line.",
@@ -66,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--config", type=Path, metavar="CONFIG.json", help="check this very JSON, with a small model")
     command.add_argument("--json", action="store_true", dest="as_json", help="the result as JSON on stdout")
     command.add_argument("--quick", action="store_true", help="fp32 and bf16 on each stage, nothing else")
-    command.add_argument("--only", default="", metavar="REGEX", help="cases with such a name, 'stage 3' say")
+    command.add_argument("--only", default="", metavar="REGEX", type=_regex,
+                         help="cases with such a name, 'stage 3' say")
     command.add_argument("--folder", type=Path, metavar="DIR", help="where all ranks see files (default: the system's "
                          "temporary folder)")
     return parser
