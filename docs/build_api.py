@@ -76,9 +76,10 @@ def signature(thing: Any) -> str:
 
 def markdown(docstring: str) -> str:
     """A docstring in Google's style, with reStructuredText's quotes, as Markdown."""
-    text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", docstring).replace("``", "`").replace("::\n", ":\n")
+    text = re.sub(r"(?m)^::\n\n", "", docstring)  # a paragraph that only says that code follows
+    text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", text).replace("``", "`").replace("::\n", ":\n")
     lines, in_section = [], False
-    for line in text.replace("::\n\n", "").splitlines():
+    for line in text.splitlines():
         if found := SECTION.match(line):
             lines += [f"**{found[1]}**", ""]
             in_section = True

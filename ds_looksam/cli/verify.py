@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ..config.deepspeed_keys import within
 from ..config.params import OPTIMIZER_TYPES, parse_params
 from ..config.rounding import DTYPES
 from ..errors import LookSAMConfigError
@@ -166,7 +167,7 @@ def cases_of(path: Path) -> Iterator[Case]:
     rounding of so small a model does not hide. Raises LookSAMConfigError: it is no JSON, or not one that trains with
     LookSAM."""
     given, _ = read_json(path)
-    optimizer = _block(given, "optimizer")
+    optimizer = within(given, "optimizer")
     if optimizer.get("type") not in OPTIMIZER_TYPES:
         raise LookSAMConfigError(f"{path}: optimizer.type is {optimizer.get('type')!r}; verify is for "
                                  f"{' and '.join(OPTIMIZER_TYPES)}")
@@ -175,27 +176,21 @@ def cases_of(path: Path) -> Iterator[Case]:
         config["train_micro_batch_size_per_gpu"] = 4
     for block in ("tensorboard", "wandb", "comet", "csv_monitor"):
         config.pop(block, None)  # runs of a small model are not to be logged
-    params = _block(config["optimizer"], "params")
+    params = within(config["optimizer"], "params")
     name = [str(path), *([f"without {', '.join(left_out)}"] if left_out else [])]
-    schedule = _block(params, "rho_schedule")
+    schedule = within(params, "rho_schedule")
     off_updates = schedule.get("off_updates", 0)
     if isinstance(off_updates, int) and off_updates > LONGEST_OFF:
         params = {**params, "rho_schedule": {**schedule, "off_updates": LONGEST_OFF}}
         config["optimizer"]["params"] = params
         name.append(f"off_updates {LONGEST_OFF}")
     yield Case(", ".join(name), config, two_groups=False)
-    if any(_block(config, block).get("enabled") for block in ("bf16", "fp16", "torch_autocast")):
+    if any(within(config, block).get("enabled") for block in ("bf16", "fp16", "torch_autocast")):
         settings, _ = parse_params(params, optimizer["type"])
         louder = {"rho": max(settings.rho, min(10 * settings.rho, 0.5)),
                   "alpha": 0.7 if isinstance(settings.alpha, str) else settings.alpha}
         config = {**config, "optimizer": {**config["optimizer"], "params": {**params, **louder}}}
         yield Case(", ".join([*name, *(f"{key} {value}" for key, value in louder.items())]), config, two_groups=False)
-
-
-def _block(values: dict[str, Any], key: str) -> dict[str, Any]:
-    """An inner object; none where there is something else, which ``deepspeed.initialize`` refuses."""
-    inner = values.get(key)
-    return inner if isinstance(inner, dict) else {}
 
 
 # Processes and output -------------------------------------------------------------------------------------------------

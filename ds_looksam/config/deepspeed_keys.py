@@ -57,7 +57,7 @@ def misspelt(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Keys that DeepSpeed does not read, or refuses: (the key with its blocks, what is wrong). Of the unknown keys that
     DeepSpeed ignores all in the block optimizer are told, elsewhere those that look like one that it knows."""
     for block, keys in KEYS.items():
-        for key in (key for key in _within(values, block) if key not in keys):
+        for key in (key for key in within(values, block) if key not in keys):
             name = f"{block}.{key}".removeprefix(".")
             if block == "optimizer" and key in keys_of_params():
                 yield name, f"{name}: DeepSpeed would ignore it there; it belongs in optimizer.params"
@@ -69,7 +69,7 @@ def misspelt(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield name, f"{name}: DeepSpeed knows no such key and would ignore it.{hint}"
     for block, model in MODELS.items():
         known = {name for field, info in model.model_fields.items() for name in (field, info.alias) if name}
-        for key in _within(values, block):
+        for key in within(values, block):
             if key not in known:
                 yield f"{block}.{key}", f"{block}.{key}: DeepSpeed knows no such key.{did_you_mean(key, known)}"
 
@@ -79,7 +79,8 @@ def ignored(values: dict[str, Any]) -> list[str]:
     return sorted(values.keys() - KEYS[""])
 
 
-def _within(values: dict[str, Any], block: str) -> dict[str, Any]:
+def within(values: dict[str, Any], block: str) -> dict[str, Any]:
+    """An inner object, ``block`` or ``block.of.blocks``; an empty one where there is none, or something else."""
     for key in block.split(".") if block else []:
         inner = values.get(key)
         values = inner if isinstance(inner, dict) else {}

@@ -14,6 +14,8 @@ What DeepSpeed keeps per sub-group i, on this rank:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,8 +102,9 @@ class Zero3Shards(GradientShards):
 
     def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
         moved = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for i, (master, g) in enumerate(zip(self.master_weights(), gradient, strict=True)):
-            moved += self._perturb_model(i, master, g, scale_of, rounding)
+        for i, flat in enumerate(gradient):
+            with self._master(i) as master:
+                moved += self._perturb_model(i, master, flat, scale_of, rounding)
         self._republish()
         return moved
 
@@ -124,8 +127,9 @@ class Zero3Shards(GradientShards):
         return moved
 
     def restore_weights(self) -> None:
-        for i in range(len(self.group_of)):
-            self.cast_weights(i)
+        for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
+            with self._master(i) as master:
+                model.data.copy_(master)
         self._republish(drop_all=True)
 
     def cast_weights(self, i: int) -> None:
@@ -147,6 +151,11 @@ class Zero3Shards(GradientShards):
             coordinator._invalidate_trace()
         self._start_window()
         self.end_window()
+
+    @contextmanager
+    def _master(self, i: int) -> Iterator[torch.Tensor]:
+        """Sub-group i's fp32 master weights, valid inside the block."""
+        yield self._zero.fp32_partitioned_groups_flat[i].detach()
 
     def _flat_gradient(self, i: int) -> torch.Tensor:
         """Sub-group i's averaged gradient as one tensor, DeepSpeed's own memory where that is in one piece."""

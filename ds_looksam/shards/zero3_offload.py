@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..arithmetic.eager import Shard
 from ..arithmetic.layout import Segment
-from .base import ScaleOf, part_norms
+from .base import part_norms
 from .zero3 import Zero3Shards
 
 
@@ -81,20 +81,6 @@ class Zero3OffloadShards(Zero3Shards):
                 masters.append(master.clone() if self._zero._swappable_optimizer_subgroup(i) else master)
         return masters
 
-    def perturb_weights(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None) -> torch.Tensor:
-        moved = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for i, flat in enumerate(gradient):
-            with self._master(i) as master:
-                moved += self._perturb_model(i, master, flat, scale_of, rounding)
-        self._republish()
-        return moved
-
-    def restore_weights(self) -> None:
-        for i, model in enumerate(self._zero.fp16_partitioned_groups_flat):
-            with self._master(i) as master:
-                model.data.copy_(master)
-        self._republish(drop_all=True)
-
     def _wait_for_copies(self) -> None:
         """With ``managed_gradient_accumulation: false`` DeepSpeed's own step starts copies to the host, and waits for
         them only where it takes the norm; otherwise the last backward has."""
@@ -143,7 +129,7 @@ class Zero3OffloadShards(Zero3Shards):
 
     @contextmanager
     def _master(self, i: int) -> Iterator[Tensor]:
-        """Sub-group i's fp32 master weights, valid inside the block: read from NVMe where they are there."""
+        """As everywhere; read from NVMe where they are there."""
         zero = self._zero
         if not zero._swappable_optimizer_subgroup(i):
             yield zero.fp32_partitioned_groups_flat[i].detach()
