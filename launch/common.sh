@@ -229,8 +229,12 @@ everywhere() {  # FUNCTION of the above: on the hosts, all at once, then on this
     if [ "$1" = end_job ] || [ ${#pids[@]} = 0 ]; then "$1" "$job"; fi
 }
 
-print_command() {  # WHERE COMMAND...  Of the variables the names alone: keys and tokens are among them.
-    echo "+ $1$(printf '%s=... ' "${job_env[@]%%=*}")$(printf '%q ' "${@:2}")" >&2
+print_command() {  # WHERE COMMAND...  Of the variables the names alone, keys and tokens are among them; and the job's name.
+    local variable shown=''
+    for variable in "${job_env[@]}"; do
+        case $variable in LOOKSAM_JOB=*) shown+="$variable " ;; *) shown+="${variable%%=*}=... " ;; esac
+    done
+    echo "+ $1$shown$(printf '%q ' "${@:2}")" >&2
 }
 
 # Print a command, run it in the job's environment, and end with its exit code; whatever happens, nothing stays behind.
@@ -274,8 +278,12 @@ supervise() {
     [ -z "$dry_run" ] || exit 0
     trap 'stop 130 INT' INT
     trap 'stop 143 TERM' TERM
+    trap 'stop 129 HUP' HUP
+    # In a process group of its own: Ctrl-C is for this script alone, and the launchers would end the ranks at once.
+    set -m
     "$@" < /dev/null &
     job_pid=$!
+    set +m
     local code=0
     wait "$job_pid" || code=$?
     finish "$code"
@@ -288,7 +296,7 @@ ask_to_stop() {
 
 STOP_SECONDS=${STOP_SECONDS:-120}  # what a job gets to end by itself when it is told to
 stop() {  # EXIT_CODE SIGNAL
-    trap '' INT TERM
+    trap '' INT TERM HUP
     echo "$2: telling the ranks to stop" >&2
     ask_to_stop
     local code=0
@@ -303,7 +311,7 @@ stop() {  # EXIT_CODE SIGNAL
 
 SAVED_TO_GO_ON=75  # EX_TEMPFAIL: what a program ends with that was told to stop and has saved a checkpoint
 finish() {  # EXIT_CODE
-    trap '' INT TERM
+    trap '' INT TERM HUP
     everywhere end_job
     ! declare -F at_end > /dev/null || at_end "$1"
     [ -z "${env_file:-}" ] || rm -f "$env_file"

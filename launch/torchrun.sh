@@ -21,7 +21,7 @@ read -ra more <<< "$launcher_args"
 job_env+=("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
 
 node_command() {  # I: into node_command
-    node_command=("$PYTHON" -m torch.distributed.run --nnodes ${#hosts[@]} --nproc-per-node "${slots_of[$1]}"
+    node_command=("$PYTHON" "$ROOT/launch/elastic.py" --nnodes ${#hosts[@]} --nproc-per-node "${slots_of[$1]}"
         --max-restarts "$restarts" --rdzv-backend c10d --rdzv-endpoint "$master_addr:$master_port"
         --rdzv-id "$rendezvous" --rdzv-conf "is_host=$(($1 == 0 ? 1 : 0))"
         ${more[@]+"${more[@]}"} "$program" "${program_args[@]}")
@@ -30,9 +30,10 @@ node_command() {  # I: into node_command
 rendezvous=$job
 if [ -z "$hostfile" ]; then
     local_slots
-    run_job "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$slots" --max-restarts "$restarts" \
+    run_job "$PYTHON" "$ROOT/launch/elastic.py" --standalone --nproc-per-node "$slots" --max-restarts "$restarts" \
         ${more[@]+"${more[@]}"} "$program" "${program_args[@]}"
 elif [ -z "${node_rank:-}" ]; then
+    needed_files=("$ROOT/launch/elastic.py")
     check_hosts
     run_job_on_every_host
 else

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,19 +23,33 @@ SCRIPTS = ["torchrun.sh", "pdsh.sh", "ssh.sh", "no_ssh.sh", "openmpi.sh", "mpich
 HOSTS = "node-1 slots=4\nnode-2 slots=8 # larger\n"
 
 
-def run(folder: Path, command: str, files: dict[str, str] | None = None,
-        **environment: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, command: str, files: dict[str, str] | None = None, **environment: str) -> subprocess.Popen[str]:
     """A script of launch/ and its arguments, in an empty home with these files, which are also programs, and with a
-    program that is never started."""
+    program that does nothing."""
     for name, text in {"program.py": "", "hosts": HOSTS, **(files or {})}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     script, *arguments = shlex.split(command)
     python = folder / "python" if (folder / "python").exists() else sys.executable
-    return subprocess.run(["bash", str(ROOT / "launch" / script), *arguments], cwd=folder, text=True, timeout=120,
-                          capture_output=True, stdin=subprocess.DEVNULL,
-                          env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "PYTHON": str(python),
-                               "LC_ALL": "C.UTF-8", **environment})
+    return subprocess.Popen(["bash", str(ROOT / "launch" / script), *arguments], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                            start_new_session=True,
+                            env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "PYTHON": str(python),
+                                 "LC_ALL": "C.UTF-8", **environment})
+
+
+def result_of(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def run(folder: Path, command: str, files: dict[str, str] | None = None,
+        **environment: str) -> subprocess.CompletedProcess[str]:
+    return result_of(start(folder, command, files, **environment))
 
 
 def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -113,6 +130,72 @@ def test_variables_of_the_working_folder_and_the_command_line_win(tmp_path):
         "python": "#!/bin/sh\necho $A $B $C $D\nexit 17\n"}, HOME=str(tmp_path / "home"), D="from the shell")
     assert result.stdout == "home here line from the shell\n"
     assert result.returncode == 17 and "error: the job ended with exit code 17" in result.stderr
+
+
+def test_the_printed_command_shows_no_value_but_the_name_of_the_job(tmp_path):
+    """Which launch/stop.sh asks for."""
+    errors = run(tmp_path, "torchrun.sh --slots 1 --env TOKEN=secret --dry-run").stderr
+    assert "TOKEN=... " in errors and "secret" not in errors
+    assert " LOOKSAM_JOB=looksam-" in errors
+
+
+SAVES = """
+import os, signal, sys, time
+rank, told = int(os.environ["RANK"]), []
+signal.signal(signal.SIGTERM, lambda *_: told.append(open(f"told-{rank}", "a").write("x")))
+open(f"started-{rank}", "a").write("x")
+while not told and not os.path.exists("finish"):
+    time.sleep(0.05)
+if told:
+    time.sleep(2 * rank)
+    open(f"saved-{rank}", "a").write("x")
+    sys.exit(int(sys.argv[1]) if rank == 0 else 75)
+"""
+"""Rank 1 takes longer to save."""
+
+
+@pytest.mark.parametrize(("number", "to_group", "ends_with", "code"), [
+    (signal.SIGTERM, False, 75, 75), (signal.SIGINT, True, 75, 75), (signal.SIGHUP, True, 75, 75),
+    (signal.SIGTERM, False, 3, 143)])
+def test_torchrun_told_to_stop_lets_every_rank_save_and_starts_none_again(tmp_path, number, to_group, ends_with, code):
+    """By a signal to the script, or as a terminal sends it (Ctrl-C, hang-up): to all of the script's process group."""
+    again = "--restarts 2" if code == 75 else ""
+    script = start(tmp_path, f"torchrun.sh --slots 2 {again} --program saves.py -- {ends_with}", {"saves.py": SAVES})
+    wait_for(script, lambda: all((tmp_path / f"started-{rank}").exists() for rank in (0, 1)))
+    (os.killpg if to_group else os.kill)(script.pid, number)
+    result = result_of(script)
+    assert result.returncode == code, result.stderr
+    told = sorted(path.name for path in tmp_path.glob("*-?") if path.read_text() == "x")
+    if code == 75:  # each of it once
+        assert told == ["saved-0", "saved-1", "started-0", "started-1", "told-0", "told-1"]
+    assert ("the job has saved a checkpoint and can be started again" in result.stderr) == (code == 75)
+
+
+def test_torchrun_that_starts_ranks_again_forgets_who_had_saved(tmp_path):
+    """Rank 1 saves while rank 0 fails; both are started again, and finish: the job has finished."""
+    program = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    while rank == 0 and not any(os.scandir(os.environ["SAVED"])):
+        time.sleep(0.05)
+    if rank == 1:
+        open(os.environ["SAVED"] + "/now", "w").close()
+    sys.exit(75 if rank == 1 else 3)
+open(f"finished-{rank}", "w").close()
+"""
+    (tmp_path / "saved").mkdir()
+    result = run(tmp_path, "torchrun.sh --slots 2 --restarts 1 --program fails.py -- --resume", {"fails.py": program},
+                 SAVED=str(tmp_path / "saved"))
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.glob("finished-*")} == {"finished-0", "finished-1"}
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("script", "missing"), [("pdsh.sh", "pdsh"), ("ssh.sh", "ssh"), ("openmpi.sh", "mpirun")])

@@ -250,7 +250,9 @@ def test_no_ssh(job):
     job.check_weights(started_at=[0], bound=bool(bind))
 
 
-@pytest.mark.parametrize("script", [pytest.param("ssh.sh", marks=HOSTS), pytest.param("pdsh.sh", marks=PDSH)])
+@pytest.mark.parametrize("script", [
+    pytest.param("ssh.sh", marks=HOSTS), pytest.param("torchrun.sh --restarts 1", marks=HOSTS),
+    pytest.param("pdsh.sh", marks=PDSH)])
 def test_a_job_that_is_told_to_stop_saves_and_goes_on(job, script):
     launch = job.train(script, "--wait-at 4")
     launch.wait_for("waiting-at-4-rank-*", 4)
