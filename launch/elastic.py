@@ -2,9 +2,9 @@
 
     python launch/elastic.py [torchrun's arguments] PROGRAM [its arguments]
 
-To torchrun every exit code but 0 is a failure: it would end the other ranks, which may be saving still, and start all of
-them again. So a rank that ends with 75 ends with 0 here, and leaves a note for the process that started it, which then
-ends with 75 itself.
+To torchrun every exit code but 0 is a failure: it would end the other ranks, which may be saving still, and start all
+of them again. So a rank that ends with 75 ends with 0 here, and leaves a note for the process that started it, which
+then ends with 75 itself.
 """
 
 from __future__ import annotations

@@ -121,13 +121,22 @@ def test_bytes_sent_are_those_that_were_counted(check, stage):
 
 
 @pytest.mark.parametrize(("zero", "params", "sizes"), [
-    ({"stage": 0}, {}, "4.00 4.00 8.00"), ({"stage": 1}, {}, "1.00 1.00"), ({"stage": 3}, {}, "1.00 1.00"),
+    ({"stage": 0}, {}, "4.00 4.00 4.00"), ({"stage": 1}, {}, "1.00 1.00"), ({"stage": 3}, {}, "1.00 1.00"),
     ({"stage": 2}, {"v_dtype": "bf16"}, "0.50 1.00"), ({"stage": 2}, {"ascent": "rank"}, "1.00 1.00 4.00"),
     ({"stage": 2}, {"ascent": "micro_batch"}, "1.00 1.00 4.00 4.00"),
     ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}, "1.00 1.00"),
 ], ids=str)  # yapf: disable
 def test_memory(check, zero, params, sizes):
     _, out, _ = check("--world-size", "4", "--params", str(MIB), zero_optimization=zero, optimizer=looksam(**params))
+    check_memory(out, zero, sizes)
+
+
+def test_memory_of_stage_0_in_bf16(check):
+    _, out, _ = check("--world-size", "4", "--params", str(MIB), zero_optimization={"stage": 0}, **BF16)
+    check_memory(out, {}, "4.00 4.00 2.00")
+
+
+def check_memory(out, zero, sizes):
     where = "in host memory (offload_optimizer)" if "offload_optimizer" in zero else "on the accelerator"
     expected = [f"{size} MiB a rank, {where}".replace("0.50 MiB", "512.00 KiB") for size in sizes.split()]
     lines = [line for line in out.splitlines() if "extra memory" in line]

@@ -29,12 +29,15 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
+from torch.utils import cpp_extension
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
 from ds_looksam import LookSAMReplayError
-from ds_looksam.engines.compile_lock import stale_locks
+from ds_looksam.engines.compile_lock import stale_locks, warn_of_stale_locks
+from ds_looksam.engines.looksam import LookSAMEngine
 
+from .inside import ascent as ascent_of
 from .ranks import run_on_ranks
 from .training import Case, engine_for
 from .twin import SGD, UPDATES, K, Net, Twin, batches, engine_of, whole
@@ -589,6 +592,12 @@ class Losses:
             target = TEACHERS.setdefault(key, m(2 * x))
         return F.mse_loss(out, y) + F.mse_loss(out, target)
 
+    def target_past_the_engine(m, i, x, y):
+        out, key = m(x), (y.dtype, round(y[0, 0].item(), 5))
+        with torch.no_grad():
+            target = TEACHERS.setdefault(key, inside(m)(2 * x) + inside(m).body[0].weight.mean())
+        return F.mse_loss(out, y) + F.mse_loss(out, target)
+
     def inference(m, i, x, y):
         with torch.inference_mode():
             m(x)
@@ -950,7 +959,8 @@ SITUATIONS: dict[str, Situation] = {
 }
 SET = ["attributes", "buffer_in_place", "buffer_rebound", "inference", "failures", "two_in_one_loss", "hook",
        "submodule", "frozen_layer", "thawed_layer", "generator_in_loss", "hooks_on_gradients", "inner_loop",
-       "checkpointed", "copy_as_teacher", "own_target", "empty", "normed", "generators_in_inputs"]
+       "checkpointed", "copy_as_teacher", "own_target", "target_past_the_engine", "empty", "normed",
+       "generators_in_inputs"]
 OWN = ["rank", "micro_batch", "global_micro_batch"]
 ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "zero_grad of module"
 
@@ -1029,7 +1039,8 @@ def test_trained(name: str, stage: int, accumulation: int, ascent: str, world: i
     *(("taught silently", "changed through .data between two", {"stage": stage, "accumulation": 2})
       for stage in (0, 2)),
     ("large", "too large to be copied", {}), ("labels_in_one_array", "after the loss was formed", {"accumulation": 2}),
-    *(("module_method", "no forward of the engine was seen", {"stage": stage}) for stage in (0, 2)),
+    *(("module_method", "no forward of the engine was seen", {"stage": stage, "ascent": ascent})
+      for stage in (0, 2) for ascent in ("global", "rank")),
     ("normalized", "read out to Python", {}), ("in_place", "by the model's own forward", {}),
 ])
 def test_refused(name: str, words: str, case: dict[str, Any]) -> None:
@@ -1129,3 +1140,117 @@ def test_a_lock_that_a_killed_compilation_left_is_named(tmp_path: Path) -> None:
     assert stale_locks(tmp_path) == [build / "lock"]
     (build / "fused_adam.o").touch()  # somebody is at work
     assert stale_locks(tmp_path) == []
+
+
+def test_a_compilation_under_way_does_not_break_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files vanish while they are looked at."""
+    monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)  # as in torch before 2.14
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "fused_adam" / "lock").mkdir(parents=True)  # the only entry, and no file any more
+    warn_of_stale_locks()
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([Gone(folder)]))
+    warn_of_stale_locks()
+
+
+class Gone(type(Path())):  # type: ignore[misc]
+    def is_file(self) -> bool:
+        return True
+
+    def stat(self, **_: Any) -> os.stat_result:
+        raise FileNotFoundError(self)
+
+
+class Own(Net):
+    def loss_fn(self, out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(out, y)
+
+
+def trains_by_the_models_loss_fn() -> None:
+    twin = Twin(Own)
+    with engine_of(Own, 2) as engine:
+        for (x, y), in batches(1):
+            engine.backward(engine.loss_fn(engine(x.float()), y.float()))
+            engine.step()
+            twin.update(lambda m, x=x, y=y: [plain(m, 0, x, y)])
+        twin.check(engine)
+
+
+def test_the_models_own_loss_fn_is_found_on_the_engine() -> None:
+    """As with DeepSpeed's; it is not taken for the one that a user sets."""
+    run_on_ranks(1, trains_by_the_models_loss_fn)
+
+
+def closure_with_a_target() -> str:
+    """What is said where it makes its target itself; with that of the loop the run is the twin's."""
+    twin, told = Twin(Net), ""
+    with engine_of(Net, 2) as engine:
+        for update, ((x, y), ) in enumerate(batches(1)):
+            x, y = x.float(), y.float()
+
+            def target(m: Any = engine, x: Tensor = x) -> Tensor:
+                with torch.no_grad():
+                    return m(2 * x)
+
+            def loss(target: Tensor, m: Any = engine, x: Tensor = x, y: Tensor = y) -> Tensor:
+                return F.mse_loss(m(x), y) + F.mse_loss(m(x), target)
+
+            constant, of_twin = target(), target(twin.module, x.double())
+            engine.backward(loss(constant))
+            if update == 0:
+                with pytest.raises(LookSAMReplayError) as error:
+                    engine.step(closure=lambda: engine.backward(loss(target())))
+                told = str(error.value)
+            engine.step(closure=lambda c=constant: engine.backward(loss(c)))
+            twin.update(lambda m, x=x, y=y, c=of_twin: [loss(c, m, x.double(), y.double())])
+        twin.check(engine)
+    return told
+
+
+def test_a_closure_that_makes_a_constant_of_the_loss_is_told_to_take_the_first() -> None:
+    (told, ) = run_on_ranks(1, closure_with_a_target)
+    assert "under torch.no_grad()" in told and "take the value that your loop has computed before" in told
+
+
+def goes_past_the_engine(stage: int) -> list[str]:
+    """Forward and backward, in the first window; then only the forward, as the message says."""
+    twin, told = Twin(Conditioned), []
+    with engine_of(Conditioned, stage, ascent="rank") as engine:
+        for update, ((x, y), ) in enumerate(batches(1)):
+            loss = partial(engine.module.loss, x.float(), y.float())
+            if update == 0:
+                loss().backward()
+                with pytest.raises(LookSAMReplayError) as error:
+                    engine.step(closure=lambda loss=loss: engine.backward(loss()))
+                told.append(str(error.value))
+                engine.zero_grad()
+            engine.backward(loss())
+            engine.step(closure=lambda loss=loss: engine.backward(loss()))
+            twin.update(lambda m, x=x, y=y: [m.loss(x, y)])
+        twin.check(engine)
+    return told
+
+
+def test_a_rank_whose_gradient_was_not_heard_is_told_so() -> None:
+    (told, ) = run_on_ranks(1, goes_past_the_engine, 0)[0]
+    assert "neither engine(...) nor engine.backward(...) was called" in told and "\"global\"" in told
+
+
+def listens_after_destroy(stage: int) -> bool:
+    with engine_of(Net, stage, ascent="rank") as engine:
+        engine(torch.ones(4, 3))
+        assert ascent_of(engine)._own.is_listening
+        engine.destroy()
+        return ascent_of(engine)._own.is_listening
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_nothing_listens_to_the_model_of_an_engine_that_was_destroyed(stage: int) -> None:
+    assert run_on_ranks(1, listens_after_destroy, stage) == [False]
+
+
+def test_an_engine_that_could_not_be_built_is_cleaned_up_by_deepspeed() -> None:
+    engine = LookSAMEngine.__new__(LookSAMEngine)
+    nn.Module.__init__(engine)
+    with mock.patch("deepspeed.runtime.engine.DeepSpeedEngine.destroy") as destroy:
+        engine.destroy()
+    assert destroy.called

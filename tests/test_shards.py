@@ -124,8 +124,9 @@ def _on_nvme(folder: Path, **fields: object) -> Case:
 
 
 @pytest.mark.grid  # an operator of its own to compile
-@pytest.mark.parametrize("fields", [{"clipping": 0.05, "accumulation": 2}, {"two_groups": True, "zero": MANY}],
-                         ids=["clipping", "sub_groups"])
+@pytest.mark.parametrize("fields", [{"clipping": 0.05, "accumulation": 2}, {"two_groups": True, "zero": MANY},
+                                    {"layer_scale": "norm", "two_groups": True, "zero": MANY}],
+                         ids=["clipping", "sub_groups", "layers"])
 def test_optimizer_state_on_nvme(fields: dict[str, object], tmp_path: Path) -> None:
     check(_on_nvme(tmp_path, **fields))
 

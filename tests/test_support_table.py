@@ -54,7 +54,7 @@ def initialize(module: nn.Module | None = None, config: dict[str, Any] | None = 
     module = make_model(case.model) if module is None else module
     try:
         engine, *_ = deepspeed.initialize(model=module, config={**case.json(), **(config or {})},
-                                          model_parameters=module.parameters(), **kwargs)
+                                          **{"model_parameters": module.parameters(), **kwargs})
         engine.destroy()
     finally:  # DeepSpeed keeps them for the life of the process
         groups.mpu = groups.mesh_device = None
@@ -102,6 +102,11 @@ def with_client_optimizer() -> None:
     initialize(module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
 
 
+def with_a_parameter_of_the_loss() -> None:
+    module = make_model("mlp")
+    initialize(module, stage=0, model_parameters=[*module.parameters(), nn.Parameter(torch.zeros(1))])
+
+
 def with_mixed_weights_at_stage_3() -> None:
     module = make_model("mlp")
     module.first.bfloat16()
@@ -117,6 +122,7 @@ CALLS: dict[str, tuple[int, Callable[[], None]]] = {
     "with Ulysses": (2, with_ulysses_and_own_perturbations),
     "tensor parallelism": (2, lambda: initialize(mpu=two_way_model_parallel())),
     "sparse gradients": (1, lambda: initialize(nn.Sequential(nn.Embedding(4, 4, sparse=True)))),
+    "that are not the model's": (1, with_a_parameter_of_the_loss),
     "deepspeed.initialize(optimizer=...)": (1, with_client_optimizer),
     "that are complex": (1, lambda: initialize(nn.ParameterList([torch.zeros(4, dtype=torch.cfloat)]))),
     "that are not fp32": (1, lambda: initialize(make_model("mlp").bfloat16(), stage=0)),
@@ -131,6 +137,14 @@ def refusal(words: str) -> str | None:
     except LookSAMConfigError as error:
         return str(error)
     return None
+
+
+class Attention(nn.Linear):
+    sparse = True
+
+
+def test_what_only_looks_like_a_refused_model_trains() -> None:
+    run_on_ranks(1, initialize, nn.Sequential(Attention(4, 4)))
 
 
 @pytest.mark.parametrize("row", [row for row in REFUSED if row.config is None], ids=lambda row: row.feature)

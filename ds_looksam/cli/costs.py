@@ -92,7 +92,7 @@ def memory(run: Run, settings: LookSAMConfig, world_size: int) -> Iterator[tuple
     yield f"always: g_v in {settings.v_dtype}", where, (BF16 if settings.v_dtype == "bf16" else FP32) * shard
     yield "during a SAM step: g in fp32", where, FP32 * shard
     if stage == 0:
-        yield "during a SAM step: clean weights, and w + eps", where, 2 * FP32 * shard
+        yield "during a SAM step: clean weights", where, run.dtype.itemsize
     own = FP32 if stage == 0 else run.dtype.itemsize
     if settings.ascent in ("rank", "micro_batch"):
         yield "in a SAM step's window: the rank's own gradient", here, own

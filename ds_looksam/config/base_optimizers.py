@@ -15,8 +15,8 @@ TESTED_WITH_ZERO = (torch.optim.SGD, )
 """Bases that DeepSpeed calls untested with ZeRO, and that this package's tests compare with the oracle on ZeRO."""
 TAKEN_OUT = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}
 """Keys that DeepSpeed's engine takes out of an Adam's params before it builds one."""
-_MUON = {"lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr"}
-"""Keys that DeepSpeed's engine picks for the two halves of Muon; it ignores all others."""
+_MUON = {"lr", "momentum", "weight_decay", "ns_method", "betas", "eps", "muon_lr", "adam_lr", "per_head_muon"}
+"""Keys that DeepSpeed picks for the two halves of Muon; it ignores all others."""
 
 
 def deepspeed_name(optimizer: str) -> str:

@@ -243,6 +243,9 @@ REFUSED = (
     Refused(_BASE, "Muon with zero_optimization.offload_optimizer.device nvme", 'use "cpu"',
             json=lambda run: run.muon and run.offload == "nvme",
             config={**_zero(3, reduce_scatter=False, offload_optimizer=_NVME), **_params(base_optimizer="Muon")}),
+    Refused("optimizer.params.per_head_muon", "", "leave it out", why="not tested",
+            json=lambda run: run.muon and bool(run.base_params.get("per_head_muon")),
+            config={**_zero(3, reduce_scatter=False), **_params(base_optimizer="Muon", per_head_muon=True)}),
     Refused(_BASE, "Muon at stage 0 in bf16 and fp16", 'use stage 3 with "reduce_scatter": false',
             json=lambda run: run.muon and run.stage == 0 and run.dtype != torch.float32,
             config={**_zero(0), **_params(base_optimizer="Muon"), "bf16": {"enabled": True}}),
@@ -273,14 +276,19 @@ REFUSED = (
             why="norms over expert groups are not implemented",
             model=lambda engine: (engine.has_moe_layers or any(getattr(p, "allreduce", True) is False
                                                                for p in engine.module.parameters()))),
-    Refused("sequence_parallel_size", "in the JSON", "leave it out, and use deepspeed.initialize(mpu=...) with what "
-            "UlyssesSPAttentionHF.register_with_transformers returns",
+    Refused("sequence_parallel_size", "in the JSON, or deepspeed.initialize(mesh_param=...)", "leave it out, and use "
+            "deepspeed.initialize(mpu=...) with what UlyssesSPAttentionHF.register_with_transformers returns",
             why="gradients and optimizer state are then averaged and partitioned over the data parallel ranks alone",
             model=lambda engine: engine.sequence_parallel_size > 1 and engine.mpu is None),
     Refused("", "tensor parallelism (`mpu` with a model parallel size above 1)", "use data parallelism (ZeRO)",
             model=lambda engine: engine.mp_world_size > 1),
     Refused("", "sparse gradients", "build embeddings with `sparse=False`",
-            model=lambda engine: any(getattr(module, "sparse", False) is True for module in engine.module.modules())),
+            model=lambda engine: any(isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse
+                                     for module in engine.module.modules())),
+    Refused("deepspeed.initialize(model_parameters=...)", "with parameters that are not the model's",
+            "make them parameters of a module inside of it",
+            why="DeepSpeed neither averages their gradients nor saves them",
+            model=lambda engine: engine.has_parameters_outside_of_model()),
     Refused("", "trained parameters that are complex", "train their real and imaginary parts, torch.view_as_real",
             why="DeepSpeed neither reduces nor partitions them",
             model=lambda engine: any(p.requires_grad and p.is_complex() for p in engine.module.parameters())),

@@ -21,7 +21,10 @@ def warn_of_stale_locks() -> None:
     collective."""
     if int(os.environ.get("LOCAL_RANK", 0)) != 0 or not hasattr(cpp_extension, "FileBaton"):
         return
-    locks = stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()))
+    try:
+        locks = stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()))
+    except OSError:  # of another user, or gone since: something is being built, or cleared away
+        return
     if locks:
         warnings.warn(  # to stderr: DeepSpeed's logger writes between what the command line prints
             "a compilation of DeepSpeed's operators was killed here, and left a lock on which every run that needs the "
@@ -31,7 +34,8 @@ def warn_of_stale_locks() -> None:
 def stale_locks(root: Path) -> list[Path]:
     """Locks of builds in which nothing has been written for a minute while no compiler runs on this host."""
     old = [lock for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)
-           if time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir() if path.is_file()) > OLD]
+           if time.time() - max((path.stat().st_mtime for path in lock.parent.iterdir() if path.is_file()),
+                                default=time.time()) > OLD]
     if not old or any(process.info["name"] in COMPILERS for process in psutil.process_iter(["name"])):
         return []
     return old

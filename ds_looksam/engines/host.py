@@ -213,6 +213,11 @@ class HostEngine(DeepSpeedEngine):
         """The pattern of the model states files that a run at this stage writes, and loads."""
         return f"{'zero_pp_rank_*_' if self.zero_optimization_partition_weights() else ''}mp_rank_*_model_states.pt"
 
+    def has_parameters_outside_of_model(self) -> bool:
+        """Whether ``deepspeed.initialize(model_parameters=...)`` was given parameters that the model has not."""
+        own = {id(p) for p in self.module.parameters()}
+        return any(id(p) not in own for group in self._whole_groups for p in group)
+
     def has_step_hooks(self) -> bool:
         """Whether hooks of the user's run in the base optimizer's step, on this rank."""
         own = self.basic_optimizer
@@ -232,8 +237,16 @@ class HostEngine(DeepSpeedEngine):
             self.writer_is_done()
 
     def leave_failed_step(self) -> None:
-        """step() raised: put back the flags that its normal end resets, so that it can be called again."""
+        """step() raised: put back the flags that its normal end resets, and the timers that it stops, so that it can be
+        called again."""
         self._running_engine_step = False
+        self.reset_running_timers()
+
+    def reset_running_timers(self) -> None:
+        """What raised has left them running, and DeepSpeed refuses to start one that runs."""
+        for timer in self.timers.get_timers().values():
+            if timer.started_:
+                timer.reset()
 
     def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
@@ -280,7 +293,6 @@ class HostEngine(DeepSpeedEngine):
         return self._own_optimizer_class() is not None or super()._is_supported_optimizer(optimizer_name)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> torch.optim.Optimizer:
-        refuse_model(self)
         own = self._own_optimizer_class()
         try:
             if own is not None:
@@ -293,6 +305,7 @@ class HostEngine(DeepSpeedEngine):
         # DeepSpeed does so too, but later, and then what is kept of each group would be another one's.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self._whole_groups = [list(group["params"]) for group in optimizer.param_groups]
+        refuse_model(self)
         if isinstance(optimizer, LayerwiseOptimizer):
             optimizer.wait_for_wrapper()
         self.base_optimizer_is_built(optimizer)

@@ -60,7 +60,9 @@ class LookSAMEngine(HostEngine):
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
         super().__init__(*args, config_class=config_class, **kwargs)
         settings, shards = self._settings, self.gradient_shards
-        shards.passes = choose_passes(shards.device, settings.compile)
+        shards.passes = shards.passes_of_model = choose_passes(shards.device, settings.compile)
+        if self.perturbs_by_rank and shards.device.type != self.device.type:
+            shards.passes_of_model = choose_passes(self.device, settings.compile)
         status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates,
                                ascent=settings.ascent)
         self._state = LookSAMState(status, shards, V_DTYPES[settings.v_dtype])
@@ -133,7 +135,8 @@ class LookSAMEngine(HostEngine):
 
     @property
     def loss_fn(self) -> LossFn | None:
-        return self._replay.loss_fn
+        """Where none was set, the model's own attribute of that name, as with DeepSpeed's engine."""
+        return self._replay.loss_fn if self._replay.loss_fn is not None else getattr(self.module, "loss_fn", None)
 
     @property
     def edit_gradients(self) -> Callable[[], None] | None:
@@ -269,7 +272,8 @@ class LookSAMEngine(HostEngine):
     def destroy(self) -> None:
         """As DeepSpeed's. A window that has no update yet is forgotten, and nothing of the user's is recorded any more.
         """
-        self._replay.forget()
+        if hasattr(self, "_update"):  # not where the constructor raised
+            self._update.give_up_window()
         super().destroy()
 
     # Checkpoints ----------------------------------------------------------------------------------------------------

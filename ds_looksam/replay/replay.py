@@ -223,6 +223,7 @@ class Replay:
         apart = raised_everywhere(error, shards.process_group,
                                   f"forward {self._forwards}, backward {self._backwards}")
         if apart is None:
+            self._engine.reset_running_timers()
             shards.abort_evaluation()
             shards.restore_weights()
             put_back()
@@ -330,7 +331,11 @@ class Replay:
     def _refuse_unless_in_closure(self, what: str) -> None:
         """Only the user's closure runs the engine at perturbed weights: not a hook, not an evaluation without grad."""
         by_closure = self._where is Where.EVALUATING and self._closure is not None
-        if not (by_closure and torch.is_grad_enabled()):
+        if by_closure and not torch.is_grad_enabled():
+            raise LookSAMReplayError(f"engine.step(closure=...): the closure called engine.{what}() under "
+                                     "torch.no_grad(), where the weights are perturbed. What it returns is a constant "
+                                     "of the loss: take the value that your loop has computed before")
+        if not by_closure:
             self.refuse(f"engine.{what}()")
 
     def _share(self, scale_wrt_gas: bool, is_scaled: bool) -> float:

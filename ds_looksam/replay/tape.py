@@ -259,8 +259,11 @@ class LossTape(TorchFunctionMode):
             setattr(self, name, False)
 
     def _depends_on_model(self, tensor: Tensor) -> bool:
+        """What is made of parameters under ``no_grad`` is a constant, as what ``engine(x)`` returns there."""
         known = self._known.get(tensor)
-        return id(tensor) in self._own_parameters if known is None else not known.is_input
+        if known is None:
+            return id(tensor) in self._own_parameters and torch.is_grad_enabled()
+        return not known.is_input
 
     def _describe(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
                   tensors: list[Tensor]) -> RecordedCall:

@@ -69,7 +69,8 @@ class GradientShards(ABC):
         process_group: the ranks over which the parts add up to the whole model; None where every rank holds it all.
         device: where the shards, and the sums over them, live.
         group_of: for each flat tensor, the index of its param group.
-        passes: the arithmetic on them.
+        passes, passes_of_model: the arithmetic on them, and on the weights that this rank's model computes with, which
+            lie elsewhere with offload.
         groups: for each flat tensor the parameters that ranks have in theirs.
         whole_groups: the parameters of each param group of the optimizer, the same lists on every rank.
     """
@@ -78,6 +79,7 @@ class GradientShards(ABC):
     device: torch.device
     group_of: list[int]
     passes: Passes = EAGER
+    passes_of_model: Passes = EAGER
     whole_groups: list[list[torch.nn.Parameter]]
     groups: list[list[Any]]
     _changed: bool = False

@@ -53,6 +53,10 @@ class OwnModel:
         node = get_gradient_edge(parameter).node  # kept: torch keeps none that only its tensor knows
         self._hooks[parameter] = node.register_prehook(add), node
 
+    @property
+    def is_listening(self) -> bool:
+        return bool(self._hooks)
+
     def take_gradient(self) -> Shard:
         """What was heard since :meth:`listen`, in the model's dtype and with the loss scale in it."""
         gradient = self._gradient
@@ -90,7 +94,7 @@ class OwnModel:
         return self.layers.squares(self._flats)
 
     def squared_norm(self, gradient: Shard) -> Tensor:
-        return self._shards.passes.squared_norm(gradient, gradient[0].device)
+        return self._shards.passes_of_model.squared_norm(gradient, gradient[0].device)
 
     def perturb(self, gradient: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
         """w <- w + scale * gradient, in the model's dtype. Returns the sums of :func:`add_perturbation`, float64 [3].
@@ -103,7 +107,7 @@ class OwnModel:
             for i, (w, g) in enumerate(zip(flats, gradient, strict=True)):
                 if w.numel() > 0:
                     seed = seed_for(w.dtype, rounding, i)
-                    moved += self._shards.passes.add_perturbation(w, g, partial(scale_of, i), w, seed)
+                    moved += self._shards.passes_of_model.add_perturbation(w, g, partial(scale_of, i), w, seed)
         return moved
 
     def restore(self) -> None:

@@ -81,6 +81,15 @@ class Zero3OffloadShards(Zero3Shards):
                 masters.append(master.clone() if self._zero._swappable_optimizer_subgroup(i) else master)
         return masters
 
+    def layer_squares(self) -> Tensor:
+        if not any(self._zero._swappable_optimizer_subgroup(i) for i in range(len(self.group_of))):
+            return super().layer_squares()
+        out = self.layers.zeros(1)[:, 0]
+        for i in range(len(self.group_of)):  # one after the other: they are on NVMe because memory has no room for all
+            with self._master(i) as master:
+                self.layers.add_squares_(out, [(i, 0, master.numel())], [master])
+        return out[:-1]
+
     def _wait_for_copies(self) -> None:
         """With ``managed_gradient_accumulation: false`` DeepSpeed's own step starts copies to the host, and waits for
         them only where it takes the norm; otherwise the last backward has."""

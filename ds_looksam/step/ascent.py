@@ -25,6 +25,7 @@ from ..arithmetic.eager import Shard
 from ..arithmetic.layerwise import LayerScale, perturbation_scales
 from ..arithmetic.layout import LayerMap
 from ..config.params import GroupSettings
+from ..errors import LookSAMReplayError
 from ..ranks.reduce import sum_over_ranks
 from ..shards import GradientShards, ScaleOf
 
@@ -47,6 +48,9 @@ class Ascent:
 
     def listen(self) -> None:
         """The first forward of a group begins."""
+
+    def check(self) -> None:
+        """Raise LookSAMReplayError if the gradient of the group's examples was not heard."""
 
     def stop_listening(self) -> None:
         """Forget what was heard: the group was evaluated again, or given up."""
@@ -99,6 +103,12 @@ class OwnAscent(Ascent):
 
     def listen(self) -> None:
         self._own.listen()
+
+    def check(self) -> None:
+        if not self._own.is_listening:
+            raise LookSAMReplayError("neither engine(...) nor engine.backward(...) was called in this window, so the "
+                                     "gradient of this rank's own examples is not known: call them, or use "
+                                     "optimizer.params.ascent \"global\"")
 
     def stop_listening(self) -> None:
         self._own.stop_listening()

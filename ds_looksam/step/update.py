@@ -151,6 +151,7 @@ class Update:
     @contextmanager
     def backward_runs(self) -> Iterator[None]:
         """While a backward of a window that may be evaluated again writes to its gradient."""
+        self.window_runs()  # there may have been no forward of the engine's
         self.gradient_changes_hands()
         yield
         if not self.is_per_micro_batch:  # which takes it at once
@@ -279,6 +280,7 @@ class Update:
         """Take the gradient that the wrapper has, multiplied by ``loss_scale``, and that of the same examples at w +
         eps. ``keep_clean``: the weights are to be restored before the update. Collective."""
         shards, ascent = self._shards, self._ascent
+        ascent.check()
         g = shards.take_gradient(survives_evaluation=True)
         g_squared, v_squared, scale_of = ascent.norms(g, self._state.v_squared, groups, loss_scale)
 
@@ -323,7 +325,7 @@ class Update:
     # A SAM step whose perturbations belong to micro-batches ---------------------------------------------------------
 
     def window_runs(self) -> None:
-        """A forward of the user's loop begins."""
+        """A forward or a backward of the user's loop begins."""
         if self._state.status.next_is_sam:
             self._ascent.listen()
 
