@@ -87,7 +87,8 @@ def tables(records: list[Record]) -> str:
 
 
 def _machine(record: Record) -> str:
-    return f"{record['device']}, {record['side_by_side']} runs side by side, torch {record['torch']}"
+    at_once = "one run at a time" if record["side_by_side"] == 1 else f"{record['side_by_side']} runs side by side"
+    return f"{record['device']}, {at_once}, torch {record['torch']}"
 
 
 def timed(rows: dict[Row, Runs]) -> dict[Row, list[Record]]:

@@ -23,7 +23,7 @@ from ds_looksam.engines.host import HostEngine
 TARGET = Path(__file__).parent / "api.md"
 INTRODUCTION = """# API reference
 
-*For whoever looks up a public name.*
+*Read this if you look up a public name.*
 
 Built from the docstrings by `python docs/build_api.py`; a test compares the two. "Collective" means that every rank
 must make the call. All names are in `ds_looksam`. The JSON block `optimizer.params` is `LookSAMConfig`.

@@ -92,8 +92,8 @@ def test_arithmetic_of_large_batches() -> None:
         per_rank = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
         assert config["train_batch_size"] == size == per_rank * world, path.name
         schedule = config["scheduler"]["params"]
-        assert schedule["total_num_steps"] == round(300 * 1_281_167 / size), path.name
-        assert schedule["warmup_num_steps"] == round(30 * 1_281_167 / size), path.name
+        assert schedule["total_num_steps"] == 300 * (1_281_167 // size), path.name
+        assert schedule["warmup_num_steps"] == 30 * (1_281_167 // size), path.name
 
 
 def train_on_fake_ranks(rank: int, world: int) -> None:

@@ -158,7 +158,7 @@ def test_what_a_page_leads_to_is_there_and_it_says_whom_it_is_for(page):
         name = name.replace("NAME", "base")
         assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
     if page.parent.name == "docs":
-        assert re.match(r"# [^\n]+\n\n\*For whoever ", page.read_text())
+        assert re.match(r"# [^\n]+\n\n\*Read this if you ", page.read_text())
         assert page.name == "index.md" or f"\n| [{page.name}]({page.name}) |" in prose(ROOT / "docs" / "index.md")
     assert page.name != "README.md" or len(page.read_text().splitlines()) < 150
 

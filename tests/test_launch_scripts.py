@@ -139,6 +139,13 @@ def test_the_printed_command_shows_no_value_but_the_name_of_the_job(tmp_path):
     assert " LOOKSAM_JOB=looksam-" in errors
 
 
+def test_verify_is_a_program_for_the_launch_scripts() -> None:
+    """With what DeepSpeed's launcher puts in front of its arguments."""
+    result = subprocess.run([sys.executable, ROOT / "launch" / "verify.py", "--local_rank=0", "--help"], text=True,
+                            capture_output=True, check=True)
+    assert "ds-looksam verify" in result.stdout and "--folder" in result.stdout
+
+
 SAVES = """
 import os, signal, sys, time
 rank, told = int(os.environ["RANK"]), []

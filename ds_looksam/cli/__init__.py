@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add(verify, "train tiny models here, and compare them with the plain algorithm")
     command.add_argument("--config", type=Path, metavar="CONFIG.json", help="check this very JSON, with a small model")
     command.add_argument("--json", action="store_true", dest="as_json", help="the result as JSON on stdout")
-    command.add_argument("--quick", action="store_true", help="fp32 and bf16 on each stage, nothing else")
+    command.add_argument("--quick", action="store_true", help="fp32 and bf16 on each stage, and "
+                         "the ascent modes of stages 1 and 3 in fp32")
     command.add_argument("--only", default="", metavar="REGEX", type=_regex,
                          help="cases with such a name, 'stage 3' say")
     command.add_argument("--folder", type=Path, metavar="DIR", help="where all ranks see files (default: the system's "
