@@ -44,13 +44,13 @@ from torch import nn
 
 from benchmarks import scale_formulas
 from benchmarks.scale_models import MODELING, MODELS, Batch
+from ds_looksam.config.params import ASCENTS
 from tests.collectives import Collective
 from tests.costs import tensor_bytes
 from tests.inside import shards as shards_of
 
 WORLDS = (1, 8, 64, 512, 4096)
 STAGES = (0, 1, 2, 3)
-ASCENTS = ("global", "rank", "micro_batch", "global_micro_batch")
 MEMORY_LIMIT = 14e9
 """Bytes: configurations that need more in one process are left out, and said so."""
 

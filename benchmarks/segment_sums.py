@@ -3,7 +3,7 @@
     python -m benchmarks.segment_sums [--device cuda]
 
 Prints milliseconds (the best of several runs) and the largest relative error of a layer against float64. The way that
-ds_looksam/layers.py uses is the last but one on a GPU and the last on a CPU.
+ds_looksam/arithmetic/layout.py uses is the last but one on a GPU and the last on a CPU.
 """
 
 from __future__ import annotations

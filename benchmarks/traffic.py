@@ -19,13 +19,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ds_looksam.config.params import ASCENTS
 from tests.collectives import Collective
 from tests.costs import Step, Wide, nothing_stays_gathered, record_steps
 from tests.ranks import run_on_ranks
 from tests.training import Case
 
 STAGES = (0, 1, 2, 3)
-ASCENTS = ("global", "rank", "micro_batch", "global_micro_batch")
 EVERYWHERE = ("global", "global_micro_batch")
 """What stage 3 can do too."""
 BYTES = {"fp32": 4, "bf16": 2}

@@ -54,7 +54,7 @@ MUTANTS = [
     # arithmetic
     Mutant("arithmetic/eager.py", "minus_along = «-→»along.float()",
            "g_v: a sign, the part along g is added instead of taken out"),
-    Mutant("arithmetic/eager.py", "scale = («→-»rho * g_squared.rsqrt()).float()", "eps: a sign, downhill"),
+    Mutant("arithmetic/eager.py", "nan_to_num((«→-»rho * g_squared.rsqrt()).float()", "eps: a sign, downhill"),
     Mutant("arithmetic/eager.py", "«BETA_DECAY * beta + (1 - BETA_DECAY)→(1 - BETA_DECAY) * beta + BETA_DECAY» * b",
            "beta: the weights of old and new exchanged"),
     Mutant("arithmetic/eager.py", "torch.clamp(g_squared + «2 * →»c * g_dot_v",

@@ -25,7 +25,7 @@ SEED = 5
 # fp32 dot products of one chunk at a time, of independent normals: each is some 1e-7 of sqrt(‖x‖² ‖y‖²) off.
 REL = 1e-6
 NUMEL = [0, 1, 200, 8192, 20_000]
-"""For fused.py, elements: none, one, a part of a block, a block, several and a part."""
+"""For triton_passes.py, elements: none, one, a part of a block, a block, several and a part."""
 
 
 def shards(numel: int, count: int, device: torch.device) -> list[list[Tensor]]:
@@ -129,8 +129,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "sums and reuse, fp32": partial(check_sums_and_reuse, dtype=torch.float32),
     "sums and reuse, bf16": partial(check_sums_and_reuse, dtype=torch.bfloat16), **PERTURBATIONS,
 }
-"""What algebra's own passes have to be, and what the tests of compiled.py and fused.py hold theirs to: each is called
-with the passes, how many elements, and the device."""
+"""What algebra's own passes have to be, and what the tests of compiled.py and triton_passes.py hold theirs to: each is
+called with the passes, how many elements, and the device."""
 
 
 @pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 200])

@@ -22,9 +22,10 @@ from torch import Tensor
 
 import ds_looksam
 from ds_looksam.config.params import parse_params, set_group_defaults
+from ds_looksam.config.rounding import DTYPES
 from ds_looksam.shards.replicated import ReplicatedShards
 from ds_looksam.step.schedule import RhoFactors
-from ds_looksam.step.state import V_DTYPES, LookSAMState
+from ds_looksam.step.state import LookSAMState
 from ds_looksam.step.status import LookSAMStatus
 from ds_looksam.step.update import Update
 
@@ -66,6 +67,11 @@ class CutShards(ReplicatedShards):
         pieces = [(i, params[lo:lo + 2]) for i, params in enumerate(self.groups) for lo in range(0, len(params), 2)]
         self.group_of, self.groups = [i for i, _ in pieces], [piece for _, piece in pieces]
         self.told: Tensor | None = None
+        self.given = False
+
+    def give_gradient(self, gradient: list[Tensor]) -> None:
+        super().give_gradient(gradient)
+        self.given = True
 
     def follow_changes(self, within_window: bool) -> Any:
         return None  # as DeepSpeed's wrappers, it keeps the pieces it began with
@@ -100,7 +106,7 @@ class Run:
         self.shards.whole_groups = [list(group["params"]) for group in self.optimizer.param_groups]
         factors = RhoFactors(settings.rho_schedule, [group["lr"] for group in self.optimizer.param_groups])
         self.status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates)
-        self.state = LookSAMState(self.status, self.shards, V_DTYPES[settings.v_dtype])
+        self.state = LookSAMState(self.status, self.shards, DTYPES[settings.v_dtype])
         self.update = Update(settings, self.state, self.shards, self, factors,
                              param_groups=lambda: self.optimizer.param_groups,
                              loss_scale=lambda: self.scale_of(self.window), is_observed=lambda: False)
@@ -118,6 +124,9 @@ class Run:
 
     def apply(self) -> bool:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
+        if isinstance(self.shards, CutShards):
+            assert self.shards.given == (self.shards.told is not None)
+            self.shards.given = False
         told = getattr(self.shards, "told", None)
         if told is not None:
             given = float(sum(p.grad.double().square().sum() for p in parameters))

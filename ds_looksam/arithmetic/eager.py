@@ -142,8 +142,7 @@ def add_reused_(g: Shard, v: Shard, coefficients: list[Tensor | None]) -> Shard:
 
 def perturbation_scale(rho: float, g_squared: Tensor) -> Tensor:
     """rho / ‖g‖, fp32 0-dim: eps = rho g / ‖g‖. 0 where ‖g‖ is 0, not finite or too small to divide by."""
-    scale = (rho * g_squared.rsqrt()).float()
-    return torch.where(torch.isfinite(scale), scale, torch.zeros_like(scale))
+    return torch.nan_to_num((rho * g_squared.rsqrt()).float(), 0.0, 0.0, 0.0)
 
 
 def add_perturbation(weights: Tensor, gradient: Tensor, scale_of: Callable[[int, int], Tensor], out: Tensor,
@@ -274,8 +273,7 @@ class ReplayScalars:
 
 def cosine(x_dot_y: Tensor, x_squared: Tensor, y_squared: Tensor) -> Tensor:
     """<x, y> / (‖x‖ ‖y‖), float64 0-dim. 0 where that is not defined."""
-    value = x_dot_y / (x_squared.sqrt() * y_squared.sqrt())
-    return torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+    return torch.nan_to_num(x_dot_y / (x_squared.sqrt() * y_squared.sqrt()), 0.0, 0.0, 0.0)
 
 
 def update_beta(beta: Tensor | None, v_dot_g_v: Tensor, v_squared: Tensor, g_squared: Tensor) -> Tensor:

@@ -52,6 +52,5 @@ def perturbation_scales(w_squared: Tensor, g_squared: Tensor, layerwise: Tensor,
         s = g_squared.sum().sqrt()
     else:
         s = torch.ones_like(rho[0])
-    scales = (rho * ratio / (s * loss_scale)).float()
-    scales = torch.where(torch.isfinite(scales), scales, torch.zeros_like(scales))
+    scales = torch.nan_to_num((rho * ratio / (s * loss_scale)).float(), 0.0, 0.0, 0.0)
     return torch.cat([scales, scales.new_zeros(1)])

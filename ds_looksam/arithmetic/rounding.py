@@ -22,7 +22,7 @@ M1, M2 = 0x7FEB352D, 0x846CA68B - 2**32
 Wellons' hash-prospector), as int32 holds them."""
 
 CUT = {torch.bfloat16: 16, torch.float16: 13}
-"""How many of fp32's 23 bits of mantissa each has not."""
+"""How many of fp32's 23 mantissa bits each dtype lacks."""
 
 
 def rounding_seed(*numbers: int) -> int:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..config.params import LookSAMConfig
+from ..config.params import OWN, PER_MICRO_BATCH, LookSAMConfig
 from ..config.rounding import computes_in, precision_of
 from ..config.support import Run
 
@@ -76,7 +76,7 @@ def bytes_sent(run: Run, ascent: str, world_size: int) -> float:
         payload = (gradient + 2 * weight) * micro_batches
     else:
         # Stages 0 and 1 reduce once a window; in the micro-batch modes both gradients of every micro-batch.
-        reductions = micro_batches if stage == 2 else 2 * micro_batches - 1 if "micro_batch" in ascent else 1
+        reductions = micro_batches if stage == 2 else 2 * micro_batches - 1 if ascent in PER_MICRO_BATCH else 1
         # w + eps; for each micro-batch w again too.
         publications = {"global": 1, "global_micro_batch": 2 * micro_batches}.get(ascent, 0) if stage > 0 else 0
         payload = all_reduce * gradient * reductions + weight * publications
@@ -94,11 +94,11 @@ def memory(run: Run, settings: LookSAMConfig, world_size: int) -> Iterator[tuple
     if stage == 0:
         yield "during a SAM step: clean weights", where, run.dtype.itemsize
     own = FP32 if stage == 0 else run.dtype.itemsize
-    if settings.ascent in ("rank", "micro_batch"):
+    if settings.ascent in OWN:
         yield "in a SAM step's window: the rank's own gradient", here, own
     if settings.ascent == "micro_batch" and stage > 0:
         yield "during a SAM step: clean weights of the whole model", here, own
-    if "micro_batch" in settings.ascent and run.config.gradient_accumulation_steps > 1:
+    if settings.ascent in PER_MICRO_BATCH and run.config.gradient_accumulation_steps > 1:
         yield "in a SAM step's window: the sums of g and g_s", where, 2 * FP32 * shard
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, ValidationError, model_validator
 
@@ -44,6 +44,11 @@ def _alpha(value: Any) -> str | float:
 NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Alpha = Annotated[Literal["auto"] | float, PlainValidator(_alpha)]
 Ascent = Literal["global", "rank", "micro_batch", "global_micro_batch"]
+ASCENTS: tuple[Ascent, ...] = get_args(Ascent)
+OWN = ("rank", "micro_batch")
+"""The modes of ``ascent`` in which each rank has a perturbation of its own."""
+PER_MICRO_BATCH = ("micro_batch", "global_micro_batch")
+"""Those in which each micro-batch has one, so that it is evaluated again by itself."""
 _Beta = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DtypeEnum
 
 from ..optimizers import LAYERWISE_OPTIMIZERS
 from .base_optimizers import base_class, is_tested_with_zero, torch_optimizers
-from .params import LookSAMConfig
+from .params import OWN, LookSAMConfig
 from .rounding import DTYPES, precision_of
 
 
@@ -262,7 +262,7 @@ REFUSED = (
     Refused("optimizer.params.ascent", '"rank" and "micro_batch" at stage 3', 'use "global_micro_batch", or stage 2',
             why="each rank holds a part of the weights that all compute with, so all are moved alike",
             json=lambda run: (run.stage == 3 and run.settings is not None
-                              and run.settings.ascent in ("rank", "micro_batch")),
+                              and run.settings.ascent in OWN),
             config={**_zero(3), **_params(ascent="rank")}),
 
     Refused("optimizer.params.ascent", '"rank" and "micro_batch" with Ulysses', 'use "global" or "global_micro_batch"',

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import log_dist
@@ -78,23 +77,6 @@ class HostEngine(DeepSpeedEngine):
 
     def gradients_zeroed(self, by_optimizer: bool) -> None:
         """Called when the user has called ``engine.zero_grad()`` or ``engine.optimizer.zero_grad()``."""
-
-    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
-        """Whether zero_grad() has thrown away all that backwards had left since the last update. They mend ``p.grad``,
-        and DeepSpeed 0.19.8 has the gradient elsewhere: in stage 2 until the boundary's backward, which writes over
-        the last one (``is_complete``: that has run), in stage 3 until a counter is 0 that the optimizer's resets."""
-        if self.zero_offload_optimizer() is not None and self.zero_optimization_stage() < 3:
-            return False
-        in_wrapper = self.zero_optimization_stage() == 3 or isinstance(self.optimizer, BF16_Optimizer)
-        return by_optimizer if in_wrapper else is_complete or self.zero_optimization_stage() < 2
-
-    def gradients_are_gone(self) -> bool:
-        """Whether no parameter has a gradient, where that is the only place for one (``module.zero_grad()``)."""
-        return self.zero_optimization_stage() < 2 and self.zero_offload_optimizer() is None and not isinstance(
-            self.optimizer, BF16_Optimizer) and all(
-                # Stage 1 moves them to grad_accum where they are accumulated in another dtype than the model's.
-                p.grad is None and getattr(p, "grad_accum", None) is None
-                for p in self.module.parameters() if p.requires_grad)
 
     def read_configuration(self, config: Any, model: torch.nn.Module, client_optimizer: Any) -> Run:
         """Check DeepSpeed's parsed configuration, with the keys of its JSON that DeepSpeed does not read, and make it

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..arithmetic.choose import choose_passes
 from ..checkpoint.checkpointer import Checkpointer
 from ..config.accept import explain_unknown_key
-from ..config.params import group_settings, parse_group, set_group_defaults
-from ..config.rounding import computes_in, rounding_warning
+from ..config.params import OWN, group_settings, parse_group, set_group_defaults
+from ..config.rounding import DTYPES, computes_in, rounding_warning
 from ..config.support import Run
 from ..errors import LookSAMReplayError
 from ..ranks.check import check_ranks
@@ -29,9 +29,8 @@ from ..replay.replay import Closure, Replay
 from ..replay.window import LossFn
 from ..shards import full_shape
 from ..step import monitor
-from ..step.ascent import OWN
 from ..step.schedule import RhoFactors
-from ..step.state import V_DTYPES, LookSAMState
+from ..step.state import LookSAMState
 from ..step.status import LookSAMStatus
 from ..step.update import Update
 from .deepspeed_fixes import tag_for_muon
@@ -65,7 +64,7 @@ class LookSAMEngine(HostEngine):
             shards.passes_of_model = choose_passes(self.device, settings.compile)
         status = LookSAMStatus(k=settings.k, first_sam_update=settings.rho_schedule.off_updates,
                                ascent=settings.ascent)
-        self._state = LookSAMState(status, shards, V_DTYPES[settings.v_dtype])
+        self._state = LookSAMState(status, shards, DTYPES[settings.v_dtype])
         self._replay = Replay(self, self.module, super().forward, super().backward,
                               is_recorded=lambda: status.next_is_sam, optimized=shards.parameters)
         self._update = Update(settings, self._state, shards, self._replay, self._rho_factors, self._param_groups,
@@ -204,7 +203,7 @@ class LookSAMEngine(HostEngine):
 
     def gradients_zeroed(self, by_optimizer: bool) -> None:
         replay = self._replay
-        if self.zero_grad_drops(by_optimizer, replay.gradient_is_complete):
+        if self.gradient_shards.zero_grad_drops(by_optimizer, replay.gradient_is_complete):
             replay.forget_backwards(told=True)
         elif replay.gradient_is_complete and not by_optimizer:  # a window was given up: also where DeepSpeed keeps it
             self.optimizer.zero_grad()

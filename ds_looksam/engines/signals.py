@@ -14,9 +14,9 @@ _SIGNALS = signal.valid_signals()  # asking takes longer than all the rest
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """Signals that Python handles are handled when this is left, each once, as blocked ones are: Python would run their
-    handlers between any two instructions, so that one that saves would find perturbed weights, and what one notes in
-    the model would be undone with what the second evaluation leaves there. A second Ctrl-C interrupts at once.
+    """Handlers of Python's signals run when this block is left, once for each signal that came. Inside they would find
+    perturbed weights, and what they set in the model would be undone with the second evaluation's traces. A second
+    Ctrl-C interrupts at once.
 
     Outside of the main thread, where no handler runs, nothing happens.
     """

@@ -73,7 +73,7 @@ the job is over, but for the restart of its processes."""
 
 
 @dataclass(frozen=True)
-class Apart:
+class RanksApart:
     """Not every rank raised, or not at the same place: no collective can be counted on any more.
 
     Attributes:
@@ -85,7 +85,7 @@ class Apart:
     comes_after: bool
 
 
-def raised_everywhere(error: Exception, group: Any, place: str) -> Apart | None:
+def raised_everywhere(error: Exception, group: Any, place: str) -> RanksApart | None:
     """None if every rank of ``group`` (None: all) has raised at the same ``place``, on every rank alike: they may go on
     with a collective; ranks that raised at different places would meet in different ones. ``error``: what this rank
     raised. Not collective, and does not wait for more than :data:`GRACE` seconds.
@@ -112,8 +112,8 @@ def raised_everywhere(error: Exception, group: Any, place: str) -> Apart | None:
         # The first to write this decides for all: one that gives up, and one that sees the last of them raise.
         verdict = store.compare_set("verdict", "", "together" if everywhere else "apart").decode()
     except Exception:  # the rank that keeps the store has ended, or this backend has none
-        return Apart(None, comes_after=True)
-    return None if verdict == "together" else Apart(first, comes_after)
+        return RanksApart(None, comes_after=True)
+    return None if verdict == "together" else RanksApart(first, comes_after)
 
 
 def _in_words(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The few sums over ranks. Everything LookSAM sends beside gradients and weights goes through here."""
+"""The few sums over ranks of a training step."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import LookSAMReplayError
-from ..shards.untrained import drop_gathered, norms_of, values_of
+from ..shards.untrained import are_same, drop_gathered, norms_of, values_of
 from .contents import PLAIN, TOO_MANY, Restore, attributes_of, copy_of, is_entered, items_of, refill
 from .inputs import GENERATORS, state_of
 from .marks import crc, version_of
@@ -70,7 +70,7 @@ class Attributes:
     def check_frozen(self, before: Attributes) -> None:
         """Raise LookSAMReplayError if a frozen parameter has other values than ``before`` and nothing told of it. Reads
         from the device where there are any."""
-        same = [torch.isclose(self._norms[p], before._norms[p], rtol=0, atol=0, equal_nan=True)
+        same = [are_same(self._norms[p], before._norms[p])
                 for p, mark in self._frozen.items() if mark == before._frozen.get(p)]
         if same and not torch.stack([flag.to(same[0].device) for flag in same]).all().item():
             raise LookSAMReplayError(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import LookSAMReplayError
-from ..shards.untrained import are_in_memory, drop_gathered, is_partitioned, norms_of, values_of, whole_nbytes
+from ..shards.untrained import are_in_memory, are_same, drop_gathered, is_partitioned, norms_of, values_of, whole_nbytes
 from .contents import NOT_ENTERED, PLAIN, TOO_MANY, Restore, attributes_of, copy_of, is_entered
 from .inputs import GENERATORS
 from .marks import version_of
@@ -247,7 +247,7 @@ class Isolation:
         changed = {p for p, saved in before.state.frozen
                    if not is_partitioned(p) and not torch.equal(p.detach(), saved)}
         late = {p for p, a, b in zip(before.watched, before.norms, norms_of(before.watched), strict=True)
-                if not torch.equal(a, b)}
+                if not are_same(a, b)}
         if late:
             self._say("the model's forward has changed parameters that are not trained. In this SAM step the second "
                       "evaluation goes on from the changed ones, from the next step on from those before")

@@ -110,7 +110,7 @@ class Replay:
                   problem: str | None = None) -> Iterator[None]:
         """While a backward runs that belongs to the window, unless it raises."""
         engine = self._engine
-        if self.window.backwards and engine.gradients_are_gone():
+        if self.window.backwards and engine.gradient_shards.gradients_are_gone():
             self.forget_backwards(told=False)
         how = Backward(engine.is_gradient_accumulation_boundary(), engine.gradient_accumulation_steps(), scale_wrt_gas,
                        direct, engine.inside_no_sync(), engine.inside_coalesce())

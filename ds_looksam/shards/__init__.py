@@ -1,4 +1,5 @@
-"""One small room per DeepSpeed optimizer wrapper, whose private attributes are touched nowhere else."""
+"""One small room per DeepSpeed optimizer wrapper. What else touches a wrapper's private attributes is in
+engines/host.py and engines/deepspeed_fixes.py."""
 
 from __future__ import annotations
 

@@ -139,6 +139,17 @@ class GradientShards(ABC):
         """The shown ``gradient``, which the wrapper has no longer."""
         return self.take_gradient(survives_evaluation=True)
 
+    # Gradients that the user throws away: zero_grad() clears ``p.grad``, and DeepSpeed may have them elsewhere.
+
+    @abstractmethod
+    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
+        """Whether the engine's zero_grad(), or the optimizer's, has thrown away all that backwards had left since the
+        last update. ``is_complete``: the boundary's backward has run."""
+
+    def gradients_are_gone(self) -> bool:
+        """Whether no parameter has a gradient, where that is the only place for one (``module.zero_grad()``)."""
+        return False
+
     # Gradients that the user changes: DeepSpeed writes to them between ``watch`` and the next ``look`` nowhere.
 
     def watch_gradient(self, anew: bool) -> None:

@@ -76,6 +76,9 @@ class BF16Shards(PartitionedShards):
             # Not finite in one part is not finite everywhere, so that all ranks skip: clamp keeps NaN.
             slot.copy_(torch.where(torch.isfinite(squared_norm), torch.clamp(rest, min=0).sqrt(), squared_norm))
 
+    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
+        return by_optimizer  # which clears its own buffers
+
     def _own_range(self, i: int) -> tuple[int, int]:
         size = self._masters[i].numel()
         return self._rank * size, (self._rank + 1) * size

@@ -47,6 +47,12 @@ class WholeShards(GradientShards):
             for p, view in zip(params, views_of(flat, params), strict=True):
                 p.grad = view
 
+    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
+        return True
+
+    def gradients_are_gone(self) -> bool:
+        return all(p.grad is None for p in self.parameters())
+
     def own_model(self) -> OwnModel:
         return OwnWholeModel(self)
 
@@ -124,8 +130,7 @@ class OwnWholeModel(OwnModel):
 class ReplicatedShards(WholeShards):
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.device, self._optimizer = device, optimizer
-        self.groups = [[] for _ in optimizer.param_groups]
-        self.groups = self.trained()
+        self.groups = self.trained(within_window=False)
         self.group_of = list(range(len(self.groups)))
 
     def trained(self, within_window: bool = True) -> list[list[torch.nn.Parameter]]:

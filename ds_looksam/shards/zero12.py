@@ -120,6 +120,15 @@ class Zero12Shards(PartitionedShards):
                 fragments = fragments_like(fragments, flat)
             self._zero.averaged_gradients[i] = GradPartitionBufferGroup(fragments, flat)
 
+    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
+        # Stage 2 keeps it elsewhere until the boundary's backward, which writes over the last one.
+        return is_complete or not self._zero.partition_gradients
+
+    def gradients_are_gone(self) -> bool:
+        # Stage 1 moves them to grad_accum where they are accumulated in another dtype than the model's.
+        return not self._zero.partition_gradients and all(
+            p.grad is None and getattr(p, "grad_accum", None) is None for p in self.parameters())
+
     def abort_evaluation(self) -> None:
         zero = self._zero
         for bucket in zero.ipg_buckets.values():

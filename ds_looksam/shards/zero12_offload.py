@@ -18,6 +18,7 @@ import torch
 from torch.distributed import Work
 
 from ..arithmetic.eager import Shard
+from ..errors import LookSAMConfigError
 from .base import ScaleOf, in_fp32, part_norms
 from .zero12 import Zero12Shards
 
@@ -45,6 +46,12 @@ class Zero12OffloadShards(Zero12Shards):
         norms = part_norms(parts)
         zero.norm_for_param_grads = dict(zip(ids, norms, strict=True))
         zero.local_overflow = bool(parts) and not torch.isfinite(torch.stack(norms)).all().item()
+
+    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
+        return False  # it is in host memory
+
+    def gradients_are_gone(self) -> bool:
+        return False
 
     def keep_gradient(self) -> None:
         self._complete_gradient()
@@ -93,9 +100,10 @@ class Zero12OffloadShards(Zero12Shards):
                 param_id = zero.get_param_id(p)
                 if param_id not in zero.norm_for_param_grads:
                     # DeepSpeed's own check comes too late: by then every parameter has a norm.
-                    assert zero.ignore_unused_parameters, (
-                        "zero_optimization.ignore_unused_parameters is false, and a parameter of shape "
-                        f"{tuple(p.shape)} has no gradient in this window: set it to true, or let every parameter take "
-                        "part in the loss")
+                    if not zero.ignore_unused_parameters:
+                        raise LookSAMConfigError(
+                            "zero_optimization.ignore_unused_parameters is false, and a parameter of shape "
+                            f"{tuple(p.shape)} has no gradient in this window: set it to true, or let every parameter "
+                            "take part in the loss")
                     _, _, start, numel = zero.grad_position[param_id]
                     buffer.narrow(0, start, numel).zero_()

@@ -26,6 +26,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..arithmetic.eager import Shard, chunks
 from ..arithmetic.layout import Segment
+from ..errors import LookSAMConfigError
 from .base import GradientShards, ScaleOf, in_fp32
 
 STAGED = 1 << 24
@@ -39,8 +40,9 @@ class Zero3Shards(GradientShards):
         self.device = optimizer.fp32_partitioned_groups_flat[0].device
         self.group_of = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
         flats = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True)
-        assert not any(master.numel() and master.data_ptr() == model.data_ptr() for master, model in flats), (
-            "DeepSpeed shares master weights with the model: w would be lost with w + eps")
+        if any(master.numel() and master.data_ptr() == model.data_ptr() for master, model in flats):
+            raise LookSAMConfigError("DeepSpeed shares master weights with the model, where LookSAM would lose w with "
+                                     "w + eps: use DeepSpeed 0.19.8")
         for name in ("set_fp32_grad_for_param", "set_local_grad_for_param", "update_fp32_grad_for_param_vectorized"):
             setattr(optimizer, name, self._noting_changes(getattr(optimizer, name)))
         self._clear_padding()
@@ -96,6 +98,9 @@ class Zero3Shards(GradientShards):
 
     def end_window(self) -> None:
         self._zero.grad_partitions_flat_buffer.zero_()
+
+    def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
+        return by_optimizer  # which resets the counter by which a first micro-batch writes over the last window
 
     def master_weights(self) -> Shard:
         return [master.detach() for master in self._zero.fp32_partitioned_groups_flat]

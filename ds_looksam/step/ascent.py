@@ -29,9 +29,6 @@ from ..errors import LookSAMReplayError
 from ..ranks.reduce import sum_over_ranks
 from ..shards import GradientShards, ScaleOf
 
-PER_MICRO_BATCH = ("micro_batch", "global_micro_batch")
-OWN = ("rank", "micro_batch")
-
 
 class Ascent:
     """Forms the perturbation of the group that was evaluated last: one for all ranks, by the averaged gradient. w + eps

@@ -6,6 +6,7 @@ SAM steps only, in one transfer, when the host has just waited for the device an
 
 from __future__ import annotations
 
+from ..config.params import ASCENTS
 from .status import LookSAMStatus, StepKind
 
 Event = tuple[str, float, int]
@@ -16,7 +17,7 @@ PREFIX = "Train/Samples/looksam_"
 STEP_KINDS: dict[StepKind, int] = {"skipped": -1, "base": 0, "reuse": 1, "sam": 2}
 """The numbers that stand for step kinds in a monitor, which takes nothing else."""
 
-ASCENTS = {"global": 0, "rank": 1, "micro_batch": 2, "global_micro_batch": 3}
+ASCENT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(ASCENTS)}
 """The numbers that stand for who shares one perturbation."""
 
 
@@ -24,7 +25,7 @@ def events(status: LookSAMStatus, samples: int, measured: bool) -> list[Event]:
     """What to write after an update. ``samples``: the x axis, DeepSpeed's ``engine.global_samples``. ``measured``: it
     was a SAM step, so there are fresh measurements; reading them waits for the device."""
     values: dict[str, float] = {"updates": status.updates, "evaluations": status.evaluations,
-                                "step_kind": STEP_KINDS[status.step_kind], "ascent": ASCENTS[status.ascent]}
+                                "step_kind": STEP_KINDS[status.step_kind], "ascent": ASCENT_NUMBERS[status.ascent]}
     # One number if the param groups agree, otherwise one per group. Alpha "auto" (None) has none: see beta.
     for name, of_groups in (("rho", status.rho), ("alpha", status.alpha)):
         agree = len(set(of_groups)) == 1

@@ -14,8 +14,6 @@ from ..arithmetic.eager import Shard
 from ..shards import GradientShards
 from .status import LookSAMStatus
 
-V_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Fresh:
@@ -52,7 +50,7 @@ class LookSAMState:
 
     def keep(self, fresh: Fresh) -> None:
         """The update was applied: the fresh g_v replaces v, beta and the measurements follow. A g_v that is not finite
-        (in a wrapper that applies such updates) is dropped, on every rank alike."""
+        (in a wrapper that applies such updates) is dropped, on every rank alike. Waits for the device."""
         scalars, g_squared, status = fresh.scalars, fresh.g_squared, self.status
         if not torch.isfinite(scalars.g_v_squared + scalars.v_dot_g_v).item():
             return

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..arithmetic import eager as arithmetic
 from ..arithmetic.eager import Shard
 from ..arithmetic.rounding import rounding_seed
-from ..config.params import GroupSettings, LookSAMConfig, parse_group, set_group_defaults
+from ..config.params import OWN, PER_MICRO_BATCH, GroupSettings, LookSAMConfig, parse_group, set_group_defaults
 from ..errors import LookSAMReplayError
 from ..ranks.reduce import ranks_in, sum_over_all_ranks, sum_over_ranks, this_rank, world_size
 from ..replay.replay import Replay
 from ..shards import GradientShards
-from .ascent import OWN, PER_MICRO_BATCH, Ascent, OwnAscent, own_norms, sum_norms
+from .ascent import Ascent, OwnAscent, own_norms, sum_norms
 from .schedule import RhoFactors
 from .state import Fresh, LookSAMState
 from .status import StepKind
@@ -91,7 +91,8 @@ class Update:
         self._values_changed: Tensor | None = None  # what this update still has to read
 
     def __call__(self, apply_update: Callable[[], bool]) -> None:
-        """One update. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step.
+        """One update. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step, which also
+        evaluates the window again and publishes w + eps.
 
         Args:
             apply_update: clips, steps the base optimizer and publishes the weights; False if it skipped them.
@@ -190,7 +191,7 @@ class Update:
         self._values_changed = None if self.is_per_micro_batch else values_changed
         if was_watched and (self._shards.gradient_was_changed()
                             or (self.is_per_micro_batch and _is_true(values_changed))):
-            self._is_watched = self.is_per_micro_batch
+            self._is_watched = self.is_per_micro_batch  # the window may be stepped again, and is refused again
             raise self._edited()
 
     def _edited(self) -> LookSAMReplayError:
@@ -206,7 +207,7 @@ class Update:
     # Reuse ----------------------------------------------------------------------------------------------------------
 
     def _reuse_step(self, alphas: list[float | None]) -> StepKind:
-        """u = g + alpha (‖g‖ / ‖v‖) v, in the gradient's own memory."""
+        """u = g + alpha (‖g‖ / ‖v‖) v, in the gradient's own memory. Collective where ‖g‖ is needed."""
         shards, state = self._shards, self._state
         if state.v is None or state.status.is_off or all(self._adds_nothing(alpha) for alpha in alphas):
             shards.keep_gradient()
@@ -235,7 +236,7 @@ class Update:
     # SAM ------------------------------------------------------------------------------------------------------------
 
     def _window_twice(self, groups: list[GroupSettings]) -> Gradients:
-        """Both gradients of the window. The weights that the base optimizer's step reads are clean."""
+        """Both gradients of the window. The weights that the base optimizer's step reads are clean. Collective."""
         if self.is_per_micro_batch:
             if self._so_far is None:
                 raise LookSAMReplayError("LookSAM cannot take its SAM step: no backward was seen in this window")
@@ -253,7 +254,7 @@ class Update:
         return found
 
     def _sam_step(self, found: Gradients, groups: list[GroupSettings]) -> Fresh | None:
-        """Leave u = g_s with the wrapper. None if g is not finite: u = g then."""
+        """Leave u = g_s with the wrapper. None if g is not finite: u = g then. Collective: one all-reduce."""
         shards, state = self._shards, self._state
         if found.g_s is None:
             self._give(found.g, found.g_squared)
@@ -265,8 +266,8 @@ class Update:
         if self.is_per_micro_batch:  # those that are known are of the last micro-batch alone
             parts.append(own_norms(shards, g, state.v_squared, any(group.layerwise for group in groups)))
         sums = sum_over_ranks(torch.cat(parts), shards.process_group)
-        replayed, moved, loss_rise, norms = sums.split([4, 3, 1, sums.numel() - 8])
-        g_squared, v_squared = norms.unbind() if self.is_per_micro_batch else (found.g_squared, found.v_squared)
+        replayed, moved, loss_rise, *norms = sums.split([part.numel() for part in parts])
+        g_squared, v_squared = norms[0].unbind() if norms else (found.g_squared, found.v_squared)
         ranks = ranks_in(shards.process_group)
         if self._ascent.is_local and shards.process_group is None:
             # The shards are the same on every rank, but not by how much its own model moved.
