@@ -9,14 +9,12 @@ it went by one small all-reduce per phase, so that all of them go on or all of t
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.utils import log_dist
 
 from ..arithmetic.eager import Shard
@@ -68,8 +66,9 @@ class Checkpointer:
     # Saving -----------------------------------------------------------------------------------------------------------
 
     def save(self, save_dir: Path, tag: str, client_state: dict[str, Any], name_it_latest: bool,
-             engine: CheckpointEngine, save: Callable[[dict[str, Any]], Any]) -> Any:
+             is_decoupled: bool, save: Callable[[dict[str, Any]], Any]) -> Any:
         """Write LookSAM's files into ``save_dir/tag`` and then DeepSpeed's, by ``save(client_state)``. Collective.
+        ``is_decoupled``: DeepSpeed's are written by a process of their own, which :meth:`writer_is_done` tells of.
 
         Raises:
             LookSAMReplayError: the weights are perturbed.
@@ -77,10 +76,9 @@ class Checkpointer:
         """
         folder = save_dir / tag
         mark = self._write(folder)
-        with _deferred_write_errors(engine, self._device, f"checkpoint {folder} could not be written"):
-            result = save({**client_state, **mark})
+        result = save({**client_state, **mark})
         self._to_be_named = (save_dir, tag) if name_it_latest else None
-        if not engine.is_decoupled():
+        if not is_decoupled:
             self.writer_is_done()
         return result
 
@@ -189,30 +187,3 @@ class Checkpointer:
         log_dist(f"LookSAM {state} at update {status.updates} with {step}; weights from {path}", ranks=[0])
         if changes:
             log_dist("LookSAM: the configuration wins over the checkpoint: " + "; ".join(changes), ranks=[0])
-
-
-@contextmanager
-def _deferred_write_errors(checkpoint_engine: CheckpointEngine, device: torch.device, what: str) -> Iterator[None]:
-    """What DeepSpeed's own writes raise inside is raised at the end, on every rank. Collective.
-
-    A rank that raised at once would leave the others in the barrier at the end of DeepSpeed's save_checkpoint.
-    """
-    errors: list[Exception] = []
-    save = checkpoint_engine.save
-
-    def keep_error(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return save(*args, **kwargs)
-        except Exception as error:
-            errors.append(error)
-
-    def raise_error() -> None:
-        if errors:
-            raise errors[0]
-
-    checkpoint_engine.save = keep_error
-    try:
-        yield
-    finally:
-        del checkpoint_engine.save
-    together(raise_error, device, what)

@@ -25,6 +25,7 @@ from ..config.deepspeed_keys import ignored
 from ..config.support import Run
 from ..errors import LookSAMCheckpointError
 from ..optimizers import LAYERWISE_OPTIMIZERS, LayerwiseOptimizer
+from ..ranks.agree import together
 from ..shards import open_shards
 from . import deepspeed_fixes
 
@@ -217,6 +218,38 @@ class HostEngine(DeepSpeedEngine):
             self.checkpoint_engine.commit(save)
             dist.barrier()
             self.writer_is_done()
+
+    @contextmanager
+    def deferred_write_errors(self, what: str) -> Iterator[None]:
+        """What DeepSpeed's own writes of a checkpoint raise inside is raised at the end, on every rank, as a
+        LookSAMCheckpointError that begins with ``what``. Collective.
+
+        A rank that raised at once would leave the others in the barrier at the end of DeepSpeed's save_checkpoint.
+        """
+        errors: list[Exception] = []
+
+        def deferring(write: Callable[..., Any]) -> Callable[..., Any]:
+            def keep_error(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    return write(*args, **kwargs)
+                except Exception as error:
+                    errors.append(error)
+
+            return keep_error
+
+        def raise_error() -> None:
+            if errors:
+                raise errors[0]
+
+        writers = ((self.checkpoint_engine, "save"), (self, "_copy_recovery_script"))
+        for owner, name in writers:
+            setattr(owner, name, deferring(getattr(owner, name)))
+        try:
+            yield
+        finally:
+            for owner, name in writers:
+                delattr(owner, name)
+        together(raise_error, self.device, what)
 
     def leave_failed_step(self) -> None:
         """step() raised: put back the flags that its normal end resets, and the timers that it stops, so that it can be

@@ -291,10 +291,14 @@ class LookSAMEngine(HostEngine):
             return super().save_checkpoint(save_dir)  # DeepSpeed's own refusal
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         save = super().save_checkpoint
+
+        def save_deepspeeds(client_state: dict[str, Any]) -> Any:
+            with self.deferred_write_errors(f"checkpoint {Path(save_dir) / tag} could not be written"):
+                return save(save_dir, tag, client_state, False, exclude_frozen_parameters)
+
         with self._replay.window.not_recording():  # a signal handler may save where the loss is not formed yet
-            return self._checkpointer.save(
-                Path(save_dir), tag, client_state or {}, save_latest, self.checkpoint_engine,
-                lambda with_ours: save(save_dir, tag, with_ours, False, exclude_frozen_parameters))
+            return self._checkpointer.save(Path(save_dir), tag, client_state or {}, save_latest,
+                                           self.checkpoint_engine.is_decoupled(), save_deepspeeds)
 
     def writer_is_done(self) -> None:
         self._checkpointer.writer_is_done()
