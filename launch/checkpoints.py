@@ -42,7 +42,8 @@ def save(engine: Any, run_dir: Path, facts: dict[str, Any], sums: Tensor, keep: 
     rank, final = dist.get_rank(), path(run_dir, engine.global_steps)
     partial = final.with_name(f".partial-{final.name}")
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in final.parent.glob(".partial-*"):  # by jobs that were killed while they saved
+            shutil.rmtree(left, ignore_errors=True)
     dist.barrier()
     engine.save_checkpoint(str(partial.parent), tag=partial.name, client_state=facts, save_latest=False)
     if engine.checkpoint_engine.is_decoupled():
@@ -52,15 +53,21 @@ def save(engine: Any, run_dir: Path, facts: dict[str, Any], sums: Tensor, keep: 
 
     def complete() -> None:
         if rank == 0:
-            sizes = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-            (partial / LISTING).write_text(json.dumps(sizes, indent=1))
-            for name in [*sizes, LISTING]:
+            absent = [rank for rank in range(dist.get_world_size()) if not (partial / _rank_file(rank)).exists()]
+            if absent:
+                raise FileNotFoundError(f"the files of ranks {absent} are not there: every host must see this folder")
+            files = {str(p.relative_to(partial)): [p.stat().st_size, p.suffix == ".pt" and zipfile.is_zipfile(p)]
+                     for p in sorted(partial.rglob("*")) if p.is_file()}
+            (partial / LISTING).write_text(json.dumps(files, indent=1))
+            for name in [*files, LISTING]:
                 with open(partial / name, "rb") as file:
                     os.fsync(file.fileno())
             shutil.rmtree(final, ignore_errors=True)  # there is one if this run went back behind a damaged one
             os.replace(partial, final)
             write_atomically(final.parent / "latest", lambda temporary: temporary.write_text(final.name))
-            for old in _all(run_dir)[keep:] if keep else []:
+            # Those that are newer are damaged: --resume has passed them over.
+            older = [p for p in _all(run_dir) if p.name <= final.name]
+            for old in older[keep:] if keep else []:
                 shutil.rmtree(old)
 
     together(complete, engine.device, f"checkpoint {final} could not be completed")
@@ -98,7 +105,7 @@ def resume(engine: Any, run_dir: Path, must_agree: dict[str, Any]) -> tuple[dict
         return {}, None
     loaded, facts = engine.load_checkpoint(str(folder.parent), tag=name)
     for key, value in must_agree.items():
-        if facts.get(key) != value:
+        if facts.get(key, value) != value:
             raise ValueError(f"--resume: {key} is {value!r}, but {loaded} was written with {facts.get(key)!r}")
     if facts.get("ranks") != dist.get_world_size():
         return facts, None
@@ -118,6 +125,10 @@ def _rank_file(rank: int) -> str:
     return f"run_rank_{rank:05d}.safetensors"
 
 
+def has_any(run_dir: Path) -> bool:
+    return bool(_all(run_dir))
+
+
 def _all(run_dir: Path) -> list[Path]:
     """Newest first."""
     return sorted((run_dir / FOLDER).glob("update-*"), reverse=True)
@@ -128,12 +139,17 @@ def _damage(folder: Path) -> str | None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     found = None
     try:
-        sizes = json.loads((folder / LISTING).read_bytes())
-        for name in sorted(sizes)[rank::world_size]:
+        files = json.loads((folder / LISTING).read_bytes())
+        for name in sorted(files)[rank::world_size]:
             file = folder / name
-            if file.stat().st_size != sizes[name]:
-                raise ValueError(f"{name} has {file.stat().st_size} bytes, it had {sizes[name]}")
-            if file.suffix == ".pt" and zipfile.is_zipfile(file):
+            # 0.1 wrote the size alone.
+            size, was_zip = files[name] if isinstance(files[name], list) else (files[name], False)
+            if file.stat().st_size != size:
+                raise ValueError(f"{name} has {file.stat().st_size} bytes, it had {size}")
+            is_zip = file.suffix == ".pt" and zipfile.is_zipfile(file)
+            if was_zip and not is_zip:
+                raise ValueError(f"{name} is no archive any more")
+            if is_zip:
                 with zipfile.ZipFile(file) as archive:
                     if (record := archive.testzip()) is not None:
                         raise ValueError(f"{name}: the checksum of {record} is wrong")

@@ -9,7 +9,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # The interpreter of the environment that is active, by its full path: a remote shell has another PATH.
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || true)}
 CONNECT_SECONDS=${CONNECT_SECONDS:-10}  # how long a host may take to answer before the job is given up
-SSH=(ssh -o BatchMode=yes -o ConnectTimeout="$CONNECT_SECONDS")
+# A host that takes the connection and then hangs must not hang the job.
+SSH=(ssh -o BatchMode=yes -o ConnectTimeout="$CONNECT_SECONDS" -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
+SOON=(timeout "$((CONNECT_SECONDS + 20))")
 
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -53,7 +55,13 @@ read_arguments() {
             *) fail "unknown argument $option (the program's own arguments go behind --); --help shows what there is" ;;
         esac
         if [ "$option" = --env ]; then
-            case $2 in *=*) job_env+=("$2") ;; *) job_env+=("$2=${!2-}") ;; esac
+            case $2 in
+                *=*) job_env+=("$2") ;;
+                *)
+                    [ -n "${!2+set}" ] || fail "--env $2: it is not set here; give it a value, --env $2=VALUE"
+                    job_env+=("$2=${!2}")
+                    ;;
+            esac
         else
             printf -v "${name//-/_}" %s "$2"
         fi
@@ -64,6 +72,7 @@ read_arguments() {
     program=$(realpath "$program")
     case $master_port in '' | *[!0-9]*) fail "--master-port $master_port is not a number" ;; esac
     if [ "$master_port" -lt 1 ] || [ "$master_port" -gt 65535 ]; then fail "--master-port $master_port is not in 1-65535"; fi
+    [ -z "$hostfile" ] || [ -z "$slots" ] || fail "--slots is for a job without --hostfile, which has slots=N for each host"
     [ -z "$hostfile" ] || read_hostfile
     read_environment
     # A remote shell that is no login knows nothing of the environment; DeepSpeed looks for ninja in PATH, for one.
@@ -142,12 +151,15 @@ check_hosts() {
     for i in "${!hosts[@]}"; do
         question="test -x $(printf %q "$PYTHON") || { echo 'has no $PYTHON' >&2; exit 1; }
             for file in $(printf '%q ' "$program" "${needed_files[@]}"); do
-                test -r \$file || { echo \"has no \$file\" >&2; exit 1; }
+                test -r \"\$file\" || { echo \"has no \$file\" >&2; exit 1; }
             done
             cd $(printf %q "$PWD") || exit 1"
         [ "$i" != 0 ] || question+="
             $(printf %q "$PYTHON") -c $(printf %q "$PROBE") $master_port || exit 1"
-        "${SSH[@]}" "${hosts[i]}" "$question; hostname -I" < /dev/null > "$folder/$i.out" 2> "$folder/$i.err" &
+        # As standard input of a bash: a login shell may be another one.
+        "${SOON[@]}" "${SSH[@]}" "${hosts[i]}" bash -s <<< "$question
+            hostname -I || hostname -i" > "$folder/$i.out" 2> "$folder/$i.err" ||
+            [ $? != 124 ] || echo "did not answer within $((CONNECT_SECONDS + 20)) s" >> "$folder/$i.err" &
     done
     wait
     for i in "${!hosts[@]}"; do
@@ -220,7 +232,8 @@ everywhere() {  # FUNCTION of the above: on the hosts, all at once, then on this
     local host pids=()
     for host in "${hosts[@]-}"; do
         [ -n "$host" ] || continue
-        "${SSH[@]}" "$host" "$END_JOB; $1 $job" < /dev/null &
+        "${SOON[@]}" "${SSH[@]}" "$host" bash -s <<< "$END_JOB
+            $1 $job" &
         pids+=($!)
     done
     [ ${#pids[@]} = 0 ] || wait "${pids[@]}" || true
@@ -258,9 +271,9 @@ start_on_every_host() {
     for i in "${!hosts[@]}"; do
         node_command "$i"
         # The ssh client carries the job's name too, so that it is found when the job is ended.
-        env "LOOKSAM_JOB=$job" "${SSH[@]}" "${hosts[i]}" \
-            "cd $(printf %q "$PWD") && exec env $(printf '%q ' "${job_env[@]}" "${node_command[@]}")" \
-            < /dev/null 2>&1 | sed -u "s/^/${hosts[i]}: /" &
+        env "LOOKSAM_JOB=$job" "${SSH[@]}" "${hosts[i]}" bash -s \
+            <<< "cd $(printf %q "$PWD") && exec env $(printf '%q ' "${job_env[@]}" "${node_command[@]}") < /dev/null" \
+            2>&1 | sed -u "s/^/${hosts[i]}: /" &
     done
     for i in "${!hosts[@]}"; do
         code=0
@@ -275,7 +288,10 @@ start_on_every_host() {
 }
 
 supervise() {
-    [ -z "$dry_run" ] || exit 0
+    if [ -n "$dry_run" ]; then
+        [ -z "${env_file:-}" ] || rm -f "$env_file"
+        exit 0
+    fi
     trap 'stop 130 INT' INT
     trap 'stop 143 TERM' TERM
     trap 'stop 129 HUP' HUP

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import socket
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ds_looksam.ranks.join import join
 
-__all__ = ["device", "join", "leave", "summed"]
+__all__ = ["device", "join", "leave", "same_on_all_ranks", "summed"]
 
 
 def leave() -> None:
@@ -30,6 +32,14 @@ def leave() -> None:
 
 def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
+
+
+def same_on_all_ranks(what: str, value: str) -> None:
+    """Raise ValueError on every rank where ``value`` is not the same on all. Collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, f"{value} on {socket.gethostname()}")
+    if len({told.rpartition(" on ")[0] for told in found}) > 1:
+        raise ValueError(f"{what} are not the same on all ranks: {'; '.join(dict.fromkeys(found))}")
 
 
 def summed(values: Tensor) -> list[float]:

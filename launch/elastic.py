@@ -37,7 +37,7 @@ def start_ranks() -> int:
 def be_rank() -> None:
     note = Path(os.environ.pop(NOTES), os.environ["LOCAL_RANK"])
     note.unlink(missing_ok=True)  # of a rank that had saved while another one failed: all were started again
-    del sys.argv[0]
+    del sys.argv[0], sys.modules["stopping"]  # the program may have a module of that name
     program = sys.argv[0]
     sys.path[0] = str(Path(program).parent)
     try:

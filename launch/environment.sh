@@ -51,12 +51,12 @@ install_into_venv() {
 
     echo "Setting up $VENV: PyTorch, DeepSpeed and what training and tests need (some minutes, once)"
     "$PYTHON" -m venv --clear "$VENV"
-    pip="$VENV/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt"
-    $pip setuptools wheel numpy torch
+    local pip=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt)
+    "${pip[@]}" setuptools wheel numpy torch
     # DeepSpeed is a source package whose build looks at the installed torch.
-    $pip --no-build-isolation deepspeed
+    "${pip[@]}" --no-build-isolation deepspeed
     # shellcheck disable=SC2086  # --editable and a path, or a wheel
-    $pip --no-build-isolation $INSTALL"[train,test]"
+    "${pip[@]}" --no-build-isolation $INSTALL"[train,test]"
 }
 
 # compile_cpu_operators BUILDER...: DeepSpeed would do it at first use, on all ranks at once. There a killed rank leaves a

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +54,15 @@ class Images(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         raise NotImplementedError
+
+    def names(self) -> Iterable[str]:
+        """What tells one image from another, where that is more than its place in a file."""
+        return ()
+
+    def fingerprint(self) -> str:
+        """How many images, and a checksum of their names and labels: another one where files are missing or added."""
+        checksum = zlib.crc32("\n".join(self.names()).encode(), zlib.crc32(np.asarray(self.labels, np.int64).tobytes()))
+        return f"{len(self)} images ({checksum:08x})"
 
 
 def open_images(data_dir: Path, image_size: int | None = None, seed: int = 0) -> tuple[Images, Images]:
@@ -168,6 +179,9 @@ class FolderImages(Images):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def names(self) -> Iterable[str]:
+        return map(os.path.basename, self._files)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         pixels = torch.stack([self._image(index) for index in indices])

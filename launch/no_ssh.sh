@@ -6,7 +6,7 @@
 #     bash launch/no_ssh.sh --hostfile hosts --node-rank 1 -- --data-dir /data/imagenet    # on the second
 #     --bind               a share of the host's cores for each rank (needs numactl)
 #
-# Hosts wait for each other as long as DEEPSPEED_TIMEOUT says (minutes, 30 if not set).
+# Hosts wait for each other as long as DEEPSPEED_TIMEOUT says (minutes, 10 if not set).
 
 . "$(dirname "$0")/common.sh"
 

@@ -9,6 +9,16 @@
 read_arguments "$@"
 [ -n "$hostfile" ] || fail "--hostfile is needed: one host a line, NAME slots=N. On one machine use launch/torchrun.sh"
 need pdsh "Debian: apt-get install pdsh; without it use launch/ssh.sh"
+# DeepSpeed puts values between quotes that its remote shell still looks into, and words without a blank between none.
+for word in "${job_env[@]}"; do
+    case $word in *[\"\$\`\\%]* | *$'\n'*) fail "the value of ${word%%=*} has a quote, \$, \`, \\, % or a line break, which \
+DeepSpeed's pdsh launcher does not hand on: use launch/ssh.sh" ;; esac
+done
+for word in "$PWD" "$program" "${program_args[@]}"; do
+    case $word in *[!A-Za-z0-9_@+=:,./~^\ -]*) fail "'$word' has a character that DeepSpeed's pdsh launcher does not hand on: \
+use launch/ssh.sh" ;; esac
+done
+case $PWD$program in *' '*) fail "a folder's name has a blank, which DeepSpeed's pdsh launcher does not hand on: use launch/ssh.sh" ;; esac
 check_hosts
 write_environment_file
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ds_looksam.checkpoint.files import write_atomically
 from ds_looksam.cli.plot import draw, read_rows
 
 
@@ -50,11 +51,16 @@ class RunLog:
             return
         before = read_rows(path) if resume_at and path.exists() else []
         kept = [row for row in before if int(row["update"]) <= resume_at]
-        self._file = path.open("w", newline="")
+
+        def begin(file: Path) -> None:
+            with file.open("w", newline="") as opened:
+                writer = csv.DictWriter(opened, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+
+        write_atomically(path, begin)  # what a run of days has measured must not be lost with this process
+        self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-        self._file.flush()
 
     def write(self, row: Row) -> None:
         if self._file is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 
 SAVED_TO_GO_ON = 75
 """Exit code of a run that was told to stop and has saved a checkpoint (EX_TEMPFAIL)."""
@@ -26,7 +27,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.caught: str | None = None
         self.stopping = False
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=default_pg_timeout)
         assert isinstance(group, dist.ProcessGroup)  # every rank is in it
         self._group = group
         self._answer: tuple[Any, torch.Tensor] | None = None

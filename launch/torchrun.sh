@@ -29,6 +29,7 @@ node_command() {  # I: into node_command
 
 rendezvous=$job
 if [ -z "$hostfile" ]; then
+    [ -z "$master_addr" ] || fail "--master-addr is for a job with --hostfile: one machine's ranks meet on a port of their own"
     local_slots
     run_job "$PYTHON" "$ROOT/launch/elastic.py" --standalone --nproc-per-node "$slots" --max-restarts "$restarts" \
         ${more[@]+"${more[@]}"} "$program" "${program_args[@]}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -42,7 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)  # quickstart.sh looks for --run-dir and --resume
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, help="IDX files, or train/CLASS and val/CLASS folders of images")
     add("--model", default="micro/4", help="ViT size and patch: nano/7, micro/4, S/32, B/16, L/16 (default micro/4)")
@@ -111,6 +113,12 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
+def wait_for_the_rank(worker: int) -> None:
+    """In a loader's process: whoever ends a job sends SIGTERM to all of its processes, and a worker that ended at once,
+    as torch has it, would take its rank along, before that has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Trainer:
     """Engine, data and reports of one run."""
 
@@ -119,6 +127,8 @@ class Trainer:
         self.device = distributed.device()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.train_images, self.test_images = open_images(args.data_dir, args.image_size, args.seed)
+        self.data = f"{self.train_images.fingerprint()}, {self.test_images.fingerprint()}"
+        distributed.same_on_all_ranks(f"the images in {args.data_dir}", self.data)
         config = DeepSpeedConfig(str(args.config))
         self.order = TrainingOrder(len(self.train_images), config.train_batch_size,
                                    config.train_micro_batch_size_per_gpu, self.rank, self.world_size, args.seed)
@@ -228,7 +238,8 @@ class Trainer:
         workers = self.args.workers if self.args.workers is not None else 8 * (images.channels == 3)
         # A generator of its own: to draw the workers' seeds from torch's would shift a resumed run's dropout masks.
         loader: DataLoader[Batch] = DataLoader(images, batch_sampler=indices, collate_fn=as_it_is, num_workers=workers,
-                                               pin_memory=self.device.type != "cpu", generator=torch.Generator())
+                                               pin_memory=self.device.type != "cpu", generator=torch.Generator(),
+                                               worker_init_fn=wait_for_the_rank)
         for pixels, labels in loader:
             pixels = pixels.to(self.device, non_blocking=True).float().div_(255).sub_(self.mean).div_(self.std)
             yield pixels.to(self.dtype), labels.to(self.device, non_blocking=True)
@@ -248,7 +259,8 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
         return {"model": self.args.model, "classes": self.train_images.classes, "image size": self.train_images.size,
-                "seed": self.args.seed, "epochs": self.args.epochs, "train_batch_size": self.order.global_batch}
+                "seed": self.args.seed, "epochs": self.args.epochs, "train_batch_size": self.order.global_batch,
+                "data": self.data}
 
     def _report(self, accuracy: float) -> str:
         run_dir = self.args.run_dir
@@ -270,7 +282,7 @@ def prepare_run_dir(args: argparse.Namespace) -> None:
     Raises:
         FileExistsError: on every rank, there is a run in the folder, and neither --resume nor --overwrite.
     """
-    taken = (args.run_dir / "metrics.csv").exists() and not args.resume
+    taken = not args.resume and ((args.run_dir / "metrics.csv").exists() or checkpoints.has_any(args.run_dir))
     dist.barrier()  # every rank has looked before rank 0 changes anything
     if taken and not args.overwrite:
         raise FileExistsError(f"{args.run_dir} has a run in it: --resume goes on with it, --overwrite starts again, "

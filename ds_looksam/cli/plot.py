@@ -36,9 +36,9 @@ def run(runs: Sequence[Path], out: Path) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a metrics.csv."""
+    """The lines of a metrics.csv, but for one that a full disk has cut off."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 def read(run: Path) -> list[Row]:
