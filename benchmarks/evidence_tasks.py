@@ -6,15 +6,12 @@ A task's data lies on the device as a whole, and a batch is a list of indices: s
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 SUBSET_SEED, WRONG_SEED, PRETRAIN_SEED, PRETRAIN_UPDATES = 5_000, 20, 1_000, 600

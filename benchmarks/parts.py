@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -25,8 +23,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import step_time
 from tests import inside
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 MARK = "part: "
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +63,6 @@ class Model:
 
 
 def vit(name: str, image: int, channels: int, classes: int) -> Model:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
     from vits import build_vit, vit_config
 
     config: Any = vit_config(name, image, channels, classes)

@@ -30,7 +30,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from itertools import chain, product
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -38,8 +37,6 @@ import torch
 from torch import nn
 
 from benchmarks.scale_models import GPTS, Batch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 CONTENDERS: dict[str, dict[str, Any]] = {
     "base": {"type": "AdamW"},

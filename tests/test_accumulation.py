@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from .ranks import run_on_ranks
-from .test_oracle_grid import TOLERANCE
-from .training import Case, distance, engine_for, managed, run_oracle, train
+from .training import TOLERANCE, Case, distance, engine_for, managed, run_oracle, train
 
 
 def boundary_set_by_hand(engine: Any, batches: list[Any]) -> None:

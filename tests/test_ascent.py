@@ -25,9 +25,9 @@ from .fuzz import rounding_tolerance
 from .inside import is_evaluating_again
 from .models import Mlp
 from .ranks import run_on_ranks
-from .test_oracle_grid import TOLERANCE
 from .test_replay import outside_loss, train_outside, without_loss
 from .training import (
+    TOLERANCE,
     Case,
     batches_for,
     check_against_oracle,

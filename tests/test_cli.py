@@ -194,6 +194,7 @@ def test_what_is_in_force_though_the_json_does_not_say_it(check):
     (0.05, "fp32", 1e9, None), (0.4, "bf16", 86.6e6, None), (0.0, "bf16", 1e9, None),
     (0.05, "bf16", 86.6e6, "Use rho 0.36 or more"), (0.05, "bf16", 7e9, "compute in fp32"),
     (0.05, "fp16", 86.6e6, None), (0.002, "bf16", 1.3e6, "cosine of about 0.2"),
+    (0.05, "bf16", 1.63e6, None), (0.05, "bf16", 1.65e6, "Use rho 0.05 or more"),  # README: 1.6 million
 ])  # yapf: disable
 def test_rounding(rho, precision, parameters, words):
     """Cosines as docs/low-precision.md measured them, rounded; the last one in torch_autocast: 0.17."""

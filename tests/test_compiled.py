@@ -21,8 +21,7 @@ from ds_looksam.arithmetic.eager import EAGER
 from .test_algebra import CHECKS, CPU
 from .test_options import BF16_V, TIGHT
 from .test_options import V_ROUNDED as ROUNDED
-from .test_oracle_grid import TOLERANCE
-from .training import DTYPES, Case, check_against_oracle
+from .training import DTYPES, TOLERANCE, Case, check_against_oracle
 
 pytestmark = pytest.mark.skipif(Version(torch.__version__) < COMPILES_ON_CPU, reason="refused with this torch")
 

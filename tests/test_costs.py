@@ -34,7 +34,7 @@ CASES = [
 
 
 def _id(case: Case) -> str:
-    return "-".join([f"stage{case.stage}", case.precision, case.base, *case.config])
+    return "-".join([f"stage{case.stage}", case.precision, case.base, case.ascent, *case.config])
 
 
 @pytest.mark.parametrize("case", CASES, ids=_id)
@@ -83,7 +83,9 @@ def test_rho_0_with_alpha_0_is_the_base_optimizer_to_the_bit(case: Case) -> None
             assert torch.equal(got.weights[name], weight), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=_id)
+@pytest.mark.parametrize("case", [
+    *CASES, *(Case(world=2, alpha=0.7, stage=2, precision="bf16", ascent=ascent) for ascent in ("rank", "micro_batch"))
+], ids=_id)
 def test_state_is_one_fp32_shard_and_a_sam_step_holds_one_more(case: Case) -> None:
     case = replace(case, accumulation=1, k=2)
     ours, plain = (run_on_ranks(2, measure_memory, case, looksam)[0] for looksam in (True, False))
@@ -93,6 +95,8 @@ def test_state_is_one_fp32_shard_and_a_sam_step_holds_one_more(case: Case) -> No
     assert abs(ours.after - plain.after - shard) <= slack
     # In the replay: g beside g_v. On stage 0 the model's weights are kept, as nothing else has their bits then.
     weights = (shard if case.precision == "fp32" else shard // 2) if case.stage == 0 else 0
+    # The rank's own gradient of the whole model, and of its weights a clean copy, in bf16.
+    weights += {"global": 0, "rank": 2, "micro_batch": 4}[case.ascent] * NUMEL
     assert abs(ours.during - plain.during - 2 * shard - weights) <= slack
 
 

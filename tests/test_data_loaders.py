@@ -12,8 +12,7 @@ from torch import Tensor
 
 from .models import CLASSES, FEATURES
 from .ranks import run_on_ranks
-from .test_oracle_grid import TOLERANCE
-from .training import Case, distance, engine_for, master_weights, named, start_oracle
+from .training import TOLERANCE, Case, distance, engine_for, master_weights, named, start_oracle
 
 SAMPLES = 53
 """27 for each of 2 ranks, one of them twice: 6 whole micro-batches of 4 and a shorter one, so that windows of 3 cross

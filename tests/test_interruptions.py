@@ -4,6 +4,7 @@ weights, and nothing is lost."""
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from ds_looksam.engines.signals import signals_wait
 
 from .checkpoints import same_bits
 from .inside import is_evaluating_again
@@ -218,3 +221,17 @@ def fail_in_update(case: Case, when: str, folder: str) -> None:
 def test_an_update_that_raises_leaves_clean_weights(stage: int, when: str, options: dict[str, Any],
                                                     tmp_path: Path) -> None:
     run_on_ranks(2, fail_in_update, replace(CASE, stage=stage, **options), when, str(tmp_path))
+
+
+def test_a_sam_step_may_run_outside_of_the_main_thread() -> None:
+    """Where Python lets nobody touch signal handlers."""
+    ran: list[bool] = []
+
+    def step() -> None:
+        with signals_wait():
+            ran.append(True)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    assert ran

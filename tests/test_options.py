@@ -20,9 +20,9 @@ from .checkpoints import same_bits
 from .covering import covering, product
 from .fuzz import CPU, check_draw, rounding_tolerance, seeds
 from .ranks import run_on_ranks
-from .test_oracle_grid import TOLERANCE
 from .training import (
     DTYPES,
+    TOLERANCE,
     Case,
     as_plain,
     check_against_oracle,

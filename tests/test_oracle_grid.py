@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from .covering import cases
-from .training import Case, check_against_oracle
+from .training import TOLERANCE, Case, check_against_oracle
 
 GRID = {
     "stage": [0, 1, 2, 3],
@@ -22,10 +22,6 @@ GRID = {
     "model": ["mlp", "dead_and_frozen", "tied", "straddling", "tiny", "sometimes"],
 }
 TWO_GROUPS = {"tied", "straddling", "sometimes"}
-
-TOLERANCE = 1e-5
-"""fp32 rounds at 6e-8. A gradient is a sum of some 10 products through 4 layers, 24 gradients and 12 updates follow one
-another at most, and Adam divides by the root of a mean that starts at one square: 100 times the rounding unit."""
 
 
 @pytest.mark.parametrize("case", cases(GRID, lambda row: Case(**row, two_groups=row["model"] in TWO_GROUPS, updates=7),

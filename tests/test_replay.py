@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from .models import CLASSES, make_model
 from .ranks import run_on_ranks
-from .training import Case, distance, engine_for, master_weights, run_oracle
+from .training import TOLERANCE, Case, distance, engine_for, master_weights, run_oracle
 
 STAGES = [0, 1, 2, 3]
 CASE = Case(world=2, accumulation=2, updates=5, k=2, alpha=0.7)
-TOLERANCE = 1e-5  # as in test_oracle_grid.py
 
 
 def micro_batches(case: Case, update: int) -> list[tuple[Tensor, Tensor]]:

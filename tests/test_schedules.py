@@ -14,8 +14,7 @@ from ds_looksam.errors import LookSAMConfigError
 from ds_looksam.step.schedule import RhoFactors
 
 from .ranks import run_on_ranks
-from .test_oracle_grid import TOLERANCE
-from .training import Case, distance, engine_for, master_weights, named, start_oracle, train_window
+from .training import TOLERANCE, Case, distance, engine_for, master_weights, named, start_oracle, train_window
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "WarmupLR": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 5, "warmup_type": "linear"},

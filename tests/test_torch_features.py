@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .models import CLASSES, Mlp, make_model
 from .ranks import run_on_ranks
-from .test_oracle_grid import TOLERANCE
-from .training import Case, batches_for, distance, engine_for, master_weights, run_oracle, train_window
+from .training import TOLERANCE, Case, batches_for, distance, engine_for, master_weights, run_oracle, train_window
 
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 CPU = {"offload_optimizer": {"device": "cpu"}}

@@ -18,8 +18,7 @@ from . import oracle
 from .models import FEATURES
 from .ranks import run_on_ranks
 from .test_options import OFFLOAD, OFFLOADED
-from .test_oracle_grid import TOLERANCE
-from .training import Case, distance, engine_for, master_weights, named
+from .training import TOLERANCE, Case, distance, engine_for, master_weights, named
 
 WORLD, SEQUENCE_RANKS = 4, 2
 LENGTH, HEADS, WIDTH = 6, 2, 8

@@ -27,6 +27,9 @@ BASE_PARAMS: dict[str, dict[str, Any]] = {
     "Adam": {"adam_w_mode": False},  # with L2 regularisation; DeepSpeed takes "Adam" for AdamW unless it is told
 }
 LINEAR = nn.functional.linear
+TOLERANCE = 1e-5
+"""fp32 rounds at 6e-8. A gradient is a sum of some 10 products through 4 layers, 24 gradients and 12 updates follow one
+another at most, and Adam divides by the root of a mean that starts at one square: 100 times the rounding unit."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .training import Case, engine_for, master_weights
+from .training import TOLERANCE, Case, engine_for, master_weights
 
 RHO, ALPHA, K, UPDATES = 0.2, 0.7, 2, 4
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-TOLERANCE = 1e-5  # as in test_oracle_grid.py
 
 
 class Net(nn.Module):

@@ -36,8 +36,8 @@ _TOTALS = {"sum", "mean"}  # which differ by a factor
 
 @dataclass(eq=False, kw_only=True)
 class Step:
-    """Something that made tensors. ``number``: its place in the window; ``needs``: what must have run before;
-    ``needs_values``: that too, of which it takes no more than values, in detached inputs of a forward."""
+    """Something that made tensors. ``number``: its place in the window; ``needs``: the steps that it depends on through
+    the graph; ``needs_values``: those of which it takes values only, in detached inputs of a forward."""
 
     number: int = 0
     needs: list[Step] = field(default_factory=list)
@@ -162,7 +162,7 @@ class RecordedCall(Step):
         values.made[self] = made
 
 
-def before(*steps: Step, values_too: bool = True) -> list[Step]:
+def with_predecessors(*steps: Step, values_too: bool = True) -> list[Step]:
     """``steps`` and all that they need, in the order in which they ran."""
     found: set[Step] = set()
     stack = list(steps)

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .marks import marks_of, version_of
-from .recording import Apart, GraphId, Made, RecordedCall, Step, before, graph_id, node_id, storage_of
+from .recording import Apart, GraphId, Made, RecordedCall, Step, graph_id, node_id, storage_of, with_predecessors
 from .snapshot import AutocastState, TorchRandomState
 
 
@@ -177,10 +177,10 @@ class LossTape(TorchFunctionMode):
         if known is None:
             return None, [], "the loss given to backward() does not come from the model's output by torch functions"
         problem = self._unlike(loss, known, "the loss given to backward()")
-        steps = before(*self.needs_of(loss))
+        steps = with_predecessors(*self.needs_of(loss))
         problem = problem or next((step.problem for step in steps if step.problem is not None), None)
         # A hidden state that is carried on detached, or a first guess, does not make a logged loss a part of this one.
-        own = before(*self.needs_of(loss), values_too=False) if self._read_outs else []
+        own = with_predecessors(*self.needs_of(loss), values_too=False) if self._read_outs else []
         for read_out in self._read_outs:
             if problem is None and any(step in read_out.forwards for step in own):
                 late = next((step for step in own if step.number > read_out.number
@@ -244,7 +244,7 @@ class LossTape(TorchFunctionMode):
         known = self._known.get(ours[0])
         by_engine = known is not None and known.in_engine
         if known is not None and not by_engine and any(getattr(step, "through_engine", False)
-                                                       for step in before(known.made.by)):
+                                                       for step in with_predecessors(known.made.by)):
             problem = problem or ("loss.backward() went through the output of another DeepSpeed engine, which divides "
                                   "the gradient there by its accumulation steps: call engine.backward(loss)")
         with self._on_backward(ours[0], by_engine, problem), self._noting("in_backward"):
@@ -364,7 +364,7 @@ class LossTape(TorchFunctionMode):
 
     def _note_read_out(self, name: str, tensors: list[Tensor]) -> None:
         """What comes of parameters alone is taken for a value of the newest forward, unless it is saved."""
-        steps = before(*(step for t in tensors if t in self._known for step in self.needs_of(t)))
+        steps = with_predecessors(*(step for t in tensors if t in self._known for step in self.needs_of(t)))
         forwards = weakref.WeakSet(step for step in steps if not isinstance(step, RecordedCall))
         if not forwards and name.endswith(".untyped_storage"):  # torch.save(model.state_dict())
             return

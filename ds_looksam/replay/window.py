@@ -24,10 +24,10 @@ from .recording import (
     RecordedCall,
     Step,
     Values,
-    before,
     graph_id,
     graph_of,
     output_tensors,
+    with_predecessors,
 )
 from .snapshot import ComputeMode, Flags, RandomState, Structure, requiring_grad
 from .tape import LossTape, OnBackward, in_functorch
@@ -192,7 +192,7 @@ class Window:
     @property
     def forwards(self) -> list[Forward]:
         """Those that a backward reached, in the user's order."""
-        steps = before(*self._backwards, *(f for backward in self._backwards for f in backward.forwards))
+        steps = with_predecessors(*self._backwards, *(f for backward in self._backwards for f in backward.forwards))
         return [step for step in steps if isinstance(step, Forward)]
 
     @property
@@ -335,9 +335,9 @@ class Window:
     def _steps(self, loss_fn: LossFn | None) -> list[Step]:
         """What the second evaluation runs, in the user's order."""
         if loss_fn is None:
-            return before(*self._backwards)
-        return sorted([*before(*(f for backward in self._backwards for f in backward.forwards)), *self._backwards],
-                      key=lambda step: step.number)
+            return with_predecessors(*self._backwards)
+        forwards = with_predecessors(*(f for backward in self._backwards for f in backward.forwards))
+        return sorted([*forwards, *self._backwards], key=lambda step: step.number)
 
     def evaluate_again(self, forward: Callable[..., Any], backward: Callable[[Tensor, Backward, bool], None],
                        loss_fn: LossFn | None) -> None:
