@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ds_looksam.checkpoint.files import verify_file, write_atomically
-from ds_looksam.ranks.agree import together
+from ds_looksam.ranks.agree import from_all_ranks, together
 
 FOLDER = "checkpoints"
 LISTING = "files.json"
@@ -156,6 +156,4 @@ def _damage(folder: Path) -> str | None:
             verify_file(file)
     except Exception as error:
         found = f"{error}"
-    all_found: list[Any] = [None] * world_size
-    dist.all_gather_object(all_found, found)
-    return next((damage for damage in all_found if damage is not None), None)
+    return next((damage for damage in from_all_ranks(found) if damage is not None), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import socket
-from typing import Any
 
 import deepspeed
 import torch
@@ -13,6 +12,7 @@ import torch.distributed.nn.functional  # before there is a group, which its def
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from ds_looksam.ranks.agree import from_all_ranks
 from ds_looksam.ranks.join import join
 
 __all__ = ["device", "join", "leave", "same_on_all_ranks", "summed"]
@@ -36,8 +36,7 @@ def device() -> torch.device:
 
 def same_on_all_ranks(what: str, value: str) -> None:
     """Raise ValueError on every rank where ``value`` is not the same on all. Collective."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, f"{value} on {socket.gethostname()}")
+    found = from_all_ranks(f"{value} on {socket.gethostname()}")
     if len({told.rpartition(" on ")[0] for told in found}) > 1:
         raise ValueError(f"{what} are not the same on all ranks: {'; '.join(dict.fromkeys(found))}")
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed import comm as dist
 
 from ..arithmetic.eager import Shard
 from ..errors import LookSAMCheckpointError
-from ..ranks.agree import on_all_ranks, together
+from ..ranks.agree import from_all_ranks, on_all_ranks, together
 from ..shards import GradientShards, full_shape
 from .files import Manifest, Range, RankFile
 
@@ -65,9 +64,8 @@ def read_own_part(folder: Path, manifest: Manifest, here: NamedLayout, shards: G
     is_here = all(sum(last - first for *_, first, last in _overlaps(stored, part)) == part.hi - part.lo
                   for segments in here.layout for _, part in segments)
     if not on_all_ranks(is_here, device):
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        shared_out = range(dist.get_rank(), manifest.files, len(everywhere))
-        dist.all_gather_object(everywhere, together(lambda: headers(shared_out), device, where))
+        shared_out = range(dist.get_rank(), manifest.files, dist.get_world_size())
+        everywhere = from_all_ranks(together(lambda: headers(shared_out), device, where))
         stored = _by_name(range_ for of_rank in everywhere for range_ in of_rank)
     return together(lambda: _read(folder, manifest, stored, here, shards.new_shard()), device, where)
 

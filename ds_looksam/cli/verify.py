@@ -38,12 +38,12 @@ from ..config.deepspeed_keys import within
 from ..config.params import OPTIMIZER_TYPES, parse_params
 from ..config.rounding import DTYPES
 from ..errors import LookSAMConfigError
-from ..ranks.agree import raised_everywhere
+from ..ranks.agree import from_all_ranks, raised_everywhere
 from ..ranks.join import join
 from ..ranks.versions import __version__
 from .check import read_json, without_placeholders
 from .output import print_table
-from .verify_case import FAILED, LOSS_SCALE, RIGHT, SKIPPED, WRONG, Case, Verdict, check, gathered
+from .verify_case import FAILED, LOSS_SCALE, RIGHT, SKIPPED, WRONG, Case, Verdict, check
 
 LONGEST_WAIT = timedelta(minutes=5)
 """For another rank: compiling DeepSpeed's CPU optimizers takes a minute or two."""
@@ -104,7 +104,7 @@ def verify(cases: Sequence[Case], folder: Path | None) -> list[Row]:
                 if raised_everywhere(error, dist.group.WORLD, f"verify, {case.name}") is not None:
                     raise
                 row.checks["weights"] = Verdict(FAILED, " ".join(f"{type(error).__name__}: {error}".split()))
-            worst_first, of_ranks = (FAILED, WRONG, SKIPPED, RIGHT), gathered(row.checks)
+            worst_first, of_ranks = (FAILED, WRONG, SKIPPED, RIGHT), from_all_ranks(row.checks)
             row.checks = {name: min((checks[name] for checks in of_ranks), key=lambda v: worst_first.index(v.status))
                           for name in row.checks}
         row.seconds = time.monotonic() - start
@@ -200,9 +200,9 @@ def cases_of(path: Path) -> Iterator[Case]:
 def shared_folder(parent: Path | None) -> Iterator[Path | None]:
     """A new folder for checkpoints, removed afterwards; None where the ranks do not all see it. Collective."""
     first = dist.get_rank() == 0
-    path = Path(gathered(tempfile.mkdtemp(prefix="looksam-verify-", dir=parent) if first else "")[0])
+    path = Path(from_all_ranks(tempfile.mkdtemp(prefix="looksam-verify-", dir=parent) if first else "")[0])
     try:
-        yield path if all(gathered(path.is_dir())) else None
+        yield path if all(from_all_ranks(path.is_dir())) else None
     finally:
         if first:
             shutil.rmtree(path, ignore_errors=True)

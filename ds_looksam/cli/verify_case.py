@@ -25,7 +25,9 @@ from torch.utils._pytree import tree_leaves
 from ..config.base_optimizers import base_class, deepspeed_name
 from ..config.params import LookSAMConfig, parse_params
 from ..config.rounding import DTYPES
+from ..ranks.agree import from_all_ranks
 from ..reference import Loss, Reference
+from ..shards.untrained import is_partitioned
 
 RIGHT, WRONG, SKIPPED, FAILED = "right", "WRONG", "skipped", "FAILED"
 ROUNDING_FP32 = 1e-4
@@ -192,8 +194,7 @@ def _weights(engine: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], str | 
     weights, lags = {}, None
     readable = engine.zero_optimization_stage() > 0 and not getattr(engine.optimizer, "round_robin_gradients", False)
     for name, p in engine.module.named_parameters():
-        gathered = hasattr(p, "ds_id")
-        with deepspeed.zero.GatheredParameters([p]) if gathered else nullcontext():
+        with deepspeed.zero.GatheredParameters([p]) if is_partitioned(p) else nullcontext():
             model_s = p.detach().cpu().clone()
         weights[name] = (safe_get_full_fp32_param(p) if readable else model_s).detach().float().cpu().clone()
         if not torch.equal(weights[name].to(dtype), model_s):
@@ -205,7 +206,7 @@ def _weights(engine: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], str | 
 
 
 def _compare(case: Case, run: Run) -> Verdict:
-    of_ranks = gathered(b"".join(w.contiguous().numpy().tobytes() for w in run.weights.values()))
+    of_ranks = from_all_ranks(b"".join(w.contiguous().numpy().tobytes() for w in run.weights.values()))
     try:
         low = run.precision != "fp32" or run.autocast
         expected, evaluations = reference_weights(case, run, low)
@@ -301,13 +302,6 @@ def _base(case: Case, groups: list[Any]) -> torch.optim.Optimizer:
     if build is None or build.__module__.startswith("deepspeed") or name.lower() == "muon":
         raise CannotTell(f"there is no plain {name} to compare with")
     return build(groups, **{key: value for key, value in params.items() if key not in ("torch_adam", "adam_w_mode")})
-
-
-def gathered(value: Any) -> list[Any]:
-    """``value`` of every rank. Collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 # What is sent ---------------------------------------------------------------------------------------------------------

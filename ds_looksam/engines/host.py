@@ -130,7 +130,8 @@ class HostEngine(DeepSpeedEngine):
 
     @contextmanager
     def as_a_window_of_its_own(self) -> Iterator[None]:
-        """A backward inside is an accumulation boundary: afterwards its gradient is reduced, as before a step."""
+        """A backward inside is an accumulation boundary: afterwards its gradient is reduced, as before a step.
+        Collective."""
         boundary = self._is_gradient_accumulation_boundary
         if self.managed_gradient_accumulation():
             self._is_gradient_accumulation_boundary = True
@@ -266,7 +267,7 @@ class HostEngine(DeepSpeedEngine):
     def load_checkpoint(self, load_dir: str, tag: Any = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[Any, Any]:
-        """As DeepSpeed's, with its faults in loading repaired.
+        """As DeepSpeed's, with its faults in loading repaired. Collective.
 
         Raises:
             LookSAMCheckpointError: a universal checkpoint is to be loaded at stage 0, which DeepSpeed cannot.

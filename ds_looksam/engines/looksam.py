@@ -193,7 +193,7 @@ class LookSAMEngine(HostEngine):
 
     @contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:
-        """As DeepSpeed's."""
+        """As DeepSpeed's, and collective as that is."""
         with super().coalesce_grad_reduction():
             yield
             if not self._replay.is_perturbed:

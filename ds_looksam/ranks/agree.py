@@ -36,9 +36,8 @@ def together(function: Callable[[], Result], device: torch.device, what: str) ->
         error = raised
     if on_all_ranks(error is None, device):
         return result
-    messages: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else
-                           str(error) if isinstance(error, LookSAMCheckpointError) else _in_words(error))
+    messages = from_all_ranks(None if error is None else
+                              str(error) if isinstance(error, LookSAMCheckpointError) else _in_words(error))
     failed: dict[str, list[int]] = {}
     for rank, message in enumerate(messages):
         if message is not None:
@@ -53,6 +52,13 @@ def on_all_ranks(yes: bool, device: torch.device) -> bool:
     flag = torch.tensor([0 if yes else 1], dtype=torch.int32, device=device)
     dist.all_reduce(flag)
     return int(flag.item()) == 0
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's ``value``, which is pickled. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_rank_0(function: Callable[[], Result], device: torch.device) -> Result:

@@ -54,6 +54,9 @@ class Replay:
         loss_fn, gradient_edit: the user's, see :class:`ds_looksam.LookSAMEngine`.
         window: what was recorded since the last update.
         gradient_is_complete: the boundary's backward has run since.
+        when_forgotten: called when the user has thrown the window's gradient away, with :meth:`forget_backwards`'s
+            ``told``.
+        around_backward: entered around each backward of the user's that belongs to the window.
     """
 
     def __init__(self, engine: Any, module: nn.Module, forward: Callable[..., Any], backward: Callable[..., Tensor],
@@ -183,7 +186,8 @@ class Replay:
 
     @contextmanager
     def perturbed(self, shards: GradientShards, put_back: Callable[[], None]) -> Iterator[None]:
-        """While the weights are perturbed for a second evaluation. On leaving it the module and all generators are
+        """While the weights are perturbed for a second evaluation. Collective where it is left by an exception that
+        every rank raises. On leaving it the module and all generators are
         as before; the weights are clean, and no longer marked, when the update has published them (:meth:`forget`).
 
         Args:
@@ -215,7 +219,7 @@ class Replay:
 
     def update_failed(self, error: Exception, shards: GradientShards) -> None:
         """The update of a SAM step raised, before or after it had published its weights. If it did so on every rank,
-        the weights are the masters' afterwards and the gradient is gone."""
+        which is collective then, the weights are the masters' afterwards and the gradient is gone."""
         self._where = Where.PERTURBED  # here they may be clean by now, but if the ranks are apart nobody may save
         self._leave(error, shards, lambda: None, "the update of a SAM step")
 

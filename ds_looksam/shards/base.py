@@ -117,7 +117,8 @@ class GradientShards(ABC):
 
     @abstractmethod
     def take_gradient(self, *, survives_evaluation: bool) -> Shard:
-        """Take the window's averaged gradient out of the wrapper, which is then ready to accumulate a new one.
+        """Take the window's averaged gradient out of the wrapper, which is then ready to accumulate a new one. Not
+        collective.
 
         Args:
             survives_evaluation: these values are still needed while another evaluation writes into the wrapper's
@@ -129,7 +130,8 @@ class GradientShards(ABC):
 
     @abstractmethod
     def give_gradient(self, gradient: Shard) -> None:
-        """Make ``gradient`` (sizes as taken) the one that the wrapper clips and hands to the base optimizer."""
+        """Make ``gradient`` (sizes as taken) the one that the wrapper clips and hands to the base optimizer. Not
+        collective."""
 
     def show_gradient(self, gradient: Shard) -> None:
         """Let the user find ``gradient`` where the window's is in a run without LookSAM, until it is hidden."""
@@ -212,8 +214,8 @@ class GradientShards(ABC):
         wrappers that would step with another window's where this window's loss has none. Not collective."""
 
     def tell_squared_norm(self, squared_norm: Tensor) -> None:  # noqa: B027 - most wrappers sum over ranks themselves
-        """‖gradient‖² over the whole model of what was last given, float64 0-dim. Always called after a SAM step's
-        give_gradient, after a reuse step's only where ``wants_squared_norm``."""
+        """‖gradient‖² over the whole model, float64 0-dim, of the gradient that was given last. Called after every
+        give_gradient of a SAM step; after a reuse step only where ``wants_squared_norm``."""
 
     def reserve_v(self, dtype: torch.dtype) -> None:  # noqa: B027 - memory needs no reservation
         """Called once, before training, with what g_v will be kept in: take the room for it that is not in memory.

@@ -77,9 +77,9 @@ class Ascent:
         return g_squared.sum(), sums[-1], by_layer(groups, layers, w_squared, g_squared, self._layer_scale, loss_scale)
 
     def perturb(self, g: Shard, scale_of: ScaleOf, rounding: int | None, keep_clean: bool) -> Tensor:
-        """Make the models of the group's ranks compute with w + eps. Returns the sums of ``add_perturbation``,
-        float64 [3] on the shards' device. ``keep_clean``: :meth:`restore` follows; otherwise the update publishes clean
-        weights."""
+        """Make the models of the group's ranks compute with w + eps. Collective where that is published. Returns the
+        sums of ``add_perturbation``, float64 [3] on the shards' device. ``keep_clean``: :meth:`restore` follows;
+        otherwise the update publishes clean weights."""
         return self._shards.perturb_weights(g, scale_of, rounding)
 
     def restore(self) -> None:
@@ -136,7 +136,7 @@ class OwnAscent(Ascent):
 
 def sum_norms(shards: GradientShards, g: Shard, v_squared: Tensor | None,
               by_layers: bool = False) -> tuple[Tensor, Tensor]:
-    """‖g‖² and ‖v‖² of the whole model, in one all-reduce. ``v_squared``: this rank's part."""
+    """‖g‖² and ‖v‖² of the whole model. Collective: one all-reduce. ``v_squared``: this rank's part."""
     norms = sum_over_ranks(own_norms(shards, g, v_squared, by_layers), shards.process_group)
     return norms[0], norms[1]
 
