@@ -14,6 +14,7 @@ import pytest
 from matplotlib import image
 
 from ds_looksam.cli import main, plot
+from ds_looksam.config.params import ASCENTS, OWN
 from ds_looksam.config.rounding import rounding_warning
 from ds_looksam.config.support import REFUSED
 from ds_looksam.config.support_table import SUPPORTED
@@ -89,11 +90,7 @@ def test_errors_are_told_and_exit_with_1(tmp_path, capsys, text, words):
     (1, "global", {"communication_data_type": "bf16"}, 3 + 3),
     (1, "global", {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, 2 * 3 + 3 / 2),
     (2, "global", {"bf16": {"enabled": True}}, (2 * 2 * 3 + 3) / 2),
-    # What benchmarks/traffic.py counts is in docs/costs.md.
-    (0, "rank", {}, 2 * 3), (1, "rank", {}, 2 * 3), (2, "rank", {}, 2 * 2 * 3),
-    (0, "micro_batch", {}, 3 * 2 * 3), (1, "micro_batch", {}, 3 * 2 * 3), (2, "micro_batch", {}, 2 * 2 * 3),
-    (0, "global_micro_batch", {}, 3 * 2 * 3), (1, "global_micro_batch", {}, 3 * 2 * 3 + 4 * 3),
-    (2, "global_micro_batch", {}, 2 * 2 * 3 + 4 * 3), (3, "global_micro_batch", {}, 2 * (3 + 2 * 3)),
+    (2, "rank", {}, 2 * 2 * 3), (2, "micro_batch", {}, 2 * 2 * 3), (2, "global_micro_batch", {}, 2 * 2 * 3 + 4 * 3),
 ], ids=str)  # yapf: disable
 def test_bytes_sent_and_examples_per_perturbation(check, stage, ascent, extra, sent):
     _, out, _ = check("--world-size", "4", "--params", str(MIB), train_batch_size=24, gradient_accumulation_steps=2,
@@ -110,14 +107,18 @@ WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 """What a rank sends in a ring, in units of (N - 1)/N of the payload."""
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_bytes_sent_are_those_that_were_counted(check, stage):
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "ascent"), [(stage, ascent) for stage in range(4) for ascent in ASCENTS
+                                               if stage < 3 or ascent not in OWN])
+def test_bytes_sent_are_those_that_were_counted(check, stage, ascent, accumulation):
     """benchmarks/traffic.py holds its formulas against the collectives of real ranks."""
-    from benchmarks.traffic import EVALUATION, PUBLICATION
+    from benchmarks.traffic import sam_adds
 
-    _, out, _ = check("--world-size", "4", "--params", str(MIB), zero_optimization={"stage": stage})
-    payloads = [*EVALUATION[stage].items(), *PUBLICATION[stage].items()]
-    assert value(out, "extra sent, SAM step") == f"{sum(WIRE[kind] * size for kind, size in payloads) * 3:.2f} MiB"
+    _, out, _ = check("--world-size", "4", "--params", str(MIB), train_batch_size=24,
+                      gradient_accumulation_steps=accumulation, zero_optimization={"stage": stage},
+                      optimizer=looksam(ascent=ascent))
+    sent = sum(WIRE[kind] * size for kind, size in sam_adds(stage, accumulation, ascent).items()) * 3
+    assert value(out, "extra sent, SAM step") == f"{sent:.2f} MiB"
 
 
 @pytest.mark.parametrize(("zero", "params", "sizes"), [
