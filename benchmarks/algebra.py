@@ -22,8 +22,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ds_looksam.arithmetic.choose import choose_passes
 from ds_looksam.arithmetic.eager import EAGER, Passes
+from ds_looksam.engines.passes import choose_passes
 
 
 @dataclass

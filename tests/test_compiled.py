@@ -14,9 +14,10 @@ import torch._inductor.config
 from packaging.version import Version
 
 from ds_looksam import LookSAMConfigError
-from ds_looksam.arithmetic import choose, compiled
-from ds_looksam.arithmetic.choose import COMPILES_ON_CPU, choose_passes
+from ds_looksam.arithmetic import compiled
 from ds_looksam.arithmetic.eager import EAGER
+from ds_looksam.engines import passes
+from ds_looksam.engines.passes import COMPILES_ON_CPU, choose_passes
 
 from .test_algebra import CHECKS, CPU
 from .test_options import BF16_V, TIGHT
@@ -73,7 +74,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_passes(CPU, None) is choose_passes(CPU, False) is EAGER
     assert choose_passes(CPU, True) is compiled.COMPILED
-    monkeypatch.setattr(choose, "COMPILES_ON_CPU", Version("99"))
+    monkeypatch.setattr(passes, "COMPILES_ON_CPU", Version("99"))
     with pytest.raises(LookSAMConfigError, match=r"optimizer\.params\.compile: .* takes torch 99"):
         choose_passes(CPU, True)
 
@@ -84,8 +85,8 @@ def test_a_gpu_without_triton_on_any_rank(monkeypatch: pytest.MonkeyPatch, here:
     fused = mock.Mock(return_value=replace(EAGER, squared_norm=lambda *_: None),
                       side_effect=None if here else RuntimeError("no C compiler"))
     on_all_ranks = mock.Mock(return_value=everywhere)
-    monkeypatch.setattr(choose, "_fused_passes", fused)
-    monkeypatch.setattr(choose, "on_all_ranks", on_all_ranks)
-    monkeypatch.setattr(choose.torch, "ones", lambda *_, **__: None)
+    monkeypatch.setattr(passes, "_fused_passes", fused)
+    monkeypatch.setattr(passes, "on_all_ranks", on_all_ranks)
+    monkeypatch.setattr(passes.torch, "ones", lambda *_, **__: None)
     assert (choose_passes(torch.device("cuda"), None) is EAGER) == (not everywhere)
     on_all_ranks.assert_called_once_with(here, torch.device("cuda"))

@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional as F
 
 import ds_looksam
-from ds_looksam.arithmetic.choose import choose_passes
 from ds_looksam.arithmetic.layout import CUT_DEVICE
+from ds_looksam.engines.passes import choose_passes
 
 from .fuzz import rounding_tolerance
 from .models import Mlp

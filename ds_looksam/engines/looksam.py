@@ -17,7 +17,6 @@ import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from ..arithmetic.choose import choose_passes
 from ..checkpoint.checkpointer import Checkpointer
 from ..config.accept import explain_unknown_key
 from ..config.params import OWN, group_settings, parse_group, set_group_defaults
@@ -35,6 +34,7 @@ from ..step.status import LookSAMStatus
 from ..step.update import Update
 from .deepspeed_fixes import tag_for_muon
 from .host import HostEngine
+from .passes import choose_passes
 from .signals import signals_wait
 
 

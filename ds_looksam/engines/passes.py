@@ -6,9 +6,9 @@ import torch
 from deepspeed.utils import logger
 from packaging.version import Version
 
+from ..arithmetic.eager import EAGER, Passes
 from ..errors import LookSAMConfigError
 from ..ranks.agree import on_all_ranks
-from .eager import EAGER, Passes
 
 COMPILES_ON_CPU = Version("2.13")
 """The torch release with which the compiled passes were tested on a CPU. 2.11 takes x.to(bfloat16).float() for x there,
@@ -46,11 +46,11 @@ def choose_passes(device: torch.device, fuse: bool | None) -> Passes:
 
 def _fused_passes(device: torch.device) -> Passes:
     if device.type != "cpu":
-        from .triton_passes import FUSED  # Triton comes with torch for GPUs only
+        from ..arithmetic.triton_passes import FUSED  # Triton comes with torch for GPUs only
 
         return FUSED
     if Version(torch.__version__) < COMPILES_ON_CPU:
         raise RuntimeError(f"on a CPU it takes torch {COMPILES_ON_CPU}, this is {torch.__version__}")
-    from .compiled import COMPILED
+    from ..arithmetic.compiled import COMPILED
 
     return COMPILED
