@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ds_looksam.engines.passes import COMPILES_ON_CPU
 
 from .costs import Step, record_steps
 from .covering import covering
@@ -92,7 +95,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("rank", {"zero": {"round_robin_gradients": True}}), ("micro_batch", {"zero": {"round_robin_gradients": True}}),
     ("rank", {"zero": {"overlap_comm": True, "reduce_bucket_size": 50}}),
     ("micro_batch", {"zero": {"overlap_comm": True, "reduce_bucket_size": 50}}),
-    ("rank", {"params": {"compile": True}, "model": "mlp"}),
+    *([("rank", {"params": {"compile": True}, "model": "mlp"})]
+      if Version(torch.__version__) >= COMPILES_ON_CPU else []),
     ("micro_batch", {"base": "Lars", "layer_scale": "norm"}),
     ("global_micro_batch", {"zero": {"stage3_param_persistence_threshold": 0}, "stage": 3}),
     ("global_micro_batch", {"zero": {"zero_hpz_partition_size": 2}, "stage": 3, "zero_init": True}),
