@@ -9,8 +9,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # The interpreter of the environment that is active, by its full path: a remote shell has another PATH.
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || true)}
 CONNECT_SECONDS=${CONNECT_SECONDS:-10}  # how long a host may take to answer before the job is given up
-# A host that takes the connection and then hangs must not hang the job.
-SSH=(ssh -o BatchMode=yes -o ConnectTimeout="$CONNECT_SECONDS" -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
+# A host that is gone ends a job when its ranks would give it up too, after ten minutes; one that hangs ends a question soon.
+SSH=(ssh -o BatchMode=yes -o ConnectTimeout="$CONNECT_SECONDS" -o ServerAliveInterval=60 -o ServerAliveCountMax=10)
 SOON=(timeout "$((CONNECT_SECONDS + 20))")
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -310,9 +310,15 @@ ask_to_stop() {
     everywhere stop_ranks
 }
 
+# Not even that nobody reads what is printed: the terminal is gone, or the other end of a pipe.
+let_nothing_interrupt() {
+    set +e
+    trap '' INT TERM HUP PIPE
+}
+
 STOP_SECONDS=${STOP_SECONDS:-120}  # what a job gets to end by itself when it is told to
 stop() {  # EXIT_CODE SIGNAL
-    trap '' INT TERM HUP
+    let_nothing_interrupt
     echo "$2: telling the ranks to stop" >&2
     ask_to_stop
     local code=0
@@ -327,7 +333,7 @@ stop() {  # EXIT_CODE SIGNAL
 
 SAVED_TO_GO_ON=75  # EX_TEMPFAIL: what a program ends with that was told to stop and has saved a checkpoint
 finish() {  # EXIT_CODE
-    trap '' INT TERM HUP
+    let_nothing_interrupt
     everywhere end_job
     ! declare -F at_end > /dev/null || at_end "$1"
     [ -z "${env_file:-}" ] || rm -f "$env_file"

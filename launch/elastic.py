@@ -15,8 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stopping import SAVED_TO_GO_ON
-
+SAVED_TO_GO_ON = 75  # as in stopping.py, which imports torch: a program may have to set something before that
 NOTES = "LOOKSAM_SAVED"
 """Names the folder of the notes to the ranks of this host."""
 
@@ -26,6 +25,9 @@ def start_ranks() -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     args = run.parse_args(sys.argv[1:])
+    if args.no_python or args.module:  # no file that a rank could run in its own process
+        record(run.run)(args)
+        return 0
     args.training_script_args.insert(0, args.training_script)
     args.training_script = __file__
     with tempfile.TemporaryDirectory(prefix="looksam-") as notes:
@@ -37,7 +39,7 @@ def start_ranks() -> int:
 def be_rank() -> None:
     note = Path(os.environ.pop(NOTES), os.environ["LOCAL_RANK"])
     note.unlink(missing_ok=True)  # of a rank that had saved while another one failed: all were started again
-    del sys.argv[0], sys.modules["stopping"]  # the program may have a module of that name
+    del sys.argv[0]
     program = sys.argv[0]
     sys.path[0] = str(Path(program).parent)
     try:

@@ -61,7 +61,8 @@ class Images(Dataset[Batch]):
 
     def fingerprint(self) -> str:
         """How many images, and a checksum of their names and labels: another one where files are missing or added."""
-        checksum = zlib.crc32("\n".join(self.names()).encode(), zlib.crc32(np.asarray(self.labels, np.int64).tobytes()))
+        names = "\n".join(self.names()).encode(errors="surrogateescape")
+        checksum = zlib.crc32(names, zlib.crc32(np.asarray(self.labels, np.int64).tobytes()))
         return f"{len(self)} images ({checksum:08x})"
 
 

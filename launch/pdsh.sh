@@ -15,10 +15,10 @@ for word in "${job_env[@]}"; do
 DeepSpeed's pdsh launcher does not hand on: use launch/ssh.sh" ;; esac
 done
 for word in "$PWD" "$program" "${program_args[@]}"; do
-    case $word in *[!A-Za-z0-9_@+=:,./~^\ -]*) fail "'$word' has a character that DeepSpeed's pdsh launcher does not hand on: \
+    case $word in '' | *[!A-Za-z0-9_@+=:,./~^\ -]*) fail "'$word' is empty or has a character that DeepSpeed's pdsh launcher does not hand on: \
 use launch/ssh.sh" ;; esac
 done
-case $PWD$program in *' '*) fail "a folder's name has a blank, which DeepSpeed's pdsh launcher does not hand on: use launch/ssh.sh" ;; esac
+case $PWD$program$PYTHON in *' '*) fail "a folder's name has a blank, which DeepSpeed's pdsh launcher does not hand on: use launch/ssh.sh" ;; esac
 check_hosts
 write_environment_file
 

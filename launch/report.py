@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,6 +74,14 @@ class RunLog:
             self._file.close()
 
 
+def say(line: str) -> None:
+    """Print, also where nobody reads it any more: a terminal that is gone is no reason to end a run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails
+
+
 class Progress:
     """A bar over all updates of the run, on rank 0. Where there is no terminal it prints a line now and then."""
 
@@ -93,7 +102,7 @@ class Progress:
         """A line of its own above the bar."""
         if not self._bar.disable:
             self._bar.clear()
-            print(line, flush=True)
+            say(line)
             self._bar.refresh()
 
     def close(self) -> None:

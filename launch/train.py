@@ -31,7 +31,7 @@ import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from images import Batch, Images, open_images
 from order import TrainingOrder, evaluation_shard
-from report import Progress, Row, RunLog, plot
+from report import Progress, Row, RunLog, plot, say
 from stopping import SAVED_TO_GO_ON, Stopped, StopSignals
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -319,7 +319,7 @@ def main() -> None:
         trainer.progress.close()
         trainer.log.close()
     if trainer.rank == 0:
-        print(words, flush=True)
+        say(words)
     trainer.engine.destroy()
     distributed.leave()
     sys.exit(code)

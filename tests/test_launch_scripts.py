@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,17 +27,19 @@ SCRIPTS = ["torchrun.sh", "pdsh.sh", "ssh.sh", "no_ssh.sh", "openmpi.sh", "mpich
 HOSTS = "node-1 slots=4\nnode-2 slots=8 # larger\n"
 
 
-def start(folder: Path, command: str, files: dict[str, str] | None = None, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, command: str, files: dict[str, str] | None = None, terminal: int | None = None,
+          **environment: str) -> subprocess.Popen[str]:
     """A script of launch/ and its arguments, in an empty home with these files, which are also programs, and with a
-    program that does nothing."""
+    program that does nothing. ``terminal``: its own, instead of pipes."""
     for name, text in {"program.py": "", "hosts": HOSTS, **(files or {})}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     script, *arguments = shlex.split(command)
     python = folder / "python" if (folder / "python").exists() else sys.executable
     return subprocess.Popen(["bash", str(ROOT / "launch" / script), *arguments], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                            start_new_session=True,
+                            stdout=terminal or subprocess.PIPE, stderr=terminal or subprocess.PIPE,
+                            stdin=terminal or subprocess.DEVNULL, start_new_session=True,
+                            preexec_fn=terminal and partial(fcntl.ioctl, terminal, termios.TIOCSCTTY, 0),
                             env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "PYTHON": str(python),
                                  "LC_ALL": "C.UTF-8", **environment})
 
@@ -161,10 +167,9 @@ if told:
 
 
 @pytest.mark.parametrize(("number", "to_group", "ends_with", "code"), [
-    (signal.SIGTERM, False, 75, 75), (signal.SIGINT, True, 75, 75), (signal.SIGHUP, True, 75, 75),
-    (signal.SIGTERM, False, 3, 143)])
+    (signal.SIGTERM, False, 75, 75), (signal.SIGINT, True, 75, 75), (signal.SIGTERM, False, 3, 143)])
 def test_torchrun_told_to_stop_lets_every_rank_save_and_starts_none_again(tmp_path, number, to_group, ends_with, code):
-    """By a signal to the script, or as a terminal sends it (Ctrl-C, hang-up): to all of the script's process group."""
+    """By a signal to the script, or as Ctrl-C sends it, to all of the script's process group."""
     again = "--restarts 2" if code == 75 else ""
     script = start(tmp_path, f"torchrun.sh --slots 2 {again} --program saves.py -- {ends_with}", {"saves.py": SAVES})
     wait_for(script, lambda: all((tmp_path / f"started-{rank}").exists() for rank in (0, 1)))
@@ -177,10 +182,28 @@ def test_torchrun_told_to_stop_lets_every_rank_save_and_starts_none_again(tmp_pa
     assert ("the job has saved a checkpoint and can be started again" in result.stderr) == (code == 75)
 
 
+def test_torchrun_whose_terminal_is_closed_lets_every_rank_save(tmp_path):
+    """What the script prints then fails."""
+    ours, its = pty.openpty()
+    script = start(tmp_path, "torchrun.sh --slots 2 --program saves.py -- 75", {"saves.py": SAVES}, terminal=its)
+    os.close(its)
+    wait_for(script, lambda: all((tmp_path / f"started-{rank}").exists() for rank in (0, 1)))
+    os.close(ours)
+    assert script.wait(120) == 75
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
+
+
+def test_torchrun_runs_a_program_that_is_no_python(tmp_path):
+    result = run(tmp_path, "torchrun.sh --slots 2 --launcher-args --no-python --program program.sh", {
+        "program.sh": "#!/bin/sh\necho rank $RANK\n"})
+    assert result.returncode == 0 and {"rank 0", "rank 1"} <= set(result.stdout.splitlines()), result.stderr
+
+
 def test_torchrun_that_starts_ranks_again_forgets_who_had_saved(tmp_path):
     """Rank 1 saves while rank 0 fails; both are started again, and finish: the job has finished."""
     program = """
 import os, sys, time
+assert "torch" not in sys.modules, "too late for a program that sets OMP_NUM_THREADS"
 rank = int(os.environ["RANK"])
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     while rank == 0 and not any(os.scandir(os.environ["SAVED"])):

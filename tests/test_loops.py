@@ -856,6 +856,12 @@ def edited(edit: Callable[[Any], None], backward: Callable[[Any, Tensor], Any] =
     return Situation(loop=loop, edit=edit, way_out=way_out if when == "at last" else None)
 
 
+def swaps(side: Any, update: int) -> None:
+    """Another layer is trained in each cycle."""
+    for i, layer in ((0, side.module.body[0]), (1, side.module.body[2])):
+        layer.requires_grad_(update // K % 2 == i)
+
+
 def first_frozen() -> Net:
     net = Net()
     net.body[0].requires_grad_(False)
@@ -951,6 +957,7 @@ SITUATIONS: dict[str, Situation] = {
     "normalized": Situation(lambda m, i, x, y: (loss := plain(m, i, x, y)) / loss.item()),
     "frozen": Situation(before=lambda side, update: side.module.body[0].requires_grad_(update < 1)),
     "unfrozen": Situation(before=lambda side, update: side.module.body[0].requires_grad_(update >= 1)),
+    "swapped": Situation(before=swaps),
     "added": Situation(build=first_frozen, before=adds),
     "quantized": Situation(build=Quantized),
     "accumulates_less_before_step": Situation(loop=accumulates_less_before_step,
@@ -997,7 +1004,7 @@ ENGINE, OPTIMIZER, MODULE = "zero_grad of engine", "zero_grad of optimizer", "ze
         (["tiled"], [(0, 2), (2, 2), (3, 2)]),
         (["stateful"], [(0, 1), (1, 2), (2, 1)]),
         (["returned", *REFILLED], [(2, 2)]),
-        (["frozen", "unfrozen", "added"], [(0, 2, "global", 2), (0, 2, "rank"), (0, 1, "micro_batch")]),
+        (["frozen", "unfrozen", "swapped", "added"], [(0, 2, "global", 2), (0, 2, "rank"), (0, 1, "micro_batch")]),
         (["quantized"], [(0, 1), (2, 1, "rank"), (3, 1)]),
         (["accumulates_less_before_step"], [(0, 2), (2, 2, "rank"), (3, 2), (2, 2, "micro_batch")]),
         (["accumulates_more"], [(2, 2)]), (["accumulates_less"], [(2, 2, "micro_batch")]),

@@ -36,7 +36,7 @@ class OwnModel:
 
         It is heard where it is about to be accumulated in p.grad: after every hook of the user's on the tensor, before
         DeepSpeed's, which reduce it, and not at all when torch.autograd.grad takes it (a gradient penalty). To be
-        called before each forward: parameters may have been unfrozen since.
+        called before each forward and backward: parameters may have been unfrozen since.
         """
         if self._gradient is None:
             self._gradient = so_far if so_far is not None else [torch.zeros_like(flat) for flat in self._flats]

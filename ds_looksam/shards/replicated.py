@@ -139,6 +139,9 @@ class ReplicatedShards(WholeShards):
         return [[p for p in group["params"] if (p.requires_grad or p.grad is not None or p in kept) and p.numel() > 0]
                 for group in self._optimizer.param_groups]
 
+    def gradients_are_gone(self) -> bool:  # nor of those that were unfrozen since the shards were laid out
+        return all(p.grad is None for group in self._optimizer.param_groups for p in group["params"])
+
     def follow_changes(self, within_window: bool) -> Callable[[Shard], Shard] | None:
         return self._lay_out(self.trained(within_window))
 

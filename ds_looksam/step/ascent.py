@@ -44,7 +44,7 @@ class Ascent:
         self._shards, self._layer_scale = shards, layer_scale
 
     def listen(self) -> None:
-        """The first forward of a group begins."""
+        """The first forward or backward of a group begins."""
 
     def check(self) -> None:
         """Raise LookSAMReplayError if the gradient of the group's examples was not heard."""
