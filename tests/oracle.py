@@ -332,5 +332,5 @@ def rho_factor(schedule: dict[str, Any]) -> Callable[[int], float]:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """‖got - expected‖ / ‖expected‖ over all elements; infinite where anything is not finite."""
-    error = float((got.double() - expected).norm() / expected.norm())
+    error = float((got.detach().double() - expected.detach()).norm() / expected.detach().norm())
     return error if math.isfinite(error) else math.inf
