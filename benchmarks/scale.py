@@ -44,7 +44,7 @@ from torch import nn
 
 from benchmarks import scale_formulas
 from benchmarks.scale_models import MODELING, MODELS, Batch
-from ds_looksam.config.params import ASCENTS
+from ds_looksam.config.params import ASCENTS, OWN
 from tests.collectives import Collective
 from tests.costs import tensor_bytes
 from tests.inside import shards as shards_of
@@ -302,7 +302,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="\"rank\" and \"micro_batch\" leave stage 3 out")
     parser.add_argument("--json", type=Path, help="write everything that was measured there")
     args = parser.parse_args(argv)
-    if args.ascent in ("rank", "micro_batch"):
+    if args.ascent in OWN:
         args.stage = [stage for stage in args.stage if stage < 3]
     return args
 

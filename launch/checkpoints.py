@@ -56,7 +56,7 @@ def save(engine: Any, run_dir: Path, facts: dict[str, Any], sums: Tensor, keep: 
             absent = [rank for rank in range(dist.get_world_size()) if not (partial / _rank_file(rank)).exists()]
             if absent:
                 raise FileNotFoundError(f"the files of ranks {absent} are not there: every host must see this folder")
-            files = {str(p.relative_to(partial)): [p.stat().st_size, p.suffix == ".pt" and zipfile.is_zipfile(p)]
+            files = {str(p.relative_to(partial)): [p.stat().st_size, _is_archive(p)]
                      for p in sorted(partial.rglob("*")) if p.is_file()}
             (partial / LISTING).write_text(json.dumps(files, indent=1))
             for name in [*files, LISTING]:
@@ -125,6 +125,11 @@ def _rank_file(rank: int) -> str:
     return f"run_rank_{rank:05d}.safetensors"
 
 
+def _is_archive(file: Path) -> bool:
+    """As torch writes them; not all of DeepSpeed's writers do."""
+    return file.suffix == ".pt" and zipfile.is_zipfile(file)
+
+
 def has_any(run_dir: Path) -> bool:
     return bool(_all(run_dir))
 
@@ -146,7 +151,7 @@ def _damage(folder: Path) -> str | None:
             size, was_zip = files[name] if isinstance(files[name], list) else (files[name], False)
             if file.stat().st_size != size:
                 raise ValueError(f"{name} has {file.stat().st_size} bytes, it had {size}")
-            is_zip = file.suffix == ".pt" and zipfile.is_zipfile(file)
+            is_zip = _is_archive(file)
             if was_zip and not is_zip:
                 raise ValueError(f"{name} is no archive any more")
             if is_zip:

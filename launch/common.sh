@@ -119,6 +119,7 @@ read_environment() {
 
 # For DeepSpeed's launchers, which cannot read comments or empty lines: the variables in a file of their own.
 write_environment_file() {
+    [ -z "$dry_run" ] || return 0
     env_file=$(mktemp)
     printf '%s\n' "${job_env[@]}" > "$env_file"
     export DS_ENV_FILE=$env_file
@@ -288,10 +289,7 @@ start_on_every_host() {
 }
 
 supervise() {
-    if [ -n "$dry_run" ]; then
-        [ -z "${env_file:-}" ] || rm -f "$env_file"
-        exit 0
-    fi
+    [ -z "$dry_run" ] || exit 0
     trap 'stop 130 INT' INT
     trap 'stop 143 TERM' TERM
     trap 'stop 129 HUP' HUP

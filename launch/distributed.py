@@ -36,9 +36,10 @@ def device() -> torch.device:
 
 def same_on_all_ranks(what: str, value: str) -> None:
     """Raise ValueError on every rank where ``value`` is not the same on all. Collective."""
-    found = from_all_ranks(f"{value} on {socket.gethostname()}")
-    if len({told.rpartition(" on ")[0] for told in found}) > 1:
-        raise ValueError(f"{what} are not the same on all ranks: {'; '.join(dict.fromkeys(found))}")
+    found = dict.fromkeys(from_all_ranks((value, socket.gethostname())))
+    if len({value for value, _ in found}) > 1:
+        told = "; ".join(f"{value} on {host}" for value, host in found)
+        raise ValueError(f"{what} are not the same on all ranks: {told}")
 
 
 def summed(values: Tensor) -> list[float]:

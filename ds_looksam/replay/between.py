@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import LookSAMReplayError
-from ..shards.untrained import are_same, drop_gathered, norms_of, values_of
+from ..shards.base import are_same
+from ..shards.untrained import drop_gathered, norms_of, values_of
 from .contents import PLAIN, TOO_MANY, Restore, attributes_of, copy_of, is_entered, items_of, refill
 from .inputs import GENERATORS, state_of
 from .marks import crc, version_of

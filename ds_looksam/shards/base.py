@@ -41,6 +41,11 @@ def part_norms(parts: Shard) -> list[Tensor]:
     return [squared_norm([part], part.device).sqrt().float() for part in parts]
 
 
+def are_same(norms: Tensor, others: Tensor) -> Tensor:
+    """Bool, elementwise; a nan is the same as another."""
+    return torch.isclose(norms, others, rtol=0, atol=0, equal_nan=True)
+
+
 def in_fp32(flat: Tensor, survives_evaluation: bool) -> Tensor:
     """A wrapper's own gradient buffer in fp32, as take_gradient has to hand it out: a copy where it must survive."""
     return flat.clone() if survives_evaluation and flat.dtype == torch.float32 else flat.to(torch.float32)
@@ -173,7 +178,7 @@ class GradientShards(ABC):
         if places != places_now:
             self._changed = True
         elif norms.numel():
-            other = ~torch.isclose(norms, norms_now, rtol=0, atol=0, equal_nan=True).all()
+            other = ~are_same(norms, norms_now).all()
             self._values_changed = other if self._values_changed is None else self._values_changed | other
 
     def gradient_was_changed(self) -> bool:

@@ -56,11 +56,6 @@ def norms_of(parameters: Iterable[Any]) -> list[Tensor]:
     return [of[i] if i in of else _sum_of_bytes(x) for i, x in enumerate(values)]
 
 
-def are_same(norms: Tensor, others: Tensor) -> Tensor:
-    """Bool, elementwise; a nan is the same as another."""
-    return torch.isclose(norms, others, rtol=0, atol=0, equal_nan=True)
-
-
 def _sum_of_bytes(values: Tensor) -> Tensor:
     """In pieces: torch makes a copy in int64 of what it adds up."""
     pieces = values.detach().reshape(-1).view(torch.uint8).split(_PIECE)

@@ -82,10 +82,8 @@ class Zero3OffloadShards(Zero3Shards):
         return masters
 
     def layer_squares(self) -> Tensor:
-        if not any(self._zero._swappable_optimizer_subgroup(i) for i in range(len(self.group_of))):
-            return super().layer_squares()
         out = self.layers.zeros(1)[:, 0]
-        for i in range(len(self.group_of)):  # one after the other: they are on NVMe because memory has no room for all
+        for i in range(len(self.group_of)):  # one after the other: memory may have no room for all that is on NVMe
             with self._master(i) as master:
                 self.layers.add_squares_(out, [(i, 0, master.numel())], [master])
         return out[:-1]
