@@ -65,6 +65,11 @@ def as_fp32(x: Tensor, memory: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 else memory.copy_(x)
 
 
+def are_same(norms: Tensor, others: Tensor) -> Tensor:
+    """Bool, elementwise; a nan is the same as another."""
+    return torch.isclose(norms, others, rtol=0, atol=0, equal_nan=True)
+
+
 def squared_norm(x: Shard, device: torch.device) -> Tensor:
     """‖x‖² of this rank's part, float64 0-dim. An empty shard gives 0."""
     parts = []

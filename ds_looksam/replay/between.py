@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..arithmetic.eager import are_same
 from ..errors import LookSAMReplayError
-from ..shards.base import are_same
 from ..shards.untrained import drop_gathered, norms_of, values_of
 from .contents import PLAIN, TOO_MANY, Restore, attributes_of, copy_of, is_entered, items_of, refill
 from .inputs import GENERATORS, state_of

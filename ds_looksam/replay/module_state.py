@@ -21,8 +21,8 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..arithmetic.eager import are_same
 from ..errors import LookSAMReplayError
-from ..shards.base import are_same
 from ..shards.untrained import are_in_memory, drop_gathered, is_partitioned, norms_of, values_of, whole_nbytes
 from .contents import NOT_ENTERED, PLAIN, TOO_MANY, Restore, attributes_of, copy_of, is_entered
 from .inputs import GENERATORS

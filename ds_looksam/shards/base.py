@@ -12,7 +12,7 @@ nothing to any sum. A rank may own nothing of a group (all padding, or an empty 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from torch.distributed import Work
 from ..arithmetic.eager import EAGER, Passes, Shard, squared_norm
 from ..arithmetic.layout import LayerMap, Segment
 from ..arithmetic.rounding import seed_for
-from ..errors import LookSAMConfigError
+from .watch import GradientWatch
 
 if TYPE_CHECKING:
     from .own import OwnModel
@@ -39,11 +39,6 @@ Publish = Callable[[int], Work | None]
 def part_norms(parts: Shard) -> list[Tensor]:
     """The norm of each part in host memory, fp32 0-dim. A foreach norm runs on one thread there."""
     return [squared_norm([part], part.device).sqrt().float() for part in parts]
-
-
-def are_same(norms: Tensor, others: Tensor) -> Tensor:
-    """Bool, elementwise; a nan is the same as another."""
-    return torch.isclose(norms, others, rtol=0, atol=0, equal_nan=True)
 
 
 def in_fp32(flat: Tensor, survives_evaluation: bool) -> Tensor:
@@ -87,9 +82,6 @@ class GradientShards(ABC):
     passes_of_model: Passes = EAGER
     whole_groups: list[list[torch.nn.Parameter]]
     groups: list[list[Any]]
-    _changed: bool = False
-    _marks: tuple[list[tuple[int, int]], Tensor] | None = None
-    _values_changed: Tensor | None = None
     wants_squared_norm: bool = False
     """True if the wrapper takes its clipping norm from buffers that hold more than this rank's part."""
 
@@ -157,58 +149,15 @@ class GradientShards(ABC):
         """Whether no parameter has a gradient, where that is the only place for one (``module.zero_grad()``)."""
         return False
 
-    # Gradients that the user changes: DeepSpeed writes to them between ``watch`` and the next ``look`` nowhere.
+    @cached_property
+    def watch(self) -> GradientWatch:
+        """Whether the user changes the window's gradient."""
+        return GradientWatch(self.parameters, self.gradient_writers)
 
-    def watch_gradient(self, anew: bool) -> None:
-        """From here on only the user writes to gradients. ``anew``: what was seen so far is of another window.
-
-        Raises:
-            LookSAMConfigError: a gradient is sparse.
-        """
-        if anew:
-            self._changed, self._values_changed = False, None
-        self._marks = self._gradient_marks()
-
-    def look_at_gradient(self) -> None:
-        """Until here only the user wrote to gradients."""
-        if self._marks is None:
-            return
-        (places, norms), (places_now, norms_now) = self._marks, self._gradient_marks()
-        self._marks = None
-        if places != places_now:
-            self._changed = True
-        elif norms.numel():
-            other = ~are_same(norms, norms_now).all()
-            self._values_changed = other if self._values_changed is None else self._values_changed | other
-
-    def gradient_was_changed(self) -> bool:
-        """Whether somebody has changed the window's gradient: through DeepSpeed's ``safe_set_full_grad`` and its like,
-        on every rank that called it, or ``p.grad`` where DeepSpeed keeps it there. Not all of what was done through
-        ``p.grad.data``, see :meth:`values_were_changed`."""
-        return self._changed
-
-    def values_were_changed(self) -> Tensor | None:
-        """Bool, on the device: whether the norm of a ``p.grad`` is another one, of which nothing else tells. None: no
-        gradient lies there."""
-        return self._values_changed
-
-    def _gradient_marks(self) -> tuple[list[tuple[int, int]], Tensor]:
-        """Of each ``p.grad`` where its memory is and how often it was written to; and its norm, on the device."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if any(g.layout != torch.strided for g in gradients):
-            raise LookSAMConfigError("the gradient of a parameter is sparse: LookSAM needs dense ones. Take "
-                                     "sparse=False in torch.nn.functional.embedding")
-        norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)) if gradients else torch.zeros(0)
-        return [(g.data_ptr(), g._version) for g in gradients], norms
-
-    def _noting_changes(self, write: Callable[..., Any]) -> Callable[..., Any]:
-        """``write``, a function of DeepSpeed that changes the averaged gradient."""
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            self._changed = True
-            return write(*args, **kwargs)
-
-        noting.notes_changes = True  # type: ignore[attr-defined]
-        return noting
+    def gradient_writers(self) -> Iterable[tuple[Any, str]]:
+        """Owner and name of DeepSpeed's functions that change the averaged gradient for the user, where it is not in
+        ``p.grad``."""
+        return ()
 
     def end_window(self) -> None:  # noqa: B027 - most wrappers have nothing to forget
         """The update is over, applied or skipped: nothing of this window's gradient may show in the next one, where

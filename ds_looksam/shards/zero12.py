@@ -11,6 +11,7 @@ What DeepSpeed keeps per param group i, on this rank:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,12 +42,8 @@ class PartitionedShards(GradientShards):
         self.device = masters[0].device
         self.group_of = list(range(len(masters)))
 
-    def watch_gradient(self, anew: bool) -> None:
-        super().watch_gradient(anew)
-        for p in self.parameters():  # a method of each, which DeepSpeed sets anew when it loads a checkpoint
-            write = getattr(p, "set_full_hp_grad", None)
-            if write is not None and not hasattr(write, "notes_changes"):
-                p.set_full_hp_grad = self._noting_changes(write)  # type: ignore[attr-defined]
+    def gradient_writers(self) -> Iterable[tuple[Any, str]]:
+        return [(p, "set_full_hp_grad") for p in self.parameters() if hasattr(p, "set_full_hp_grad")]
 
     def master_weights(self) -> Shard:
         return [w.detach() for w in self._masters]

@@ -14,7 +14,7 @@ What DeepSpeed keeps per sub-group i, on this rank:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,8 +43,6 @@ class Zero3Shards(GradientShards):
         if any(master.numel() and master.data_ptr() == model.data_ptr() for master, model in flats):
             raise LookSAMConfigError("DeepSpeed shares master weights with the model, where LookSAM would lose w with "
                                      "w + eps: use DeepSpeed 0.19.8")
-        for name in ("set_fp32_grad_for_param", "set_local_grad_for_param", "update_fp32_grad_for_param_vectorized"):
-            setattr(optimizer, name, self._noting_changes(getattr(optimizer, name)))
         self._clear_padding()
 
     def _clear_padding(self) -> None:
@@ -55,6 +53,10 @@ class Zero3Shards(GradientShards):
             for lo, hi in zip(ends, [*(s.start for s in segments), None], strict=True):
                 for flat in flats:
                     flat.data[lo:hi].zero_()
+
+    def gradient_writers(self) -> Iterable[tuple[Any, str]]:
+        return [(self._zero, name) for name in ("set_fp32_grad_for_param", "set_local_grad_for_param",
+                                                "update_fp32_grad_for_param_vectorized")]
 
     def layout(self) -> list[list[Segment]]:
         flats = []

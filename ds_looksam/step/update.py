@@ -87,7 +87,6 @@ class Update:
         self._ascent = (OwnAscent if settings.ascent in OWN else Ascent)(shards, settings.layer_scale)
         self._so_far: Gradients | None = None
         self._is_shown = False  # its g lies with the wrapper, for the user to read
-        self._is_watched = False
         self._values_changed: Tensor | None = None  # what this update still has to read
 
     def __call__(self, apply_update: Callable[[], bool]) -> None:
@@ -161,23 +160,21 @@ class Update:
     def forward_begins(self) -> None:
         """The user's. There are layers (tiled losses) whose backward runs inside of it and writes to gradients."""
         self.window_runs()
-        if self._is_watched and not self.is_per_micro_batch:
-            self._shards.look_at_gradient()
+        if not self.is_per_micro_batch:
+            self._shards.watch.pause()
 
     def forward_is_over(self) -> None:
-        if self._is_watched and not self.is_per_micro_batch:
-            self._shards.watch_gradient(anew=False)
+        if self._shards.watch.is_on and not self.is_per_micro_batch:
+            self._shards.watch.begin()
 
     def gradient_is_left(self) -> None:
         """DeepSpeed leaves the window's gradient to the user."""
         if self._state.status.next_is_sam:
-            self._shards.watch_gradient(anew=not self._is_watched)
-            self._is_watched = True
+            self._shards.watch.begin()
 
     def gradient_changes_hands(self) -> None:
         """The user leaves it to DeepSpeed."""
-        if self._is_watched:
-            self._shards.look_at_gradient()
+        self._shards.watch.pause()
         if self._is_shown:
             assert self._so_far is not None
             self._so_far = replace(self._so_far, g=self._shards.hide_gradient(self._so_far.g))
@@ -186,12 +183,12 @@ class Update:
     def _refuse_edited_gradient(self) -> None:
         """Where the host knows of it. What only the device knows a SAM step reads with its first other value."""
         self.gradient_changes_hands()
-        was_watched, self._is_watched = self._is_watched, False
-        values_changed = self._shards.values_were_changed() if was_watched else None
-        self._values_changed = None if self.is_per_micro_batch else values_changed
-        if was_watched and (self._shards.gradient_was_changed()
-                            or (self.is_per_micro_batch and _is_true(values_changed))):
-            self._is_watched = self.is_per_micro_batch  # the window may be stepped again, and is refused again
+        watch = self._shards.watch
+        self._values_changed = None if self.is_per_micro_batch else watch.values_changed
+        is_edited = watch.was_written or (self.is_per_micro_batch and _is_true(watch.values_changed))
+        if not (is_edited and self.is_per_micro_batch):  # or the window may be stepped again, and is refused again
+            watch.end()
+        if is_edited:
             raise self._edited()
 
     def _edited(self) -> LookSAMReplayError:
@@ -368,13 +365,14 @@ class Update:
         ``p.grad`` is None says nothing of earlier micro-batches whose gradients were taken out."""
         if told or not self.is_per_micro_batch:
             self._so_far, self._is_shown = None, False
-        self._is_watched = False
+        self._shards.watch.end()
         self._ascent.stop_listening()
         self.window_runs()  # forwards may have been made already
 
     def give_up_window(self) -> None:
         """Forget what has been evaluated since the last update."""
-        self._so_far, self._is_watched, self._is_shown = None, False, False
+        self._so_far, self._is_shown = None, False
+        self._shards.watch.end()
         self._ascent.stop_listening()
         self._replay.forget()
 
