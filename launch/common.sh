@@ -31,7 +31,7 @@ Arguments of every launch script:
   --env NAME[=VALUE]   a variable that every rank gets; again for more. ~/.deepspeed_env and ./.deepspeed_env count too
   --launcher-args ARGS further arguments for the launcher itself, quoted as one
   --program FILE       default launch/train.py
-  --dry-run            print the command only, of variables the names
+  --dry-run            print the command only, not variables' values
   -- ...               the program's own arguments
 TEXT
     exit 2

@@ -163,7 +163,7 @@ REFUSED = (
             json=lambda run: run.stage == 3 and run.offloaded and run.zero.offload_optimizer.ratio != 1.0, alone=True,
             config=_zero(3, offload_optimizer={**_CPU, "ratio": 0.5})),
     Refused(f"{_OFFLOAD}.pipeline_read, pipeline_write", "", "leave them off",
-            why="results were not always those without",
+            why="results did not always match",
             json=lambda run: run.offload_option("pipeline_read", "pipeline_write"),
             config=_zero(3, offload_optimizer={**_NVME, "pipeline_read": True})),
     Refused(f"{_OFFLOAD}.super_offload", "", "leave it off: ordinary offload",
@@ -266,7 +266,7 @@ REFUSED = (
             config={**_zero(3), **_params(ascent="rank")}),
 
     Refused("optimizer.params.ascent", '"rank" and "micro_batch" with Ulysses', 'use "global" or "global_micro_batch"',
-            "a rank has a part of each sequence, whose gradient is no examples' gradient",
+            "each rank holds a part of each sequence, not whole examples",
             model=lambda engine: engine.sequence_parallel_size > 1 and getattr(engine, "perturbs_by_rank", False)),
     Refused("deepspeed.initialize(optimizer=...)", "", "leave it out, and name the base in "
             "optimizer.params.base_optimizer", why="it would override the JSON's optimizer block", alone=True,
@@ -286,7 +286,7 @@ REFUSED = (
             model=lambda engine: any(isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse
                                      for module in engine.module.modules())),
     Refused("deepspeed.initialize(model_parameters=...)", "with parameters that are not the model's",
-            "make them parameters of a module inside of it",
+            "make them parameters of a module in the model",
             why="DeepSpeed neither averages their gradients nor saves them",
             model=lambda engine: engine.has_parameters_outside_of_model()),
     Refused("", "trained parameters that are complex", "train their real and imaginary parts, torch.view_as_real",

@@ -77,7 +77,7 @@ class Attributes:
             raise LookSAMReplayError(
                 "a parameter that is not trained (a momentum teacher's, say) was changed through .data between two "
                 "micro-batches of a window, of which nothing tells: the second evaluation would run with one state of "
-                "it. Change it once for each update, where engine.is_gradient_accumulation_boundary() before "
+                "it. Change it once per update, if engine.is_gradient_accumulation_boundary() is true before "
                 "engine.step(), or in place under torch.no_grad() without .data")
 
     def _written(self, before: Attributes) -> list[tuple[nn.Module, str]]:

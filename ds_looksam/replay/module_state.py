@@ -251,7 +251,7 @@ class Isolation:
                 if not are_same(a, b)}
         if late:
             self._say("the model's forward has changed parameters that are not trained. In this SAM step the second "
-                      "evaluation goes on from the changed ones, from the next step on from those before")
+                      "evaluation uses the changed values; from the next step on it uses the old ones")
         self._changing |= changed | late
 
     def _say(self, message: str) -> None:

@@ -236,7 +236,7 @@ class Replay:
         shards.unperturb_local()
         put_back()
         told = (f"In {where} " + (apart.first or "the other ranks were lost") +
-                ". The ranks are not at one place any more, so the weights cannot be put back on all of them and "
+                ". The ranks are no longer in sync, so the weights cannot be put back on all of them and "
                 "nothing can be saved; go on from a checkpoint.")
         if apart.comes_after:
             raise LookSAMReplayError(told) from error
