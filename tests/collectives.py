@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_READS = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -22,20 +24,24 @@ class Collective:
 
 
 class Recorder(TorchDispatchMode):
-    """Records collectives, and the reads of a device value by the host (``.item()``, ``bool(tensor)``)."""
+    """Records collectives, the host's reads of device values (``.item()``, ``bool(tensor)``, ``torch.equal``), and how
+    many elements the largest float64 tensor had."""
 
     def __init__(self) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
-        self.host_reads = 0
+        self.host_reads = self.largest_fp64 = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and func._opname not in ("monitored_barrier_", "barrier"):
             sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, torch.Tensor)) for arg in args]
             self.collectives.append(Collective(func._opname.strip("_"), max(sizes), _ranks(args)))
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in _READS:
             self.host_reads += 1
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        self.largest_fp64 = max([self.largest_fp64, *(
+            t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor) and t.dtype == torch.float64)])
+        return made
 
 
 def _ranks(args: Any) -> int:

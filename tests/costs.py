@@ -35,13 +35,14 @@ def nothing_stays_gathered(stage: int) -> dict[str, int]:
 
 @dataclass
 class Step:
-    """One window: what forward and backward sent, what step() sent, the host's reads inside of either, and how many
-    torch functions were looked at to record how the loss is formed."""
+    """One window: what forward and backward sent, what step() sent, the host's reads inside of either, step()'s largest
+    float64 tensor in elements, and how many torch functions were looked at to record how the loss is formed."""
 
     evaluation: list[Collective]
     update: list[Collective]
     evaluation_reads: int
     host_reads: int
+    largest_fp64: int
     looked_at: int
 
 
@@ -59,7 +60,7 @@ def record_steps(case: Case, looksam: bool, make: Callable[[], nn.Module] = Wide
                     with last:
                         engine.step()
             steps.append(Step(evaluation.collectives, last.collectives, evaluation.host_reads, last.host_reads,
-                              looked_at.call_count))
+                              last.largest_fp64, looked_at.call_count))
         return steps
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 
 from .collectives import Collective
 from .costs import Wide, measure_memory, nothing_stays_gathered, record_steps
 from .covering import cases
+from .models import Stack
 from .ranks import run_on_ranks
 from .training import Case, as_plain, engine_for, train, train_window
 
@@ -50,6 +53,8 @@ def test_collectives_and_synchronisations(case: Case) -> None:
         extra = _extra(step.update, base.update)
         assert sum(extra.values()) <= 1 and all(c.kind == "allreduce" and c.nbytes <= SMALL for c in extra)
         assert step.host_reads == base.host_reads
+    # A norm may be summed in blocks, or tensor by tensor as DeepSpeed does; a shard in float64 may not fit.
+    assert all(step.largest_fp64 <= max(base.largest_fp64, NUMEL // 8) for step in (sam, *reuse))
 
     extra = _extra(sam.update, base.update + base.evaluation)
     scalars = Counter({c: n for c, n in extra.items() if c.kind == "allreduce" and c.nbytes <= SMALL})
@@ -62,6 +67,39 @@ def test_collectives_and_synchronisations(case: Case) -> None:
         assert "allgather" in publication.kind
         nbytes = NUMEL * (2 if case.precision == "bf16" else 4)
         assert nbytes <= publication.nbytes <= nbytes * 1.01
+
+
+class Adapted(Stack):
+    """Mostly frozen, like a model with LoRA: ``frozen`` layers, whose values a SAM step has to look at."""
+
+    def __init__(self, frozen: int) -> None:
+        torch.manual_seed(0)
+        super().__init__(8, 8)
+        self.frozen = nn.ModuleList(nn.Linear(7, 7).requires_grad_(False) for _ in range(frozen))
+
+
+def test_host_reads_with_a_frozen_model() -> None:
+    """Two SAM steps learn by comparison what the forward changes; later ones wait for the device once."""
+    case = Case(world=1, k=1, updates=4, stage=2)
+    few, many = (run_on_ranks(1, record_steps, case, True, partial(Adapted, frozen))[0][-1] for frozen in (1, 20))
+    assert few.host_reads == many.host_reads
+
+
+def waits_of_timer(case: Case) -> list[int]:
+    """How often DeepSpeed's throughput timer has waited for the device in each update. Collective."""
+    waits = []
+    with engine_for(case) as engine, patch("deepspeed.utils.timer.get_accelerator") as accelerator:
+        for update in range(case.updates):
+            accelerator.return_value.synchronize.reset_mock()
+            train_window(engine, case, update)
+            waits.append(accelerator.return_value.synchronize.call_count)
+        assert engine.tput_timer.config.enabled and engine.tput_timer.global_step_count == case.updates
+    return waits
+
+
+def test_the_second_evaluation_starts_no_timer() -> None:
+    *_, reuse, sam, _ = run_on_ranks(1, waits_of_timer, Case(world=1, k=3, updates=8))[0]
+    assert sam == reuse > 0
 
 
 def _extra(more: list[Collective], less: list[Collective]) -> Counter[Collective]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ds_looksam import LookSAMCheckpointError
+from ds_looksam.replay import between, module_state
+from ds_looksam.shards.zero3 import Zero3Shards
 from ds_looksam.shards.zero3_offload import file_backed
 
 from .inside import shards as shards_of
@@ -223,6 +229,65 @@ def test_the_second_evaluation_prefetches_as_the_first() -> None:
     # Each layer is a module with two parameters: more at once than one module needs was fetched ahead.
     assert max(len(params) for params in first) > 2
     assert again == first
+
+
+class Stream:
+    """Stands for a stream of a GPU, of which there is none here, and of two GPUs' gathers even less."""
+
+    def __init__(self, waited: Callable[[], None] = lambda: None) -> None:
+        self.wait_stream = lambda other: waited()
+
+    def synchronize(self) -> None: ...
+
+
+def gathers_too_early(case: Case) -> tuple[int, int]:
+    """How often LookSAM wrote to what ZeRO-3 gathers from, and how many gathers came after that on a stream that had
+    not waited for it. Collective."""
+    writes = early = 0
+    is_written = False
+
+    def noting(write: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal writes, is_written
+            writes, is_written = writes + 1, True
+            return write(*args, **kwargs)
+
+        return noted
+
+    def waited(*_: Any) -> None:
+        nonlocal is_written
+        is_written = False
+
+    with engine_for(case) as engine, ExitStack() as patches:
+        coordinator = engine.optimizer._get_param_coordinator()
+        gather = coordinator._PartitionedParameterCoordinator__all_gather_params_
+
+        def gathered(*args: Any, **kwargs: Any) -> None:
+            nonlocal early
+            early += is_written
+            gather(*args, **kwargs)
+
+        coordinator._PartitionedParameterCoordinator__all_gather_params_ = gathered
+        coordinator._PartitionedParameterCoordinator__allgather_stream = Stream(waited)
+        engine.optimizer.reduce_and_partition_stream = Stream()
+        patches.enter_context(patch.multiple(
+            type(get_accelerator()), resolves_data_dependency=lambda _: False, synchronize=waited,
+            current_stream=lambda _: Stream(), stream=lambda *_: nullcontext()))
+        for owner, name in [(module_state, "drop_gathered"), (between, "drop_gathered"), (Zero3Shards, "_republish")]:
+            patches.enter_context(patch.object(owner, name, noting(getattr(owner, name))))
+        for update in range(case.updates):
+            train_window(engine, case, update)
+    return writes, early
+
+
+@pytest.mark.parametrize("ascent", ["global", "global_micro_batch"])
+def test_the_stream_that_gathers_waits_for_what_was_written(ascent: str) -> None:
+    """DeepSpeed's own step waits for the device where parameters stay gathered, and its timer in every forward. Neither
+    is so here, nor in a job with ``training_data``."""
+    case = Case(model="dead_and_frozen", stage=3, world=1, k=2, updates=4, accumulation=2, ascent=ascent,
+                zero=NONE_STAYS, config={"timers": {"throughput": {"enabled": False}}})
+    writes, early = run_on_ranks(1, gathers_too_early, case)[0]
+    assert writes >= 8 and early == 0
 
 
 def train_by_hand(case: Case, left_gathered: bool) -> tuple[dict[str, torch.Tensor], int]:

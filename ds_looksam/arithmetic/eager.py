@@ -65,6 +65,11 @@ def as_fp32(x: Tensor, memory: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 else memory.copy_(x)
 
 
+def read_flags(flags: list[Tensor]) -> list[bool]:
+    """Bools, 0-dim, on any devices. Waits for the device once, not for each."""
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+
+
 def are_same(norms: Tensor, others: Tensor) -> Tensor:
     """Bool, elementwise; a nan is the same as another."""
     return torch.isclose(norms, others, rtol=0, atol=0, equal_nan=True)

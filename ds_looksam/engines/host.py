@@ -115,8 +115,9 @@ class HostEngine(DeepSpeedEngine):
         """Forward and backward inside do not count as micro-batches, samples or throughput of the user's loop."""
         kept = [(owner, name, getattr(owner, name)) for owner, names in (
             (self, ("_is_gradient_accumulation_boundary", "_unmanaged_backward_count", "warn_unscaled_loss")),
-            (self._config, ("gradient_accumulation_steps", )), (self.tput_timer, ("started", "start_time")))
+            (self._config, ("gradient_accumulation_steps", )), (self.tput_timer.config, ("enabled", )))
             for name in names]
+        self.tput_timer.config.enabled = False  # it would also wait for the device in every forward
         try:
             yield
         finally:

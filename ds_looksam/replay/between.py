@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..arithmetic.eager import are_same
+from ..arithmetic.eager import are_same, read_flags
 from ..errors import LookSAMReplayError
 from ..shards.untrained import drop_gathered, norms_of, values_of
 from .contents import PLAIN, TOO_MANY, Restore, attributes_of, copy_of, is_entered, items_of, refill
@@ -73,7 +73,7 @@ class Attributes:
         from the device where there are any."""
         same = [are_same(self._norms[p], before._norms[p])
                 for p, mark in self._frozen.items() if mark == before._frozen.get(p)]
-        if same and not torch.stack([flag.to(same[0].device) for flag in same]).all().item():
+        if not all(read_flags(same)):
             raise LookSAMReplayError(
                 "a parameter that is not trained (a momentum teacher's, say) was changed through .data between two "
                 "micro-batches of a window, of which nothing tells: the second evaluation would run with one state of "

@@ -21,7 +21,7 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..arithmetic.eager import are_same
+from ..arithmetic.eager import are_same, read_flags
 from ..errors import LookSAMReplayError
 from ..shards.untrained import are_in_memory, drop_gathered, is_partitioned, norms_of, values_of, whole_nbytes
 from .contents import NOT_ENTERED, PLAIN, TOO_MANY, Restore, attributes_of, copy_of, is_entered
@@ -245,10 +245,10 @@ class Isolation:
 
     def _learn(self, before: Before) -> None:
         self._has_learned = True
-        changed = {p for p, saved in before.state.frozen
-                   if not is_partitioned(p) and not torch.equal(p.detach(), saved)}
-        late = {p for p, a, b in zip(before.watched, before.norms, norms_of(before.watched), strict=True)
-                if not are_same(a, b)}
+        changed = {p for p, saved in before.state.frozen  # the first two times only: each waits for the device
+                   if not (p in self._changing or is_partitioned(p) or torch.equal(p.detach(), saved))}
+        same = read_flags([are_same(*norms) for norms in zip(before.norms, norms_of(before.watched), strict=True)])
+        late = {p for p, is_same in zip(before.watched, same, strict=True) if not is_same}
         if late:
             self._say("the model's forward has changed parameters that are not trained. In this SAM step the second "
                       "evaluation uses the changed values; from the next step on it uses the old ones")

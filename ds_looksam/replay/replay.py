@@ -216,6 +216,7 @@ class Replay:
         finally:
             snapshot.restore()
             _drop_cached_weights()
+            shards.weights_were_written()
 
     def update_failed(self, error: Exception, shards: GradientShards) -> None:
         """The update of a SAM step raised, before or after it had published its weights. If it did so on every rank,
@@ -301,6 +302,7 @@ class Replay:
                 left = recorded[self._forwards - 1].left if self._forwards else None
                 if left is not None:
                     this.entered.set_changes_since(left)
+                    self._engine.gradient_shards.weights_were_written()
         self._forwards += 1
         with self._inside(), structure:
             return self._forward(*inputs, **kwargs)

@@ -261,6 +261,10 @@ class GradientShards(ABC):
         """
         raise NotImplementedError(type(self).__name__)
 
+    def weights_were_written(self) -> None:  # noqa: B027 - most wrappers read weights where they are written
+        """Called when something else has written to weights of the model (a frozen parameter that its forward changes):
+        the next forward computes with them. Sends nothing, does not wait."""
+
     @abstractmethod
     def abort_evaluation(self) -> None:
         """Forget a half-done forward or backward, so that the next one starts clean. Not collective."""

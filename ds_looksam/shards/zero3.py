@@ -14,8 +14,9 @@ What DeepSpeed keeps per sub-group i, on this rank:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Zero3Shards(GradientShards):
         if any(master.numel() and master.data_ptr() == model.data_ptr() for master, model in flats):
             raise LookSAMConfigError("DeepSpeed shares master weights with the model, where LookSAM would lose w with "
                                      "w + eps: use DeepSpeed 0.19.8")
+        optimizer.flatten = partial(_flatten, optimizer.flatten)
         self._clear_padding()
 
     def _clear_padding(self) -> None:
@@ -82,10 +84,8 @@ class Zero3Shards(GradientShards):
         return gradient
 
     def give_gradient(self, gradient: Shard) -> None:
-        # One tensor per sub-group: DeepSpeed's step flattens a list of one without copying it. Muon takes them apart.
         for i, flat in enumerate(gradient):
-            sizes = [p.partition_numel() for p in self.groups[i]]
-            self._zero.averaged_gradients[i] = list(flat.split(sizes)) if self._zero.use_muon else [flat]
+            self._zero.averaged_gradients[i] = Partitions(flat, [p.partition_numel() for p in self.groups[i]])
 
     def show_gradient(self, gradient: Shard) -> None:
         # DeepSpeed's safe_get_full_grad reads the buffer, not averaged_gradients.
@@ -191,6 +191,14 @@ class Zero3Shards(GradientShards):
             self._zero._partition_all_parameters()
         gather_at_once(self._zero.persistent_parameters)
         self._zero.invalidate_secondary_tensor()
+        self.weights_were_written()
+
+    def weights_were_written(self) -> None:
+        # DeepSpeed gathers on a stream of its own. Its step relies on the host having waited for the device since.
+        accelerator = get_accelerator()
+        if not accelerator.resolves_data_dependency():
+            gathers = self._zero._get_param_coordinator()._PartitionedParameterCoordinator__allgather_stream
+            gathers.wait_stream(accelerator.current_stream())
 
     @staticmethod
     def _contiguous(partitions: list[torch.Tensor]) -> torch.Tensor | None:
@@ -202,6 +210,20 @@ class Zero3Shards(GradientShards):
                 return None
             offset += p.numel()
         return first.as_strided((offset - first.storage_offset(), ), (1, ))
+
+
+class Partitions(list[torch.Tensor]):
+    """A sub-group's gradient, one partition for each parameter, for the clipping norm: DeepSpeed makes a copy in fp64
+    of each. The step takes ``flat``, of which they are views, as it is."""
+
+    def __init__(self, flat: torch.Tensor, sizes: list[int]) -> None:
+        super().__init__(flat.split(sizes))
+        self.flat = flat
+
+
+def _flatten(flatten: Callable[[list[torch.Tensor]], torch.Tensor], tensors: list[torch.Tensor]) -> torch.Tensor:
+    """DeepSpeed's ``flatten``, which would copy."""
+    return tensors.flat if isinstance(tensors, Partitions) else flatten(tensors)
 
 
 def gather_at_once(parameters: list[Any]) -> None:

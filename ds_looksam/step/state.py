@@ -21,6 +21,7 @@ class Fresh:
 
     Attributes:
         loss_scale: of ``g_squared`` and ``scalars``; the update may change the wrapper's.
+        is_finite: whether g_v is; the same on every rank.
         sharpness: float64 0-dim, see :class:`LookSAMStatus`.
     """
 
@@ -30,6 +31,7 @@ class Fresh:
     scalars: arithmetic.ReplayScalars
     sharpness: Tensor
     loss_scale: float
+    is_finite: bool
 
 
 class LookSAMState:
@@ -50,9 +52,9 @@ class LookSAMState:
 
     def keep(self, fresh: Fresh) -> None:
         """The update was applied: the fresh g_v replaces v, beta and the measurements follow. A g_v that is not finite
-        (in a wrapper that applies such updates) is dropped, on every rank alike. Waits for the device."""
+        (in a wrapper that applies such updates) is dropped."""
         scalars, g_squared, status = fresh.scalars, fresh.g_squared, self.status
-        if not torch.isfinite(scalars.g_v_squared + scalars.v_dot_g_v).item():
+        if not fresh.is_finite:
             return
         if self.v is not None:
             status.beta = arithmetic.update_beta(status.beta, scalars.v_dot_g_v, fresh.v_squared, g_squared)

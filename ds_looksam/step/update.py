@@ -272,7 +272,9 @@ class Update:
         scalars = arithmetic.ReplayScalars.from_sums(g_squared, replayed, moved)
         g_v = shards.passes.project_out_(g, g_s, scalars.along)
         self._give(g_s, scalars.g_s_squared)
-        return Fresh(g_v, g_squared, v_squared, scalars, loss_rise.sum() / ranks, self._loss_scale())
+        # Read here, before an update whose clipping reads too: later the host would wait for its weights' publication.
+        is_finite = bool(torch.isfinite(scalars.g_v_squared + scalars.v_dot_g_v).item())
+        return Fresh(g_v, g_squared, v_squared, scalars, loss_rise.sum() / ranks, self._loss_scale(), is_finite)
 
     def _two_gradients(self, groups: list[GroupSettings], loss_scale: float, keep_clean: bool) -> Gradients:
         """Take the gradient that the wrapper has, multiplied by ``loss_scale``, and that of the same examples at w +
