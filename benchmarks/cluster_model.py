@@ -149,7 +149,7 @@ def predict(cluster: Cluster, work: Workload, ranks: int) -> Update:
     scalars = cluster.all_reduce(ranks, SCALARS) if work.stage else 0.0
     adamw = evaluation + ADAMW * element + publish + scalars  # the clipping norm
     reuse = adamw + REUSE * element + scalars
-    sam = adamw + evaluation + SAM * element + publish_eps + 2 * scalars
+    sam = adamw + evaluation + SAM * element + publish_eps + 3 * scalars
     if work.ascent != "global":
         sam += ascent_seconds(cluster, work, ranks)
     return Update(work.k, evaluation, adamw, sam, reuse, (sam + (work.k - 1) * reuse) / work.k)

@@ -65,7 +65,8 @@ PLANS = {
                                          ["LookSAM-5/micro_batch", "Look-LayerSAM-5/micro_batch"]),
     "batch-256": [Part(["batch-AdamW-256", "batch-Lamb-256"], LARGE_BATCH, seeds=(1, 2, 3))],
     "text": _tuned_and_run(["gpt2", "lora"], [*FEW, "SAM"]),
-    "text-small-groups": _tuned_and_run(["gpt2", "lora"], ["LookSAM-5/micro_batch"]),
+    "text-small-groups": [Part(["gpt2", "lora"], ["LookSAM-5/micro_batch"], tune=True),
+                          Part(["gpt2-cpu", "lora-cpu"], [*FEW, "LookSAM-5/micro_batch"])],
 }
 
 

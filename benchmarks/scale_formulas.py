@@ -90,19 +90,21 @@ class Formulas:
         """Beside another evaluation: w + eps is published as the base publishes w, but on stage 3 in one all-gather,
         unless it is this rank's own; so is w again where the update is still to come ("global_micro_batch"). 2 scalars
         before, 8 after, with ‖g‖² and ‖v‖² 10 where those before were of a micro-batch. On stage 0 every rank knows all
-        but by how much the others' own weights moved, and their losses: 4."""
+        but by how much the others' own weights moved, and their losses: 4. And a flag: whether all ranks can evaluate
+        the window again; for each micro-batch that is evaluated by itself another one."""
         publication = Counter(c for c in base_update if c.kind == "allgather_base")
         if self.stage == 3 and publication:
             nbytes = sum(c.nbytes * count for c, count in publication.items())
             publication = Counter([Collective("allgather_base", nbytes, self.world)])
+        by_itself = self.ascent in ("micro_batch", "global_micro_batch")
+        flags = Counter([self._scalars(1)] * (1 + by_itself if self.world > 1 else 0))
         if self._sends_nothing():
-            return Counter([self._scalars(4)]) if self.world > 1 and self._is_own() else Counter()
+            return flags + Counter([self._scalars(4)] if self.world > 1 and self._is_own() else [])
         if self._is_own():
             publication = Counter()
         elif self.ascent == "global_micro_batch":
             publication += publication
-        after = 10 if self.ascent in ("micro_batch", "global_micro_batch") else 8
-        return publication + Counter([self._scalars(2), self._scalars(after)])
+        return publication + flags + Counter([self._scalars(2), self._scalars(10 if by_itself else 8)])
 
     def _is_own(self) -> bool:
         return self.ascent in ("rank", "micro_batch")

@@ -61,7 +61,7 @@ def test_an_update():
     evaluation = 2 * (COMPUTING + REDUCING)  # stage 2 reduces every micro-batch
     adamw = evaluation + 28 * SHARD + PUBLISHING + SCALARS
     reuse = adamw + 16 * SHARD + SCALARS
-    sam = adamw + evaluation + 42 * SHARD + PUBLISHING + 2 * SCALARS
+    sam = adamw + evaluation + 42 * SHARD + PUBLISHING + 3 * SCALARS
     update = predict(RING, WORK, 4)
     assert (ADAMW, REUSE, SAM) == (28, 16, 42)
     assert (update.evaluation, update.adamw, update.reuse, update.sam) == pytest.approx((evaluation, adamw, reuse, sam))

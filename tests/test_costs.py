@@ -58,8 +58,9 @@ def test_collectives_and_synchronisations(case: Case) -> None:
 
     extra = _extra(sam.update, base.update + base.evaluation)
     scalars = Counter({c: n for c, n in extra.items() if c.kind == "allreduce" and c.nbytes <= SMALL})
-    assert sum(scalars.values()) <= 2
-    assert sam.host_reads - base.host_reads - sam.evaluation_reads <= 2, "is g finite, and is g_v"
+    assert sum(scalars.values()) <= 3
+    added = sam.host_reads - base.host_reads - sam.evaluation_reads
+    assert added <= 3, "can all ranks evaluate the window again, is g finite, and is g_v"
     publications = extra - scalars
     # Stages 1 and 2: one all-gather of the whole model in its own dtype, and none to take it back.
     assert sum(publications.values()) == (1 if case.stage in (1, 2) else 0)

@@ -1071,6 +1071,44 @@ def test_refused(name: str, words: str, case: dict[str, Any]) -> None:
         assert told and all(words in message and way_out.get(words, "engine.loss_fn") in message for message in told)
 
 
+def refused_by_one(stage: int, ascent: str, what: str) -> str:
+    """What a SAM step says on this rank where rank 1's loop alone does what is refused, in the first window. That is
+    given up and run again."""
+    rank, accumulation, said = torch.distributed.get_rank(), 1 if what == "reads" else 2, ""
+    twin = Twin(Net, apart=ascent in ("rank", "micro_batch"))
+    with engine_of(Net, stage, accumulation, ascent=ascent, world=2) as engine:
+        for update, window in enumerate(batches(2 * accumulation)):
+            own = [(x.float(), y.float()) for x, y in window[rank * accumulation:(rank + 1) * accumulation]]
+            if update == 0:
+                with pytest.raises(LookSAMReplayError) as refusal:
+                    for i, xy in enumerate(own):
+                        loss = plain(engine, i, *xy)
+                        engine.backward(loss / loss.item() if what == "reads" and rank == 1 else loss)
+                        if what != "reads" and i == (ascent != "global") and rank == 1:
+                            {"clipped": clip, "clipped .data": clip_data}[what](engine)
+                        engine.step()
+                said = str(refusal.value)
+                engine.zero_grad()
+            for i, xy in enumerate(own):
+                engine.backward(plain(engine, i, *xy))
+                engine.step()
+            twin.update(lambda m, window=window: [plain(m, 0, *xy) for xy in window])
+        twin.check(engine)
+    return said
+
+
+@pytest.mark.parametrize("what, stage, ascent", [
+    *((what, stage, "global") for what in ("clipped", "clipped .data") for stage in (0, 1)),
+    ("clipped", 0, "micro_batch"), ("clipped .data", 0, "micro_batch"),
+    *(("reads", stage, "global") for stage in (0, 2, 3)), ("reads", 2, "rank"), ("reads", 3, "global_micro_batch")])
+def test_what_one_rank_refuses_all_refuse(what: str, stage: int, ascent: str) -> None:
+    """One that raised alone would leave the others waiting for it in the next collective. DeepSpeed 0.19.8 keeps
+    gradients between micro-batches where each rank can change its own on stages 0 and 1."""
+    others, own = run_on_ranks(2, refused_by_one, stage, ascent, what)
+    assert ("read out to Python" if what == "reads" else "was changed between") in own
+    assert others == f"on rank 1: {own}"
+
+
 def weight_normed() -> Net:
     net = Net()
     parametrizations.weight_norm(net.body[0])

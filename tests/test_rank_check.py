@@ -47,6 +47,17 @@ def test_initialize_checks_before_deepspeed_sends_weights():
         assert broadcasts == 0
 
 
+def test_before_initialize_each_rank_sends_from_its_own_gpu(monkeypatch):
+    """NCCL refuses another one, and the current one is the first everywhere until DeepSpeed's engine is built."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with mock.patch("deepspeed.get_accelerator") as accelerator:
+        accelerator.return_value.device_name = "cuda:{}".format
+        accelerator.return_value.current_device_name = lambda: "cuda:0"
+        assert rank_check.own_device() == torch.device("cuda:1")
+        monkeypatch.delenv("LOCAL_RANK")
+        assert rank_check.own_device() == torch.device("cuda:0")
+
+
 def all_reduces_of_check() -> list[int]:
     all_reduce, sizes = torch.distributed.all_reduce, []
 

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
 from ds_looksam import LookSAMCheckpointError
 from ds_looksam.replay import between, module_state
@@ -56,6 +57,35 @@ def test_bytes_of_v(stage: int) -> None:
     for dtype, share in (("fp32", 1), ("bf16", 2)):
         for v, master in run_on_ranks(2, stored_bytes, Case(stage=stage, params={"v_dtype": dtype})):
             assert share * v == master
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, (3, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).square().mean()
+
+
+def laid_out_as_weights() -> list[bool]:
+    """For each update whether the base optimizer got gradients with the strides of their parameters. Collective."""
+    case, seen = Case(world=1, stage=0, k=2), []
+    with engine_for(case, module=Conv()) as engine:
+        engine.module.to(memory_format=torch.channels_last)  # before that DeepSpeed 0.19.8 fails
+        engine.basic_optimizer.register_step_pre_hook(lambda *_: seen.append(
+            all(p.grad.stride() == p.stride() for p in engine.module.parameters())))
+        assert not engine.module.conv.weight.is_contiguous()
+        for _ in range(4):
+            engine.backward(engine(torch.randn(2, 3, 5, 5)))
+            engine.step()
+    return seen
+
+
+def test_gradients_are_laid_out_as_the_weights_on_stage_0() -> None:
+    """DeepSpeed's FusedAdam on a GPU takes weights, gradient and moments element by element as they lie in memory."""
+    assert run_on_ranks(1, laid_out_as_weights) == [[True] * 4]
 
 
 # Offload --------------------------------------------------------------------------------------------------------------

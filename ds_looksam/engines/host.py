@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -37,6 +38,10 @@ class HostEngine(DeepSpeedEngine):
     # DeepSpeed's own, for the type checker.
     _is_gradient_accumulation_boundary: bool | None
     enable_backward_allreduce: bool
+    micro_steps: int
+
+    _failed_at: int | None = None
+    """``micro_steps`` when step() raised last."""
 
     def __init__(self, *args: Any, config_class: Any, **kwargs: Any) -> None:
         self.read_configuration(config_class, kwargs["model"], kwargs.get("optimizer"))
@@ -67,6 +72,7 @@ class HostEngine(DeepSpeedEngine):
         def watched(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             zero_grad(optimizer, *args, **kwargs)
             if not self._running_engine_step:
+                self._begin_window_anew()
                 self.gradients_zeroed(by_optimizer=True)
 
         self.optimizer.zero_grad = MethodType(watched, self.optimizer)
@@ -74,6 +80,7 @@ class HostEngine(DeepSpeedEngine):
     def zero_grad(self) -> None:
         super().zero_grad()
         if not self._running_engine_step:
+            self._begin_window_anew()
             self.gradients_zeroed(by_optimizer=False)
 
     def gradients_zeroed(self, by_optimizer: bool) -> None:
@@ -255,8 +262,22 @@ class HostEngine(DeepSpeedEngine):
 
     def leave_failed_step(self) -> None:
         """step() raised: put back the flags that its normal end resets, and the timers that it stops, so that it can be
-        called again."""
+        called again; or the window be run again, after zero_grad()."""
         self._running_engine_step = False
+        self._failed_at = self.micro_steps
+        self.reset_running_timers()
+
+    def _begin_window_anew(self) -> None:
+        """The user throws away the gradients of a window whose step() has raised. DeepSpeed goes on counting, and would
+        take the next micro-batch for the window's last."""
+        if self._failed_at == self.micro_steps and self._is_gradient_accumulation_boundary is None:
+            self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
+        self._failed_at = None
+
+    def leave_failed_evaluation(self) -> None:
+        """An evaluation raised on every rank: wait for what DeepSpeed's streams still do with its buffers, which are to
+        be given back, and reset the timers."""
+        get_accelerator().synchronize()
         self.reset_running_timers()
 
     def reset_running_timers(self) -> None:

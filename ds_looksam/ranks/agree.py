@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 from deepspeed import comm as dist
 from torch.distributed import PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store, _world
 
-from ..errors import LookSAMCheckpointError
+from ..errors import LookSAMCheckpointError, LookSAMReplayError
+from .reduce import sum_over_all_ranks, world_size
 
 Result = TypeVar("Result")
 
@@ -47,6 +48,31 @@ def together(function: Callable[[], Result], device: torch.device, what: str) ->
     raise LookSAMCheckpointError(f"{what}: " + "; ".join(reasons)) from error
 
 
+def raise_together(error: Exception | None, also: torch.Tensor | None, late: Callable[[], Exception],
+                   device: torch.device) -> None:
+    """If any rank has an error, raise it there, and on the others a LookSAMReplayError that names the first rank and
+    says what it has. Collective: one all-reduce of a flag, which the host reads.
+
+    Args:
+        error: this rank's, as far as its host knows.
+        also: bool 0-dim on a device, read only here: then ``late`` makes the error.
+    """
+    if error is None and also is None and world_size() == 1:
+        return
+    flag = torch.full((1, ), float(error is not None), dtype=torch.float64, device=device)
+    if also is not None:
+        flag = torch.maximum(flag, also.to(device, torch.float64))
+    if sum_over_all_ranks(flag).item() == 0:
+        return
+    if error is None and also is not None and also.item():
+        error = late()
+    errors = from_all_ranks(None if error is None else str(error))
+    if error is not None:
+        raise error
+    rank = next(rank for rank, message in enumerate(errors) if message is not None)
+    raise LookSAMReplayError(f"on rank {rank}: {errors[rank]}")
+
+
 def on_all_ranks(yes: bool, device: torch.device) -> bool:
     """Whether it is so on every rank. Collective."""
     flag = torch.tensor([0 if yes else 1], dtype=torch.int32, device=device)
@@ -56,6 +82,8 @@ def on_all_ranks(yes: bool, device: torch.device) -> bool:
 
 def from_all_ranks(value: Any) -> list[Any]:
     """Every rank's ``value``, which is pickled. Collective."""
+    if world_size() == 1:
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -70,8 +98,7 @@ def from_rank_0(function: Callable[[], Result], device: torch.device) -> Result:
 
 
 GRACE = 5.0
-"""Seconds that a rank waits for the others to raise too, before it takes itself for the only one. Every replayed
-micro-batch ends in a collective, so ranks that all raise do so within the time that one micro-batch takes."""
+"""Seconds that a rank waits at least for the others to raise too, before it takes itself for the only one."""
 
 _failures = itertools.count()
 """The number of failed evaluations so far, the same on all ranks as long as they failed together. When they did not,
@@ -91,10 +118,11 @@ class RanksApart:
     comes_after: bool
 
 
-def raised_everywhere(error: Exception, group: Any, place: str) -> RanksApart | None:
+def raised_everywhere(error: Exception, group: Any, place: str, patience: float = 0.0) -> RanksApart | None:
     """None if every rank of ``group`` (None: all) has raised at the same ``place``, on every rank alike: they may go on
     with a collective; ranks that raised at different places would meet in different ones. ``error``: what this rank
-    raised. Not collective, and does not wait for more than :data:`GRACE` seconds.
+    raised. Not collective, and waits for no more than :data:`GRACE` or ``patience`` seconds, whichever is longer: as
+    long again as this rank took to come here, since nothing may have held the others to its pace.
     """
     if not dist.is_initialized():
         return None
@@ -103,13 +131,17 @@ def raised_everywhere(error: Exception, group: Any, place: str) -> RanksApart | 
     if world_size == 1:
         return None
     try:
-        place = f"{place}, {group._get_sequence_number_for_group()} collectives"
+        # Of every group that all are in: DeepSpeed reduces in copies of the first. A rank that is ahead of the others,
+        # where NCCL does not hold it up, has one under way that would answer the next one of theirs.
+        groups: list[Any] = [own for own in _world.pg_map if own.size() == world_size]
+        sent = [own._get_sequence_number_for_group() for own in groups]
+        place = f"{place}, {sent} collectives"
         store = PrefixStore(f"ds_looksam/failure-{failure}", _get_default_store())
         comes_after = store.check(["verdict"])
         first = store.compare_set("first", "", f"rank {dist.get_rank(group=group)} raised {_in_words(error)}").decode()
         same_place = store.compare_set("place", "", place).decode() == place
         store.add("raised", 1)
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + max(GRACE, patience)
         # add(.., 0) reads the counter without blocking.
         while (same_place and not store.check(["verdict"]) and store.add("raised", 0) < world_size
                and time.monotonic() <= deadline):

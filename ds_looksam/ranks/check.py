@@ -7,6 +7,7 @@ version's result. So ranks compare versions before anything else is sent.
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,15 @@ def rank_versions() -> dict[str, str]:
             "torch": str(torch.__version__)}
 
 
+def own_device() -> torch.device:
+    """The one on which DeepSpeed will put this rank: before ``deepspeed.initialize`` the current one is the first on
+    every rank."""
+    accelerator = deepspeed.get_accelerator()
+    local_rank = os.environ.get("LOCAL_RANK")
+    return torch.device(accelerator.current_device_name() if local_rank is None else
+                        accelerator.device_name(int(local_rank)))
+
+
 def check_ranks(device: torch.device | None = None) -> None:
     """Compare the versions of ds_looksam, DeepSpeed and torch over all ranks.
 
@@ -41,7 +51,7 @@ def check_ranks(device: torch.device | None = None) -> None:
     loads its data. Without a process group there is nothing to compare.
 
     Args:
-        device: that of this rank, for a backend that sends from devices only (NCCL); the current one if not given.
+        device: that of this rank, for a backend that sends from devices only (NCCL); LOCAL_RANK's if not given.
 
     Raises:
         LookSAMVersionError: on every rank, naming for each package the versions and the ranks and hosts that have them.
@@ -49,7 +59,7 @@ def check_ranks(device: torch.device | None = None) -> None:
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return
     if device is None:
-        device = torch.device(deepspeed.get_accelerator().current_device_name())
+        device = own_device()
     mine = rank_versions()
     digest = int.from_bytes(hashlib.sha256(repr(mine).encode()).digest()[:7], "big")
     extremes = torch.tensor([digest, -digest], dtype=torch.int64, device=device)  # 56 bits: both signs fit
@@ -58,6 +68,8 @@ def check_ranks(device: torch.device | None = None) -> None:
     if highest == lowest:
         return
     ranks: list[tuple[str, dict[str, str]]] = [("", {})] * distributed.get_world_size()
+    if device.index is not None:
+        deepspeed.get_accelerator().set_device(device.index)  # pickles are sent from the current one
     distributed.all_gather_object(ranks, (socket.gethostname(), mine))
     raise LookSAMVersionError(_who_differs(ranks))
 

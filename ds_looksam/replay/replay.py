@@ -10,6 +10,7 @@ Where a :class:`Replay` stands, and what may be done there:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum, auto
@@ -74,6 +75,7 @@ class Replay:
         self._guards: list[Any] = []
         self._closure: Closure | None = None
         self._forwards = self._backwards = 0  # of the second evaluation, so far
+        self._started = time.monotonic()  # when it began
         self._replayed = Window()  # of the second evaluation; only its loss
 
     # The user's loop ------------------------------------------------------------------------------------------------
@@ -226,9 +228,10 @@ class Replay:
 
     def _leave(self, error: Exception, shards: GradientShards, put_back: Callable[[], None], where: str) -> None:
         apart = raised_everywhere(error, shards.process_group,
-                                  f"forward {self._forwards}, backward {self._backwards}")
+                                  f"forward {self._forwards}, backward {self._backwards}",
+                                  patience=time.monotonic() - self._started)
         if apart is None:
-            self._engine.reset_running_timers()
+            self._engine.leave_failed_evaluation()
             shards.abort_evaluation()
             shards.restore_weights()
             put_back()
@@ -249,6 +252,7 @@ class Replay:
         self._forwards = self._backwards = 0
         self._replayed = Window()
         self._where = Where.EVALUATING
+        self._started = time.monotonic()
         try:
             with self._engine.running_again(), torch.enable_grad():
                 self._announce_next_backward()

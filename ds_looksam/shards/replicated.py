@@ -45,7 +45,8 @@ class WholeShards(GradientShards):
     def give_gradient(self, gradient: Shard) -> None:
         for params, flat in zip(self.groups, gradient, strict=True):
             for p, view in zip(params, views_of(flat, params), strict=True):
-                p.grad = view
+                # DeepSpeed's FusedAdam goes through memory, whatever the strides: as in p, channels_last say.
+                p.grad = view if p.is_contiguous() else torch.empty_like(p, dtype=view.dtype).copy_(view)
 
     def zero_grad_drops(self, by_optimizer: bool, is_complete: bool) -> bool:
         return True

@@ -19,6 +19,7 @@ from ..arithmetic.eager import Shard
 from ..arithmetic.rounding import rounding_seed
 from ..config.params import OWN, PER_MICRO_BATCH, GroupSettings, LookSAMConfig, parse_group, set_group_defaults
 from ..errors import LookSAMReplayError
+from ..ranks.agree import raise_together
 from ..ranks.reduce import ranks_in, sum_over_all_ranks, sum_over_ranks, this_rank, world_size
 from ..replay.replay import Replay
 from ..shards import GradientShards
@@ -87,17 +88,17 @@ class Update:
         self._ascent = (OwnAscent if settings.ascent in OWN else Ascent)(shards, settings.layer_scale)
         self._so_far: Gradients | None = None
         self._is_shown = False  # its g lies with the wrapper, for the user to read
-        self._values_changed: Tensor | None = None  # what this update still has to read
 
     def __call__(self, apply_update: Callable[[], bool]) -> None:
-        """One update. Collective: at most one all-reduce of scalars on a reuse step, two on a SAM step, which also
+        """One update. Collective: at most one all-reduce of scalars on a reuse step, three on a SAM step, which also
         evaluates the window again and publishes w + eps.
 
         Args:
             apply_update: clips, steps the base optimizer and publishes the weights; False if it skipped them.
         """
         status = self._state.status
-        self._refuse_edited_gradient()
+        if status.next_is_sam:
+            self._check_gradient()
         if self._so_far is None:
             self._state.follow_changes()
         groups = self._groups_in_force()
@@ -180,16 +181,27 @@ class Update:
             self._so_far = replace(self._so_far, g=self._shards.hide_gradient(self._so_far.g))
             self._is_shown = False
 
-    def _refuse_edited_gradient(self) -> None:
-        """Where the host knows of it. What only the device knows a SAM step reads with its first other value."""
+    def _check_gradient(self) -> None:
+        """Raise LookSAMReplayError on every rank if the gradient was changed on any of them, or the window cannot be
+        evaluated again there. Collective: one all-reduce of a flag, which the host reads."""
         self.gradient_changes_hands()
         watch = self._shards.watch
-        self._values_changed = None if self.is_per_micro_batch else watch.values_changed
-        is_edited = watch.was_written or (self.is_per_micro_batch and _is_true(watch.values_changed))
-        if not (is_edited and self.is_per_micro_batch):  # or the window may be stepped again, and is refused again
+        error, values_changed = self._edited() if watch.was_written else None, watch.values_changed
+        if self.is_per_micro_batch:
+            raise_together(error, values_changed, self._edited, self._shards.device)
+            watch.end()  # not before: the window may be stepped again, and is refused again
+        else:
             watch.end()
-        if is_edited:
-            raise self._edited()
+            raise_together(error or self._objection(), values_changed, self._edited, self._shards.device)
+
+    def _objection(self, in_step: bool = True) -> LookSAMReplayError | None:
+        """Why this rank cannot evaluate the window, or a micro-batch of it, again. Nothing has been changed yet."""
+        try:
+            self._replay.check(in_step)
+            self._ascent.check()
+        except LookSAMReplayError as error:
+            return error
+        return None
 
     def _edited(self) -> LookSAMReplayError:
         again = (f" With optimizer.params.ascent \"{self._settings.ascent}\" it is called inside "
@@ -239,7 +251,6 @@ class Update:
                 raise LookSAMReplayError("LookSAM cannot take its SAM step: no backward was seen in this window")
             found, self._so_far = self._so_far, None
             return found
-        self._replay.check()
         shards = self._shards
         put_back_model = shards.keep_model() if self._is_observed() else None
         found = self._two_gradients(groups, self._loss_scale(), keep_clean=False)
@@ -280,7 +291,6 @@ class Update:
         """Take the gradient that the wrapper has, multiplied by ``loss_scale``, and that of the same examples at w +
         eps. ``keep_clean``: the weights are to be restored before the update. Collective."""
         shards, ascent = self._shards, self._ascent
-        ascent.check()
         g = shards.take_gradient(survives_evaluation=True)
         g_squared, v_squared, scale_of = ascent.norms(g, self._state.v_squared, groups, loss_scale)
 
@@ -289,13 +299,7 @@ class Update:
             ascent.put_back()
 
         # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
-        is_over = ~torch.isfinite(g_squared)
-        if self._values_changed is not None:
-            is_over |= self._values_changed
-        if is_over.item():
-            if _is_true(self._values_changed):
-                put_back()
-                raise self._edited()
+        if not torch.isfinite(g_squared).item():
             ascent.stop_listening()
             nothing = torch.zeros(4, dtype=torch.float64, device=shards.device)
             return Gradients(g, None, g_squared, v_squared, moved=nothing[:3], loss_rise=nothing[3:])
@@ -340,7 +344,7 @@ class Update:
         """
         so_far = self._so_far
         try:
-            self._replay.check(in_step=False)
+            raise_together(self._objection(in_step=False), None, self._edited, self._shards.device)
             lay_out = self._state.follow_changes(within_window=so_far is not None)
             if lay_out is not None and so_far is not None:
                 self._so_far = so_far = so_far.laid_out(lay_out)
@@ -383,8 +387,3 @@ class Update:
         if not self._replay.is_perturbed:  # or the ranks are apart, and only a checkpoint helps
             self._shards.abort_evaluation()
             self._replay.forget()
-
-
-def _is_true(flag: Tensor | None) -> bool:
-    """Reads from the device, if there is one."""
-    return flag is not None and bool(flag.item())
