@@ -100,7 +100,8 @@ class Sums:
         """``losses`` [B], one per image, or [] their mean; ``logits`` [B, classes]; ``labels`` [B]."""
         hits = (logits.argmax(-1) == labels).sum()
         total = losses.detach().double().expand(len(labels)).sum()
-        self.values += torch.stack([total, hits.double(), hits.new_tensor(len(labels)).double()])
+        count = torch.full_like(total, len(labels))  # made where it is: a copy to the GPU would wait for it
+        self.values += torch.stack([total, hits.double(), count])
 
     def take(self) -> tuple[float, float]:
         """Mean loss and accuracy over all ranks; the sums start again. Collective."""

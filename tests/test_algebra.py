@@ -16,7 +16,7 @@ from ds_looksam.arithmetic import layout
 from ds_looksam.arithmetic.eager import EAGER, Passes, perturbation_scale
 from ds_looksam.arithmetic.layerwise import perturbation_scales
 from ds_looksam.arithmetic.layout import LayerMap, Segment
-from ds_looksam.arithmetic.rounding import round_, rounding_keys, rounding_seed
+from ds_looksam.arithmetic.rounding import random_bits_, round_, rounding_keys, rounding_seed
 
 from .training import DTYPES
 
@@ -206,3 +206,11 @@ def test_perturbed_alone(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ru
     assert torch.equal(w, expected)
     change, eps = w.double() - clean.double(), eps.double()
     close(moved, torch.stack([change @ change, change @ eps, eps @ eps]), change @ change + eps @ eps)
+
+
+def test_rounding_where_the_default_device_is_another_one() -> None:
+    """``torch.set_default_device("cuda")`` with shards in host memory; there is no GPU here."""
+    keys, (x, memory) = rounding_keys(3, 5), torch.empty(2, 64, dtype=torch.int32)
+    expected = random_bits_(x, keys, 16, memory).clone()
+    with torch.device("meta"):
+        assert torch.equal(random_bits_(x, keys, 16, memory), expected)

@@ -67,6 +67,8 @@ def _cases() -> list[Any]:
         "bf16-optimizer": {**cases["bf16-stage1"], "accumulation": 2, "config": GRAD_FP32},
         "offload-param": {**cases["offload-stage3"], "zero": {"offload_param": CPU}},
         "offload-both": {**cases["offload-stage3"], "zero": {"offload_optimizer": CPU, "offload_param": CPU}},
+        # Its first cycle, and the last micro-batch of a window, leave gradients where DeepSpeed has put them.
+        "offload-sometimes": {**cases["offload-stage3"], "model": "sometimes", "accumulation": 3, "alpha": "auto"},
         "sub-groups": {"stage": 3, "model": "straddling", "zero": {"sub_group_size": 30}, **COMMON},
         "overlap": {"stage": 2, "model": "wide", "zero": {"overlap_comm": True}, **COMMON},
         "v-in-bf16": {"stage": 2, "params": {"v_dtype": "bf16"}, "base": "SGD", "alpha": 0.7},
@@ -126,7 +128,8 @@ def test_a_reuse_step_never_waits_for_the_gpu(stage: int, precision: str, layer_
     for reuse in (4, 5):  # the first window's steps include what happens once
         assert len(steps[reuse]) == len(plain[reuse]), (steps[reuse], plain[reuse])
     in_sam = [where for where in steps[3] if where.startswith(str(Path(ds_looksam.__file__).parent))]
-    assert 0 < len(in_sam) <= 2, in_sam  # is g finite; is g_v
+    # Is g finite; is g_v; on stage 0, which keeps gradients where a loop may change them: was that so.
+    assert 0 < len(in_sam) <= 2 + (stage == 0), in_sam
 
 
 def test_squares_of_large_and_small_layers() -> None:

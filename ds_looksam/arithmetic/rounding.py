@@ -62,7 +62,7 @@ def random_bits_(x: Tensor, keys: tuple[int, int], count: int, memory: Tensor) -
 
     torch shifts the sign in from the left, which is masked out again: the hash is of unsigned numbers.
     """
-    torch.arange(x.numel(), out=x).add_(keys[0])
+    torch.arange(x.numel(), device=x.device, out=x).add_(keys[0])
     x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=memory).bitwise_and_(0xFFFF)).mul_(M1)
     x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=memory).bitwise_and_(0x1FFFF)).bitwise_xor_(keys[1]).mul_(M2)
     return x.bitwise_right_shift_(32 - count).bitwise_and_((1 << count) - 1)

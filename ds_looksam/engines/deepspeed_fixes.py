@@ -44,7 +44,7 @@ def keep_adagrad(wrapper: Any, adagrad: torch.optim.Optimizer) -> None:
     start = adagrad.defaults["initial_accumulator_value"]
     adagrad.state.clear()
     for flat in flats:
-        adagrad.state[flat] = {"step": torch.zeros(()), "sum": torch.full_like(flat.detach(), start)}
+        adagrad.state[flat] = {"step": torch.zeros((), device="cpu"), "sum": torch.full_like(flat.detach(), start)}
     wrapper.optimizer = adagrad
     if not in_stage_3:  # for the groups that were lost, what DeepSpeed knows of each parameter is missing too
         wrapper._link_all_hp_params()
@@ -110,7 +110,7 @@ def take_cpu_adam_steps_again(optimizer: torch.optim.Optimizer) -> None:
     if update is None or len(betas) != 1 or not steps:
         return
     beta1, beta2 = betas.pop()
-    element = [torch.zeros(1) for _ in range(4)]
+    element = [torch.zeros(1, device="cpu") for _ in range(4)]
     for step in range(1, max(steps) + 1):
         update(step, beta1, beta2, *element)
 

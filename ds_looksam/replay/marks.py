@@ -32,7 +32,7 @@ def marks_of(value: Tensor | np.ndarray) -> list[Mark]:
     marks: list[Mark] = [(value, version_of, version_of(value))] if isinstance(value, Tensor) else []
     with torch._C.DisableTorchFunction():  # another engine's tape may be on, and would take this for the user's code
         is_foreign = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided and (
-            not value.untyped_storage().resizable())
+            not value.untyped_storage().resizable()) and not value.is_pinned()
         if is_foreign or isinstance(value, np.ndarray):
             marks.append((value, crc, crc(value)))
     return marks

@@ -298,7 +298,7 @@ class Update:
             self._give(g, g_squared)
             ascent.put_back()
 
-        # The one host synchronisation before the replay: an overflowed gradient is not worth a second evaluation.
+        # Read before the replay: an overflowed gradient is not worth a second evaluation.
         if not torch.isfinite(g_squared).item():
             ascent.stop_listening()
             nothing = torch.zeros(4, dtype=torch.float64, device=shards.device)
