@@ -5,9 +5,18 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Tests send both signals. What ``nohup`` has started, or a script in its background, ignores them, and so do its
+    children."""
+    for number, handler in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_report_header() -> str:
