@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader
 from vits import build_vit
 
 import ds_looksam  # noqa: F401  (registers LookSAM with DeepSpeed)
+from ds_looksam.ranks.agree import from_all_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -284,9 +285,8 @@ def prepare_run_dir(args: argparse.Namespace) -> None:
         FileExistsError: on every rank, there is a run in the folder, and neither --resume nor --overwrite.
     """
     taken = not args.resume and ((args.run_dir / "metrics.csv").exists() or checkpoints.has_any(args.run_dir))
-    everywhere: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(everywhere, taken)  # every rank has looked before rank 0 changes anything
-    if any(everywhere) and not args.overwrite:
+    taken = any(from_all_ranks(taken))  # every rank has looked before rank 0 changes anything
+    if taken and not args.overwrite:
         raise FileExistsError(f"{args.run_dir} has a run in it: --resume goes on with it, --overwrite starts again, "
                               "--run-dir names another folder")
     if dist.get_rank() == 0:

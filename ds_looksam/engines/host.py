@@ -71,17 +71,18 @@ class HostEngine(DeepSpeedEngine):
 
         def watched(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             zero_grad(optimizer, *args, **kwargs)
-            if not self._running_engine_step:
-                self._begin_window_anew()
-                self.gradients_zeroed(by_optimizer=True)
+            self._zeroed(by_optimizer=True)
 
         self.optimizer.zero_grad = MethodType(watched, self.optimizer)
 
     def zero_grad(self) -> None:
         super().zero_grad()
-        if not self._running_engine_step:
+        self._zeroed(by_optimizer=False)
+
+    def _zeroed(self, by_optimizer: bool) -> None:
+        if not self._running_engine_step:  # by the user
             self._begin_window_anew()
-            self.gradients_zeroed(by_optimizer=False)
+            self.gradients_zeroed(by_optimizer)
 
     def gradients_zeroed(self, by_optimizer: bool) -> None:
         """Called when the user has called ``engine.zero_grad()`` or ``engine.optimizer.zero_grad()``."""

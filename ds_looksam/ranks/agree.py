@@ -48,14 +48,14 @@ def together(function: Callable[[], Result], device: torch.device, what: str) ->
     raise LookSAMCheckpointError(f"{what}: " + "; ".join(reasons)) from error
 
 
-def raise_together(error: Exception | None, also: torch.Tensor | None, late: Callable[[], Exception],
-                   device: torch.device) -> None:
+def raise_together(error: Exception | None, device: torch.device, also: torch.Tensor | None = None,
+                   late: Exception | None = None) -> None:
     """If any rank has an error, raise it there, and on the others a LookSAMReplayError that names the first rank and
     says what it has. Collective: one all-reduce of a flag, which the host reads.
 
     Args:
         error: this rank's, as far as its host knows.
-        also: bool 0-dim on a device, read only here: then ``late`` makes the error.
+        also: bool 0-dim on a device, read only here: then ``late`` is the error.
     """
     if error is None and also is None and world_size() == 1:
         return
@@ -65,7 +65,7 @@ def raise_together(error: Exception | None, also: torch.Tensor | None, late: Cal
     if sum_over_all_ranks(flag).item() == 0:
         return
     if error is None and also is not None and also.item():
-        error = late()
+        error = late
     errors = from_all_ranks(None if error is None else str(error))
     if error is not None:
         raise error

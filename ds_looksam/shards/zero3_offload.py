@@ -104,9 +104,9 @@ class Zero3OffloadShards(Zero3Shards):
         missing = [s for s in self._segments[i] if self._zero.get_param_id(s.parameter) not in known]
         if missing:
             self._hand_over(i, self._accumulated_gradient(i), missing)
-        device = get_accelerator().current_device_name()
-        for key in map(self._zero.get_param_id, (s.parameter for s in missing)):
-            known[key] = known[key].to(device)  # where DeepSpeed has the others, and adds all of them up
+        for key in [self._zero.get_param_id(s.parameter) for s in missing]:
+            # Where DeepSpeed has the others, and adds all of them up.
+            known[key] = known[key].to(get_accelerator().current_device_name())
 
     def _flat_gradient(self, i: int) -> Tensor:
         """What the step reads: fp32 already, where fresh memory for a copy would take longer than the arithmetic."""

@@ -188,11 +188,11 @@ class Update:
         watch = self._shards.watch
         error, values_changed = self._edited() if watch.was_written else None, watch.values_changed
         if self.is_per_micro_batch:
-            raise_together(error, values_changed, self._edited, self._shards.device)
+            raise_together(error, self._shards.device, values_changed, self._edited())
             watch.end()  # not before: the window may be stepped again, and is refused again
         else:
             watch.end()
-            raise_together(error or self._objection(), values_changed, self._edited, self._shards.device)
+            raise_together(error or self._objection(), self._shards.device, values_changed, self._edited())
 
     def _objection(self, in_step: bool = True) -> LookSAMReplayError | None:
         """Why this rank cannot evaluate the window, or a micro-batch of it, again. Nothing has been changed yet."""
@@ -344,7 +344,7 @@ class Update:
         """
         so_far = self._so_far
         try:
-            raise_together(self._objection(in_step=False), None, self._edited, self._shards.device)
+            raise_together(self._objection(in_step=False), self._shards.device)
             lay_out = self._state.follow_changes(within_window=so_far is not None)
             if lay_out is not None and so_far is not None:
                 self._so_far = so_far = so_far.laid_out(lay_out)
